@@ -1,0 +1,40 @@
+# Everything runs in a virtual environment of its own, made on first use.
+# VENV, PYTHON and the demo's options can be overridden: make demo ARGS="--seeds 5"
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+ARGS   ?=
+PIP    := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types docs clean
+
+help:  ## show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+# A stamp per extra: pip runs again only when the requirements have changed.
+$(VENV)/.stamp-%: pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing lfu_reg[$*] into $(VENV)"
+	@$(PIP) torch
+	@$(PIP) -e '.[$*]'
+	@touch $@
+
+demo: $(VENV)/.stamp-bench  ## fine-tune a small model with and without LfU, compare them (under 5 minutes on 2 cores)
+	@$(BIN)/python benchmarks/demo.py $(ARGS)
+
+test: $(VENV)/.stamp-dev  ## run the tests
+	$(BIN)/python -m pytest -n auto --dist loadscope $(ARGS)
+
+lint: $(VENV)/.stamp-dev  ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.stamp-dev  ## mypy --strict on the package
+	$(BIN)/mypy
+
+docs: $(VENV)/.stamp-dev  ## build the documentation into site/
+	$(BIN)/mkdocs build --strict --quiet
+
+clean:  ## remove the environment and everything built
+	rm -rf $(VENV) site runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

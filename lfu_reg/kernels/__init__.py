@@ -1,0 +1,1 @@
+"""Fused kernels; every one has a pure-torch twin with the same signature."""
