@@ -1,3 +1,41 @@
-"""Learning-from-the-Undesirable (LfU) for any PyTorch fine-tuning loop."""
+"""Learning-from-the-Undesirable (LfU) for any PyTorch fine-tuning loop.
+
+    from lfu_reg import LfURegularizer
+
+    reg = LfURegularizer(model)
+    loss = reg(model, batch, sft_loss_fn)  # was: loss = sft_loss_fn(model, batch)
+
+Nam, Kim, Jeong: "Learning from the Undesirable: Robust Adaptation of Language Models without Forgetting", AAAI 2026,
+arXiv 2511.13052.
+"""
+
+from lfu_reg.auxiliaries import (
+    Auxiliary,
+    LoRADeltas,
+    OutputAuxiliary,
+    RandomDirections,
+    SteeringVectors,
+    WeightDeltas,
+)
+from lfu_reg.diagnostics import LfUWarning
+from lfu_reg.distances import MSE, Contrastive, Cosine, Distance, LogitKL, PerLayerDistance
+from lfu_reg.regularizer import LfURegularizer
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "MSE",
+    "Auxiliary",
+    "Contrastive",
+    "Cosine",
+    "Distance",
+    "LfURegularizer",
+    "LfUWarning",
+    "LoRADeltas",
+    "LogitKL",
+    "OutputAuxiliary",
+    "PerLayerDistance",
+    "RandomDirections",
+    "SteeringVectors",
+    "WeightDeltas",
+]

@@ -1,0 +1,50 @@
+"""theta_aux, one flavour a file; `base.py` shows how to write another."""
+
+from lfu_reg.auxiliaries.base import Auxiliary, Call, Components, OutputAuxiliary, Tokens, master_dtype
+from lfu_reg.auxiliaries.lora import LoRADeltas
+from lfu_reg.auxiliaries.random_directions import RandomDirections
+from lfu_reg.auxiliaries.steering import SteeringVectors
+from lfu_reg.auxiliaries.weights import WeightDeltas
+
+__all__ = [
+    "Auxiliary",
+    "Call",
+    "Components",
+    "LoRADeltas",
+    "OutputAuxiliary",
+    "RandomDirections",
+    "SteeringVectors",
+    "Tokens",
+    "WeightDeltas",
+    "make_auxiliary",
+    "master_dtype",
+]
+
+_BY_NAME = {
+    "lora": LoRADeltas,
+    "steering": SteeringVectors,
+    "weights": WeightDeltas,
+    "random": lambda: RandomDirections(LoRADeltas()),
+}
+
+
+def make_auxiliary(auxiliary: str | Auxiliary) -> Auxiliary:
+    """The auxiliary of that name, or the given object itself.
+
+    Raises:
+        ValueError: for an unknown name.
+        TypeError: for anything else, such as a class instead of an object.
+    """
+    if isinstance(auxiliary, Auxiliary):
+        return auxiliary
+    if isinstance(auxiliary, str):
+        if auxiliary in _BY_NAME:
+            return _BY_NAME[auxiliary]()
+        raise ValueError(
+            f"auxiliary={auxiliary!r}; allowed are {', '.join(map(repr, _BY_NAME))} or an Auxiliary object."
+        )
+    hint = " Instantiate it before passing it." if isinstance(auxiliary, type) else ""
+    raise TypeError(
+        f"auxiliary={auxiliary!r}; allowed are {', '.join(map(repr, _BY_NAME))} or an object such as "
+        f"LoRADeltas(rank=8) or SteeringVectors(relative=True).{hint}"
+    )

@@ -1,0 +1,252 @@
+"""theta_aux: what the undesirable step moves.
+
+An auxiliary is a set of components that start every step at "no change". Pass 1 collects the gradient g of the SFT loss with
+respect to them, the ascent moves them by alpha * g / ||g||, and pass 2 runs with them in place.
+
+`Auxiliary` is what the regularizer talks to. `OutputAuxiliary` does the bookkeeping for all auxiliaries that change what
+some modules return; a new one says where (`sites`), with what (`start`) and how (`apply`), and nothing else:
+
+    class Gains(OutputAuxiliary):
+        '''One factor per channel of every chosen layer: h' = h * (1 + c).'''
+
+        default_alpha, default_lam = 0.1, 0.1
+
+        def sites(self, model, layers):
+            return layers
+
+        def start(self, call, generator):
+            return (call.y.new_zeros(call.y.shape[-1], dtype=master_dtype(call.y)),)
+
+        def apply(self, components, call):
+            (c,) = components
+            return call.y * (1 + c.to(call.y.dtype))
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from lfu_reg.ascent import ascend, gradient_norm
+
+Components: TypeAlias = tuple[Tensor, ...]
+GradientRule: TypeAlias = Callable[[Tensor], Sequence[Tensor | None]]
+Generators: TypeAlias = Callable[[torch.device], torch.Generator]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The positions of one output that count.
+
+    Attributes:
+        mask: boolean, shaped like the output without its hidden axis; None where every position counts.
+        index: the same as row numbers of the output flattened to [positions, hidden]; None where every position counts.
+        axis: the hidden axis of the output.
+    """
+
+    mask: Tensor | None = None
+    index: Tensor | None = None
+    axis: int = -1
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a site.
+
+    Attributes:
+        name: full name of the module.
+        module: the module.
+        x: its first floating-point tensor argument, None if it has none.
+        y: its output; for a layer, the hidden state in it.
+        tokens: the positions of y that count.
+    """
+
+    name: str
+    module: nn.Module
+    x: Tensor | None
+    y: Tensor
+    tokens: Tokens
+
+
+def master_dtype(tensor: Tensor) -> torch.dtype:
+    """Components are kept in float32 (float64 for a float64 model) and cast to the activation where they are applied."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+class Auxiliary(ABC):
+    """Protocol between the regularizer and theta_aux. Subclass `OutputAuxiliary` unless you need all of it."""
+
+    default_alpha: float
+    default_lam: float
+
+    @abstractmethod
+    def sites(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> Mapping[str, nn.Module]:
+        """The modules to act on, by full name. Raise ValueError, with the cure, when there are none.
+
+        Args:
+            model: the attached model.
+            layers: the chosen layers by full name.
+        """
+
+    @abstractmethod
+    def reset(self, generators: Generators) -> None:
+        """Back to "no change", at the start of a step. `generators(device)` gives the step's seeded generator."""
+
+    @abstractmethod
+    def observe(self, call: Call) -> GradientRule | None:
+        """Pass 1, at a site: the rule that takes dl/dy and collects the gradient of the components there."""
+
+    @abstractmethod
+    def apply_at(self, call: Call) -> Tensor:
+        """Pass 2, at a site: the output with the components in place."""
+
+    @abstractmethod
+    def leaves(self) -> list[Tensor]:
+        """What to differentiate for an explicit gradient at the current point; None gradients are allowed."""
+
+    @abstractmethod
+    def gradient_from(self, leaves: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+        """Collect g from gradients with respect to leaves of the loss's graph (`leaves()` or trainable weights)."""
+
+    @abstractmethod
+    def ascend(self, alpha: float) -> Tensor:
+        """Eq. 2. Move the components by alpha * g / ||g||, forget g, and return ||g||."""
+
+    @abstractmethod
+    def perturbation(self) -> dict[str, Any]:
+        """The components by name, detached."""
+
+    def require_gradients(self, required: bool) -> None:  # noqa: B027  nothing to do where leaves are parameters
+        """Whether components are to be leaves that require gradients, for an explicit gradient at the current point."""
+
+    def in_place(self) -> AbstractContextManager[None]:
+        """Context in which components that are no hook's business (the weights themselves) are in place."""
+        return nullcontext()
+
+
+class OutputAuxiliary(Auxiliary):
+    """Auxiliary components that change the outputs of some modules."""
+
+    def __init__(self) -> None:
+        self._components: dict[str, Components] = {}
+        self._gradients: dict[str, list[Tensor | None]] = {}
+        self._generators: Generators = torch.Generator
+        self._required = False
+
+    @abstractmethod
+    def start(self, call: Call, generator: torch.Generator) -> Components:
+        """The components of one site at "no change", made when it first runs in a step: so device and sizes are known.
+
+        Args:
+            call: the first call of the site in this step.
+            generator: the step's seeded generator on the device of `call.y`.
+        """
+
+    @abstractmethod
+    def apply(self, components: Components, call: Call) -> Tensor:
+        """`call.y` with the components in place: a new tensor (never written in place) of the same shape and dtype."""
+
+    def gradient_rule(self, components: Components, call: Call) -> GradientRule:
+        """Rule from dl/dy to the gradients of the components at "no change".
+
+        The default differentiates `apply`. It keeps x and y alive until the backward pass reaches the site; override it
+        with a closed form that keeps less.
+        """
+        call = replace(call, x=None if call.x is None else call.x.detach(), y=call.y.detach())
+
+        def rule(grad_y: Tensor) -> Sequence[Tensor | None]:
+            with torch.enable_grad():
+                leaves = [component.detach().requires_grad_() for component in components]
+                changed = self.apply(tuple(leaves), call)
+                return torch.autograd.grad(changed, leaves, grad_y, allow_unused=True)
+
+        return rule
+
+    def groups(self, names: Sequence[str]) -> Sequence[int] | None:
+        """Group numbers for a separate normalisation, one per site; None for one global norm (the paper)."""
+        return None
+
+    def direction(self, gradients: list[Tensor]) -> list[Tensor]:
+        """The direction to go, before normalisation: the gradient, as in the paper."""
+        return gradients
+
+    # What the regularizer calls.
+
+    def reset(self, generators: Generators) -> None:
+        """Forget components and gradients."""
+        self._components, self._gradients, self._generators, self._required = {}, {}, generators, False
+
+    def observe(self, call: Call) -> GradientRule:
+        """`gradient_rule`, adding what it gives to g."""
+        rule = self.gradient_rule(self._at(call), call)
+
+        def collect(grad_y: Tensor) -> Sequence[Tensor | None]:
+            gradients = rule(grad_y)
+            self._collect(call.name, gradients)
+            return gradients
+
+        return collect
+
+    def apply_at(self, call: Call) -> Tensor:
+        """`apply` with the components of the call's site."""
+        return self.apply(self._at(call), call)
+
+    def leaves(self) -> list[Tensor]:
+        """The components."""
+        return [component for components in self._components.values() for component in components]
+
+    def require_gradients(self, required: bool) -> None:
+        """Make components leaves that require gradients, also those yet to be started, or plain tensors again."""
+        self._required = required
+        for name, components in self._components.items():
+            self._components[name] = tuple(c.detach().requires_grad_(required) for c in components)
+
+    def gradient_from(self, leaves: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+        """Pick the components' gradients out of others."""
+        by_leaf = {id(leaf): gradient for leaf, gradient in zip(leaves, gradients, strict=True)}
+        for name, components in self._components.items():
+            self._collect(name, [by_leaf.get(id(component)) for component in components])
+
+    def ascend(self, alpha: float) -> Tensor:
+        """Eq. 2 over all components that got a gradient."""
+        moving = [(name, i) for name, gs in self._gradients.items() for i, g in enumerate(gs) if g is not None]
+        gradients = self.direction([g for gs in self._gradients.values() for g in gs if g is not None])
+        self._gradients = {}
+        if not gradients:
+            return torch.zeros(())
+        names = list(dict.fromkeys(name for name, _ in moving))
+        groups = self.groups(names)
+        per_group = None if groups is None else [groups[names.index(name)] for name, _ in moving]
+        for (name, i), step in zip(moving, ascend(gradients, alpha, per_group=per_group), strict=True):
+            components = list(self._components[name])
+            components[i] = components[i].detach() + step
+            self._components[name] = tuple(components)
+        return gradient_norm(gradients)
+
+    def perturbation(self) -> dict[str, Any]:
+        """Name of a site to its component, or to the tuple of them where there are several."""
+        return {
+            name: components[0].detach() if len(components) == 1 else tuple(c.detach() for c in components)
+            for name, components in self._components.items()
+        }
+
+    def _at(self, call: Call) -> Components:
+        if call.name not in self._components:
+            with torch.no_grad():
+                components = self.start(call, self._generators(call.y.device))
+            self._components[call.name] = tuple(c.requires_grad_(self._required) for c in components)
+        return self._components[call.name]
+
+    def _collect(self, name: str, gradients: Sequence[Tensor | None]) -> None:
+        # Adding up: a shared layer, or a loss function that calls the model twice, passes a site more than once.
+        collected = self._gradients.get(name, [None] * len(gradients))
+        self._gradients[name] = [
+            new if old is None else old if new is None else old + new
+            for old, new in zip(collected, gradients, strict=True)
+        ]

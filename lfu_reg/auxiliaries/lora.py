@@ -1,0 +1,99 @@
+"""LoRA deltas: a low-rank term beside every linear map of the chosen layers.
+
+            ┌────────── W ──────────┐
+        x ──┤                       (+)──► y' = W x + s B A x
+            └── A ──► z = A x ── B ─┘                               A: [rank, in]   B: [out, rank]   s = lora_alpha / rank
+
+A is random, drawn anew at every step, and B starts at zero, so y' = y. Then dl/dA is exactly zero and dl/dB = s (dl/dy)^T z:
+the ascent moves B. With both at zero nothing would ever move.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lfu_reg.auxiliaries.base import Call, Components, GradientRule, OutputAuxiliary, master_dtype
+from lfu_reg.linears import TargetModules, find_linears, linear_sizes
+
+
+class LoRADeltas(OutputAuxiliary):
+    """Low-rank deltas on linear maps (the LoRA flavour as the paper's text has it).
+
+    Args:
+        rank: rank r of every delta.
+        lora_alpha: the deltas are scaled by lora_alpha / rank.
+        target_modules: which linear maps of the chosen layers, in PEFT's grammar: "all-linear", a regular expression for
+            whole names, or a list of name endings.
+    """
+
+    default_alpha = 0.1
+    default_lam = 5.0
+
+    def __init__(self, rank: int = 8, lora_alpha: float = 16, target_modules: TargetModules = "all-linear") -> None:
+        super().__init__()
+        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+            raise ValueError(f"rank={rank!r}; allowed are whole numbers from 1.")
+        if not math.isfinite(lora_alpha) or lora_alpha <= 0:
+            raise ValueError(f"lora_alpha={lora_alpha!r}; allowed are positive numbers.")
+        self.rank = rank
+        self.lora_alpha = lora_alpha
+        self.target_modules = target_modules
+
+    @property
+    def scale(self) -> float:
+        """S = lora_alpha / rank."""
+        return self.lora_alpha / self.rank
+
+    def sites(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> Mapping[str, nn.Module]:
+        """Every linear map in the chosen layers that `target_modules` matches."""
+        linears = find_linears(layers, self.target_modules)
+        if not linears:
+            raise ValueError(
+                f"There is no linear map in the chosen layers ({', '.join(list(layers)[:5])}, ...) for LoRA deltas to act on. "
+                'Use auxiliary="steering", auxiliary="weights", or other layers.'
+            )
+        return linears
+
+    def start(self, call: Call, generator: torch.Generator) -> Components:
+        """A as LoRA initialises it, uniform in +-1/sqrt(in), and B = 0."""
+        n_in, n_out = linear_sizes(call.module) or (0, 0)
+        x, y = call.x, call.y
+        if x is None or x.shape[-1] != n_in or y.shape[-1] != n_out:
+            raise ValueError(
+                f"{call.name} says that it maps {n_in} to {n_out} features, but it was called with "
+                f"{'no tensor' if x is None else list(x.shape)} and returned {list(y.shape)}. "
+                "Leave it out with LoRADeltas(target_modules=...)."
+            )
+        a = torch.empty(self.rank, n_in, dtype=master_dtype(y), device=y.device)
+        bound = 1 / math.sqrt(n_in)
+        return a.uniform_(-bound, bound, generator=generator), y.new_zeros(n_out, self.rank, dtype=a.dtype)
+
+    def apply(self, components: Components, call: Call) -> Tensor:
+        """Y' = y + s B A x."""
+        a, b = (component.to(call.y.dtype) for component in components)
+        z = _rows(call.x, call.y.dtype) @ a.t()  # [positions, rank]
+        changed = torch.addmm(_rows(call.y), z, b.t(), alpha=self.scale)
+        return changed.view(call.y.shape)
+
+    def gradient_rule(self, components: Components, call: Call) -> GradientRule:
+        """dl/dB = s (dl/dy)^T z, where only the thin z = A x is kept until the backward pass."""
+        a, b = components
+        with torch.no_grad():
+            z = _rows(call.x, call.y.dtype) @ a.to(call.y.dtype).t()  # [positions, rank]
+
+        def rule(grad_y: Tensor) -> Sequence[Tensor | None]:
+            return None, (_rows(grad_y).t() @ z.to(grad_y.dtype)).to(b.dtype) * self.scale
+
+        return rule
+
+    def __repr__(self) -> str:
+        return f"LoRADeltas(rank={self.rank}, lora_alpha={self.lora_alpha}, target_modules={self.target_modules!r})"
+
+
+def _rows(tensor: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
+    assert tensor is not None
+    return tensor.reshape(-1, tensor.shape[-1]).to(dtype or tensor.dtype)

@@ -1,0 +1,113 @@
+"""The trainable weights themselves as auxiliary components: theta' = theta + alpha * g / ||g||.
+
+With PEFT these are the adapter's matrices, which is the authors' LoRA flavour; with all weights it is the ascent of SAM
+(Table 6b). g is the SFT gradient that pass 1 takes anyway.
+
+The weights are never moved: pass 2 runs with theta + delta put in the place of the parameters, and the parameters
+themselves are put back whatever happens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lfu_reg.ascent import ascend, gradient_norm
+from lfu_reg.auxiliaries.base import Auxiliary, Call, Generators, GradientRule
+
+
+class WeightDeltas(Auxiliary):
+    """The model's trainable parameters.
+
+    Args:
+        only: callable of (name, parameter) that says which trainable parameters move; None is all of them.
+    """
+
+    default_alpha = 0.1
+    default_lam = 5.0
+
+    def __init__(self, only: Callable[[str, nn.Parameter], bool] | None = None) -> None:
+        self.only = only
+        self._model: nn.Module | None = None
+        self._deltas: dict[str, Tensor] = {}
+        self._gradients: dict[str, Tensor] = {}
+
+    def sites(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> Mapping[str, nn.Module]:
+        """Remember the model. There are no sites: nothing happens at outputs."""
+        self._model = model
+        return {}
+
+    def reset(self, generators: Generators) -> None:
+        """Forget deltas and gradients."""
+        self._deltas, self._gradients = {}, {}
+
+    def observe(self, call: Call) -> GradientRule | None:
+        """Never called: there are no sites."""
+        return None
+
+    def apply_at(self, call: Call) -> Tensor:
+        """Never called: there are no sites."""
+        return call.y
+
+    def leaves(self) -> list[Tensor]:
+        """The trainable parameters."""
+        # d(theta + delta)/d delta = 1: the gradient at theta + delta is that of theta itself.
+        return list(self._trainable().values())
+
+    def gradient_from(self, leaves: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+        """Pick the trainable parameters' gradients out of others."""
+        by_leaf = {id(leaf): gradient for leaf, gradient in zip(leaves, gradients, strict=True)}
+        for name, parameter in self._trainable().items():
+            gradient = by_leaf.get(id(parameter))
+            if gradient is not None:
+                self._gradients[name] = gradient.to_dense() if gradient.is_sparse else gradient
+
+    def ascend(self, alpha: float) -> Tensor:
+        """Eq. 2 over all trainable parameters that got a gradient."""
+        names = list(self._gradients)
+        if not names:
+            return torch.zeros(())
+        gradients = [self._gradients[name] for name in names]
+        for name, step in zip(names, ascend(gradients, alpha), strict=True):
+            self._deltas[name] = self._deltas[name] + step if name in self._deltas else step
+        self._gradients = {}
+        return gradient_norm(gradients)
+
+    def perturbation(self) -> dict[str, Any]:
+        """Parameter name to delta."""
+        return dict(self._deltas)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Replace every parameter by parameter + delta, in every module that holds it (tied weights), for the block."""
+        trainable = self._trainable()
+        moved = {id(trainable[name]): trainable[name] + delta for name, delta in self._deltas.items()}
+        assert self._model is not None
+        holders = [
+            (module._parameters, key, parameter)
+            for module in self._model.modules()
+            for key, parameter in module._parameters.items()
+            if id(parameter) in moved
+        ]
+        try:
+            for parameters, key, parameter in holders:
+                parameters[key] = moved[id(parameter)]  # type: ignore[assignment]
+            yield
+        finally:
+            for parameters, key, parameter in holders:
+                parameters[key] = parameter
+
+    def _trainable(self) -> dict[str, nn.Parameter]:
+        assert self._model is not None
+        return {
+            name: parameter
+            for name, parameter in self._model.named_parameters()
+            if parameter.requires_grad and (self.only is None or self.only(name, parameter))
+        }
+
+    def __repr__(self) -> str:
+        return "WeightDeltas()" if self.only is None else f"WeightDeltas(only={self.only!r})"

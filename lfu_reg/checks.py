@@ -1,0 +1,136 @@
+"""Bad input, told at once: what was given, what is allowed, the cure."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lfu_reg.hooks import attached_already
+from lfu_reg.tokens import TokenMasks
+from lfu_reg.trunk import is_cache
+
+NO_REPLICAS = (
+    "torch.nn.DataParallel runs copies of the model in threads, whose hidden states would mix. Use "
+    "torch.nn.parallel.DistributedDataParallel with one process per GPU (torchrun), or hide the other GPUs with "
+    "CUDA_VISIBLE_DEVICES (transformers' Trainer wraps in DataParallel when it sees several)."
+)
+
+
+def check_model(model: object) -> None:
+    """Raise unless a regularizer can be attached to `model`."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; allowed is any torch.nn.Module.")
+    if any(isinstance(module, nn.DataParallel) for module in model.modules()):
+        raise ValueError(NO_REPLICAS)
+    if attached_already(model):
+        raise RuntimeError(
+            f"{type(model).__name__} already has an LfURegularizer attached, and two would perturb each other's passes. "
+            "Call remove() on the first one, or use it as a context manager."
+        )
+
+
+def check_is_attached(model: object, attached: nn.Module) -> None:
+    """Raise unless `model` is or contains the attached module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; pass the attached module or a wrapper of it.")
+    for module in model.modules():  # the wrappers come first
+        if isinstance(module, nn.DataParallel):
+            raise ValueError(NO_REPLICAS)
+        if module is attached:
+            return
+    raise ValueError(
+        f"This {type(model).__name__} neither is nor contains the {type(attached).__name__} that the regularizer is attached "
+        "to. Pass that model or a wrapper of it (PEFT, DDP, compiled), or attach a new LfURegularizer to this one."
+    )
+
+
+def check_one_of(name: str, value: object, allowed: Collection[str]) -> None:
+    """Raise unless a setting is one of the allowed words."""
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r}; allowed are {', '.join(map(repr, allowed))}.")
+
+
+def check_count(name: str, value: object) -> None:
+    """Raise unless a setting is a whole number from 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}={value!r}; allowed are whole numbers from 1.")
+
+
+def check_fraction(name: str, value: object) -> None:
+    """Raise unless a setting is in (0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+        raise ValueError(f"{name}={value!r}; allowed are numbers above 0 and up to 1.")
+
+
+def check_batch(batch: Any) -> None:
+    """Raise if the batch holds a key/value cache, which each pass would grow and the next attend to."""
+    entries = batch.items() if isinstance(batch, Mapping) else ()
+    for key, value in entries:
+        if value is not None and (key in ("past_key_values", "cache_params") or is_cache(value)):
+            raise ValueError(
+                f"The batch holds a KV cache (batch[{key!r}] is a {type(value).__name__}). LfU runs the model twice on the batch, "
+                "and the second pass would attend to what the first one added: train without a cache, use_cache=False."
+            )
+
+
+def check_loss(loss: object, *, first: bool) -> Tensor:
+    """The SFT loss, if gradients can be taken of it.
+
+    Args:
+        loss: what the user's function returned.
+        first: check for NaN and infinity as well, which waits for the device; in later steps these are the loop's business,
+            so that a GradScaler sees them and skips.
+    """
+    if not isinstance(loss, Tensor):
+        hint = " Return outputs.loss instead of outputs." if hasattr(loss, "loss") else ""
+        raise TypeError(f"sft_loss_fn returned a {type(loss).__name__}; it has to return a scalar tensor.{hint}")
+    if loss.dim() != 0:
+        raise ValueError(
+            f"sft_loss_fn returned a tensor of shape {list(loss.shape)}; it has to return a scalar: reduce it with "
+            ".mean() or .sum()."
+        )
+    if not loss.requires_grad:
+        raise ValueError(
+            "sft_loss_fn returned a loss that does not depend on anything trainable (requires_grad is False). Do not detach it "
+            "or compute it under torch.no_grad(), and make sure that some parameters require gradients."
+        )
+    if first and not torch.isfinite(loss.detach()):
+        raise ValueError(
+            f"sft_loss_fn returned {float(loss.detach())} at the first step. Check the data (a batch without any label gives NaN), "
+            "the learning rate and the dtype: no direction can be taken from such a loss."
+        )
+    return loss
+
+
+def check_layers_ran(layers: Collection[str], ran: Collection[str], *, named: bool) -> None:
+    """Raise if no chosen layer ran, or if one that was chosen by name or number did not."""
+    silent = [name for name in layers if name not in ran]
+    if silent and (named or len(silent) == len(layers)):
+        raise RuntimeError(
+            f"These layers returned nothing to the regularizer in the loss's forward pass: {', '.join(silent[:10])}"
+            f"{f' and {len(silent) - 10} more' if len(silent) > 10 else ''}. Either sft_loss_fn does not run them (or runs them "
+            "without gradients), or they are run as layer.forward(x), which bypasses hooks: call layer(x), or choose other layers."
+        )
+
+
+def check_same_layers(clean: Sequence[str], perturbed: Sequence[str]) -> None:
+    """Raise unless both passes ran the same layers in the same order."""
+    if list(clean) != list(perturbed):
+        raise RuntimeError(
+            f"Pass 2 ran other layers than pass 1: {len(perturbed)} hidden states instead of {len(clean)} "
+            f"({', '.join(sorted(set(clean) ^ set(perturbed))[:5]) or 'the same layers in another order'}). The model's control flow "
+            "depends on something that a replay does not repeat; leave those layers out with layers=...."
+        )
+
+
+def check_token_mask(tokens: TokenMasks, hidden_states: Sequence[Tensor]) -> None:
+    """Raise if the user's token mask fitted no hidden state."""
+    if tokens.given is not None and not tokens.matched_given:
+        shapes = ", ".join(dict.fromkeys(str(list(hidden.shape)) for hidden in hidden_states))
+        raise ValueError(
+            f"token_mask has shape {list(tokens.given.shape)}, which fits no hidden state (shapes {shapes}). It has to be shaped "
+            "like their token dimensions, for example [batch, tokens] for [batch, tokens, hidden]."
+        )

@@ -1,0 +1,130 @@
+"""The paper's failure signatures, each told once, with the cure: no effect, collapse, oscillation.
+
+Values stay on their device until they are looked at, every `LOOK_EVERY` steps (and at the first), so that the step needs no
+device synchronisation.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from statistics import fmean, median, pstdev
+
+from torch import Tensor
+
+LOOK_EVERY = 50
+
+# The consistency term is negligible below this part of the SFT loss, if it stays there for a whole window.
+NEGLIGIBLE = 1e-5
+# The perturbed states are as far from the clean ones as from zero: nothing of the model is left in them.
+COLLAPSED = 1.0
+# So much above its median, the consistency term is exploding.
+EXPLODED = 100.0
+# Two terms that swing by a third of their mean, each up when the other is down, are pulling against each other.
+SWING, OPPOSED = 0.33, -0.8
+
+
+class LfUWarning(UserWarning):
+    """The regularizer has no effect, or not the one that is wanted."""
+
+
+class Diagnostics:
+    """Watches the terms of the loss of one regularizer."""
+
+    def __init__(self) -> None:
+        self._told: set[str] = set()
+        self._window: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._history: list[float] = []
+
+    def tell(self, kind: str, message: str) -> None:
+        """Warn, once per kind."""
+        if kind not in self._told:
+            self._told.add(kind)
+            warnings.warn(message, LfUWarning, stacklevel=5)
+
+    def is_due(self, step: int) -> bool:
+        """Whether a step is one at which values are looked at."""
+        return step == 0 or (step + 1) % LOOK_EVERY == 0
+
+    def watch(
+        self,
+        step: int,
+        sft_loss: Tensor,
+        weighted: Tensor,
+        gradient_norm: Tensor,
+        relative_distance: Tensor | None,
+        alpha: float,
+    ) -> None:
+        """Take note of one step, and look at the last ones when it is due.
+
+        Args:
+            step: number of the step.
+            sft_loss: l_SFT.
+            weighted: lam * l_cons.
+            gradient_norm: ||g||.
+            relative_distance: ||h' - h|| / ||h|| over all layers, where it was measured.
+            alpha: length of the ascent step.
+        """
+        self._window.append((sft_loss, weighted, gradient_norm))
+        if not self.is_due(step):
+            return
+        sft, consistency, norms = ([float(value) for value in column] for column in zip(*self._window, strict=True))
+        self._window = []
+        self._no_effect(sft, consistency, norms, complete=len(sft) >= LOOK_EVERY - 1)
+        if relative_distance is not None:
+            self._collapse(consistency, float(relative_distance), alpha)
+        self._oscillation(sft, consistency)
+
+    def _no_effect(self, sft: list[float], consistency: list[float], norms: list[float], complete: bool) -> None:
+        if all(norm == 0 for norm in norms):
+            self.tell(
+                "zero gradient",
+                "LfU has no effect: the gradient of the SFT loss with respect to the auxiliary components is exactly zero "
+                f"({len(norms)} step(s)). No chosen layer influences the loss, or no token counts in it: check layers=..., the "
+                "labels, and that the loss comes from the attached model.",
+            )
+        elif not all(map(math.isfinite, norms)):
+            self.tell(
+                "no direction",
+                "The ascent gradient was not finite in some steps; they ran without a perturbation. In float16 use a "
+                "GradScaler, and check the loss for overflow.",
+            )
+        ratios = [c / abs(s) for s, c in zip(sft, consistency, strict=True) if s]
+        if complete and ratios and max(ratios) < NEGLIGIBLE:
+            self.tell(
+                "negligible",
+                f"LfU has no effect: for {len(ratios)} steps lam * l_cons was at most {max(ratios):.1e} of the SFT loss. "
+                "Raise alpha (the perturbation) or lam (its weight).",
+            )
+
+    def _collapse(self, consistency: list[float], relative_distance: float, alpha: float) -> None:
+        if relative_distance > COLLAPSED:
+            self.tell(
+                "collapse",
+                f"LfU collapses the model: the perturbed hidden states are {relative_distance:.2f} times their own length away "
+                f"from the clean ones. alpha={alpha:g} is too large for this model: try alpha={alpha / 10:g}.",
+            )
+        finite = [value for value in consistency if math.isfinite(value)]
+        usual = median(self._history) if self._history else 0.0
+        if len(self._history) >= 2 and finite and median(finite) > EXPLODED * usual > 0:
+            self.tell(
+                "explosion",
+                f"lam * l_cons went from {usual:.2e} to {median(finite):.2e}. Lower alpha or lam, or the learning rate.",
+            )
+        if finite:
+            self._history.append(median(finite))
+
+    def _oscillation(self, sft: list[float], consistency: list[float]) -> None:
+        if len(sft) < LOOK_EVERY - 1 or not all(map(math.isfinite, sft + consistency)):
+            return
+        means = fmean(sft), fmean(consistency)
+        spreads = pstdev(sft), pstdev(consistency)
+        if min(means) <= 0 or spreads[0] < SWING * means[0] or spreads[1] < SWING * means[1]:
+            return
+        together = fmean((s - means[0]) * (c - means[1]) for s, c in zip(sft, consistency, strict=True))
+        if together / (spreads[0] * spreads[1]) < OPPOSED:
+            self.tell(
+                "oscillation",
+                "The SFT loss and lam * l_cons swing against each other: each step towards one undoes the other. Lower lam, "
+                "or the learning rate.",
+            )

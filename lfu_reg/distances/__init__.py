@@ -1,0 +1,70 @@
+"""Consistency losses, one a file; a plain function of ([tokens, hidden], [tokens, hidden]) is one as well."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+from torch import Tensor
+
+from lfu_reg.distances.base import Distance, PerLayerDistance, Reduction
+from lfu_reg.distances.contrastive import Contrastive
+from lfu_reg.distances.cosine import Cosine
+from lfu_reg.distances.logit_kl import LogitKL
+from lfu_reg.distances.mse import MSE
+
+__all__ = [
+    "MSE",
+    "Contrastive",
+    "Cosine",
+    "Distance",
+    "DistanceChoice",
+    "LogitKL",
+    "PerLayerDistance",
+    "make_distance",
+]
+
+DistanceChoice: TypeAlias = str | Distance | Callable[[Tensor, Tensor], Tensor]
+
+_BY_NAME: dict[str, type[Distance]] = {
+    "mse": MSE,
+    "cosine": Cosine,
+    "contrastive": Contrastive,
+    "logit_kl": LogitKL,
+}
+
+
+def make_distance(distance: DistanceChoice) -> Distance:
+    """The distance of that name, the given object, or a wrapper around the given function.
+
+    Raises:
+        ValueError: for an unknown name.
+        TypeError: for anything that cannot be called.
+    """
+    if isinstance(distance, Distance):
+        return distance
+    if isinstance(distance, str) and distance in _BY_NAME:
+        return _BY_NAME[distance]()
+    allowed = f"allowed are {', '.join(map(repr, _BY_NAME))}, a Distance object, or a function of (clean, perturbed)"
+    if isinstance(distance, str):
+        raise ValueError(f"distance={distance!r}; {allowed}, both [tokens, hidden], that returns a scalar.")
+    if not callable(distance) or isinstance(distance, type):
+        raise TypeError(f"distance={distance!r}; {allowed}, both [tokens, hidden], that returns a scalar.")
+    return _Function(distance)
+
+
+class _Function(PerLayerDistance):
+    """A user's function as a distance."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self.function = function
+
+    def layer(self, clean: Tensor, perturbed: Tensor, reduction: Reduction) -> Tensor:
+        value = self.function(clean, perturbed)
+        if not isinstance(value, Tensor) or value.dim() != 0:
+            given = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"The distance function returned {given}; it has to return a scalar tensor per layer.")
+        return value
+
+    def __repr__(self) -> str:
+        return getattr(self.function, "__name__", repr(self.function))

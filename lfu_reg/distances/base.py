@@ -1,0 +1,73 @@
+"""l_cons: how far the perturbed states are from the clean ones, over the tokens that count and all layers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+Reduction: TypeAlias = Literal["mean", "sum"]
+
+
+class Distance(ABC):
+    """A consistency loss.
+
+    Attributes:
+        measures: "hidden_states" compares the outputs of the chosen layers, "logits" those of the whole model.
+    """
+
+    measures: Literal["hidden_states", "logits"] = "hidden_states"
+
+    @abstractmethod
+    def __call__(
+        self,
+        clean: Sequence[Tensor],
+        perturbed: Sequence[Tensor],
+        token_index: Sequence[Tensor | None],
+        reduction: Reduction,
+    ) -> tuple[Tensor, Tensor]:
+        """Mean over layers of the distance between states.
+
+        Args:
+            clean: K tensors [..., hidden_l], from the pass without the perturbed components.
+            perturbed: K tensors of the same shapes, from the pass with them.
+            token_index: per layer, the numbers of the positions (leading dimensions flattened) that count, or None for all.
+            reduction: "mean" or "sum" over the hidden dimension, where the distance has one to reduce.
+
+        Returns:
+            The scalar loss, float32 or wider, and the detached per-layer distances [K].
+        """
+
+
+class PerLayerDistance(Distance):
+    """A distance that looks at one layer at a time."""
+
+    @abstractmethod
+    def layer(self, clean: Tensor, perturbed: Tensor, reduction: Reduction) -> Tensor:
+        """Scalar distance of one layer from [tokens, hidden] tensors, float32 or wider, with at least one token."""
+
+    def __call__(
+        self,
+        clean: Sequence[Tensor],
+        perturbed: Sequence[Tensor],
+        token_index: Sequence[Tensor | None],
+        reduction: Reduction,
+    ) -> tuple[Tensor, Tensor]:
+        """Mean over layers of `layer`; a layer without a token that counts contributes exactly zero."""
+        values = []
+        for h, h_prime, index in zip(clean, perturbed, token_index, strict=True):
+            h, h_prime = _rows(h, index), _rows(h_prime, index)
+            # The empty sum keeps the graph, so that an empty mask gives zero gradients and not none.
+            value = self.layer(h, h_prime, reduction) if len(h) else h_prime.sum() + h.sum()
+            values.append(value.to(clean[0].device))
+        per_layer = torch.stack(values)
+        return per_layer.mean(), per_layer.detach()
+
+
+def _rows(states: Tensor, index: Tensor | None) -> Tensor:
+    flat = states.reshape(-1, states.shape[-1])
+    selected = flat if index is None else flat.index_select(0, index)
+    return selected.to(torch.promote_types(selected.dtype, torch.float32))

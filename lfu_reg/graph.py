@@ -1,0 +1,78 @@
+"""Walks over the autograd graph: the leaves a loss depends on, and a way to make a tensor take part in it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+
+def leaves_of(loss: Tensor) -> list[Tensor]:
+    """Leaf tensors that `loss` depends on, each once.
+
+    They are found by walking down to the AccumulateGrad nodes, not from `model.parameters()`: a soft prompt, a separate
+    head or a trained loss scale outside of the model must get its gradient too.
+
+    Args:
+        loss: tensor with a graph.
+
+    Returns:
+        The leaves in order of discovery.
+
+    Raises:
+        RuntimeError: if the graph holds a reentrant checkpoint, whose inner leaves cannot be seen.
+    """
+    found: list[Tensor] = []
+    seen: set[Any] = set()
+    stack: list[Any] = [loss.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif "CheckpointFunction" in node.name():
+            raise RuntimeError(
+                "Reentrant activation checkpointing (use_reentrant=True) hides its inside from autograd.grad, so neither the "
+                "ascent direction nor the gradients can be taken through it. Use use_reentrant=False: "
+                'model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False}) in '
+                "transformers, torch.utils.checkpoint.checkpoint(..., use_reentrant=False) by hand."
+            )
+        stack.extend(parent for parent, _ in node.next_functions)
+    if loss.grad_fn is None and loss.requires_grad:
+        found.append(loss)
+    return found
+
+
+def take_part(tensor: Tensor, anchor: Tensor) -> Tensor:
+    """The same values as part of a graph, for an activation below the first trainable weight.
+
+    The result shares memory with `tensor`. It is not a leaf, so the model may still change it in place, and it
+    depends on `anchor`, so that a backward that asks for the anchor's gradient passes through here.
+
+    Args:
+        tensor: activation that requires no gradient.
+        anchor: scalar leaf that requires a gradient; it always receives zero.
+
+    Returns:
+        Tensor shaped like `tensor` that requires a gradient.
+    """
+    # `.data` and not `.detach()`: marking it dirty must not bump the version that other users of `tensor` rely on.
+    result: Tensor = _TakePart.apply(tensor.data, anchor)
+    return result
+
+
+class _TakePart(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, tensor: Tensor, anchor: Tensor) -> Tensor:
+        ctx.mark_dirty(tensor)
+        ctx.anchor_device = anchor.device  # type: ignore[attr-defined]
+        return tensor
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[None, Tensor]:
+        return None, torch.zeros((), device=ctx.anchor_device)

@@ -1,0 +1,209 @@
+"""Forward hooks that are registered once, stay silent outside of a step, and do what the running pass asks for.
+
+Registering and removing hooks at every step would break compiled models and leak on exceptions; here a pass is one object
+(`Pass`) that is put in `ModelHooks.running` and taken out again, and a hook that finds none there returns at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lfu_reg import outputs
+from lfu_reg.auxiliaries.base import Auxiliary, Call, Tokens
+from lfu_reg.graph import take_part
+from lfu_reg.layers import channels_first, is_encoder_layer
+from lfu_reg.tokens import TokenMasks
+
+
+class EarlyExit(BaseException):
+    """Leaves the forward pass after the last hidden state that is wanted. Not an Exception: no model may swallow it."""
+
+
+@dataclass
+class State:
+    """One captured hidden state h_{l,t}.
+
+    Attributes:
+        name: the layer.
+        hidden: its hidden state, as the layer returned it.
+        tokens: the positions that count.
+        version: of `hidden` when it was captured; a later one means that the model wrote over it.
+    """
+
+    name: str
+    hidden: Tensor
+    tokens: Tokens
+    version: int
+
+
+@dataclass
+class Pass:
+    """One pass through the model.
+
+    Attributes:
+        tokens: the batch's token masks.
+        observe: tap the sites, so that the backward of this pass collects the ascent direction.
+        apply: run with the auxiliary components in place.
+        capture: keep hidden states: "detached", "attached" to the graph, "cloned" (attached, and safe from being
+            overwritten), or None.
+        stop_after: leave early after this many captured states.
+        recording: False once the forward is over: hooks then run only to repeat it (activation checkpointing).
+        collecting: False once the backward of a tapped pass is over.
+        states: what was captured, in order of execution.
+        taps: outputs whose gradients the taps wait for.
+        anchor: leaf on which taps depend that would otherwise not be part of the graph.
+    """
+
+    tokens: TokenMasks
+    observe: bool = False
+    apply: bool = False
+    capture: str | None = "detached"
+    stop_after: int | None = None
+    recording: bool = True
+    collecting: bool = True
+    states: list[State] = field(default_factory=list)
+    taps: list[Tensor] = field(default_factory=list)
+    anchor: Tensor = field(default_factory=lambda: torch.zeros((), requires_grad=True))
+
+
+class ModelHooks:
+    """The hooks of one regularizer on one model.
+
+    Args:
+        layers: the chosen layers by name; their hidden states are captured.
+        sites: where the auxiliary acts, by name.
+        auxiliary: theta_aux.
+        head: the module whose output holds the logits, if these are compared instead of hidden states.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, nn.Module],
+        sites: Mapping[str, nn.Module],
+        auxiliary: Auxiliary,
+        head: nn.Module | None = None,
+    ) -> None:
+        self.running: Pass | None = None
+        self.overwritten: set[str] = set()  # layers whose outputs the model changes in place: these need a copy
+        self.fired: set[str] = set()
+        self._auxiliary = auxiliary
+        self._sites = set(sites)
+        self.captured = {""} if head is not None else set(layers)
+        self._encoder = {name for name in layers if is_encoder_layer(name, layers)}
+        modules = {**layers, **sites, **({"": head} if head is not None else {})}
+        self._channels_first = {name: channels_first(module) for name, module in modules.items()}
+        self._handles: list[RemovableHandle] = []
+        for name, module in modules.items():
+            hook = _OutputHook(self, name)
+            self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+
+    def remove(self) -> None:
+        """Take every hook off again."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    @contextmanager
+    def run(self, this: Pass) -> Iterator[Pass]:
+        """Let `this` be the running pass for the block, whatever happens in it."""
+        before, self.running = self.running, this
+        try:
+            yield this
+        finally:
+            this.recording = this.collecting = False
+            self.running = before
+
+    def on_output(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        """What the hook on `name` does; None leaves the output alone."""
+        this = self.running
+        # Parts of a model that run without gradients (frozen towers, a reference model's pass) have none to offer.
+        if this is None or output is None or not torch.is_grad_enabled():
+            return None
+        path = outputs.locate(output, outputs.HIDDEN_STATE if name else outputs.LOGITS)
+        if path is None:
+            raise ValueError(
+                f"Layer {name!r} returned {outputs.describe(output)}, which holds no floating-point tensor, so there is no hidden "
+                "state to compare or to steer. Choose other layers with layers=...."
+            )
+        y = outputs.get(output, path)
+        tokens = self._tokens(name, y, this)
+        changed = self._at_site(Call(name, module, _first_input(args, kwargs), y, tokens), this)
+        if name in self.captured and this.recording and this.capture is not None:
+            self._keep(name, changed, tokens, this)
+        return None if changed is y else outputs.replace(output, path, changed)
+
+    def _at_site(self, call: Call, this: Pass) -> Tensor:
+        if call.name not in self._sites or not (this.apply or this.observe):
+            return call.y
+        self.fired.add(call.name)
+        with _without_autocast(call.y.device.type):
+            if this.apply:
+                return self._auxiliary.apply_at(call)
+            y = call.y if call.y.requires_grad else take_part(call.y, this.anchor)
+            if this.recording:
+                rule = self._auxiliary.observe(call)
+
+                def tap(grad_y: Tensor) -> None:
+                    if this.collecting and rule is not None:
+                        rule(grad_y)
+
+                y.register_hook(tap)
+                this.taps.append(y)
+            return y
+
+    def _keep(self, name: str, hidden: Tensor, tokens: Tokens, this: Pass) -> None:
+        kept = hidden.detach() if this.capture == "detached" else hidden
+        if name in self.overwritten or this.capture == "cloned":
+            kept = kept.clone()
+        this.states.append(State(name, kept, tokens, kept._version))
+        if this.stop_after is not None and len(this.states) >= this.stop_after:
+            raise EarlyExit
+
+    def _tokens(self, name: str, y: Tensor, this: Pass) -> Tokens:
+        axis = 1 if self._channels_first[name](y) else -1
+        encoder = name in self._encoder
+        return Tokens(this.tokens.mask(y, axis, encoder=encoder), this.tokens.index(y, axis, encoder=encoder), axis)
+
+
+class _OutputHook:
+    """A forward hook that copies and pickles of the model carry along without effect."""
+
+    def __init__(self, hooks: ModelHooks | None, name: str) -> None:
+        self.hooks = hooks
+        self.name = name
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        return None if self.hooks is None else self.hooks.on_output(self.name, module, args, kwargs, output)
+
+    def __deepcopy__(self, memo: Any) -> _OutputHook:
+        return _OutputHook(None, self.name)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _OutputHook, (None, self.name)
+
+
+def attached_already(model: nn.Module) -> bool:
+    """Whether a regularizer's hooks are on any module of `model`."""
+    return any(
+        isinstance(hook, _OutputHook) and hook.hooks is not None
+        for module in model.modules()
+        for hook in module._forward_hooks.values()
+    )
+
+
+def _first_input(args: Any, kwargs: Any) -> Tensor | None:
+    return next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point()), None)
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    # The components are cast to the activation's dtype here; autocast would change the dtype of what a layer returns.
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()

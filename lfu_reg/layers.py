@@ -1,0 +1,206 @@
+"""Choose the layers whose hidden states are kept consistent, on any nn.Module.
+
+Blocks are found by structure: the outermost repeated containers, so encoder and decoder stacks both, and not the experts
+or sub-layers inside a block. Names decide nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeAlias
+
+from torch import Tensor, nn
+
+LayerChoice: TypeAlias = str | int | slice | Sequence[int] | Sequence[str] | Callable[[str, nn.Module], bool]
+
+THIRDS = ("early", "middle", "late")
+
+
+def choose_layers(model: nn.Module, choice: LayerChoice = "all") -> dict[str, nn.Module]:
+    """The chosen layers by module name, in the order of `model.named_modules()`.
+
+    Args:
+        model: any module.
+        choice: "all"; "early", "middle" or "late" (the paper's thirds, Table 5b, of every stack); an index, a list of indices
+            or a slice into all blocks; a module name or a list of names (a name may leave out leading parts, as in
+            PEFT's `target_modules`); a regular expression that matches whole names; a callable of (name, module).
+
+    Returns:
+        Non-empty mapping from full module name to module.
+
+    Raises:
+        ValueError: if the model has no repeated blocks, or the choice matches nothing; the message lists what there is.
+        TypeError: if the choice is of another kind.
+    """
+    modules = {name: module for name, module in model.named_modules() if name}
+    if callable(choice) and not isinstance(choice, (str, type)):
+        chosen = [name for name, module in modules.items() if choice(name, module)]
+        return _checked(chosen, modules, "the callable given as layers", model)
+    if isinstance(choice, str) and choice not in ("all", *THIRDS):
+        return _checked(_match(choice, modules), modules, f"layers={choice!r}", model)
+    if isinstance(choice, Iterable) and not isinstance(choice, str):
+        choice = list(choice)
+        if choice and all(isinstance(name, str) for name in choice):
+            for name in choice:
+                _checked(_match(str(name), modules, regex=False), modules, f"the layer name {name!r}", model)
+            chosen = [key for key in modules if any(_is_suffix(str(name), key) for name in choice)]
+            return _checked(chosen, modules, f"layers={choice!r}", model)
+    stacks = find_stacks(model)
+    if not stacks:
+        raise ValueError(
+            f"{type(model).__name__} has no repeated blocks, so layers={choice!r} cannot be resolved. Name the layers: "
+            f"layers=['...'], a regular expression or a callable of (name, module). Its modules are: {_listing(modules)}."
+        )
+    blocks = [name for stack in stacks for name in stack]
+    chosen = _by_position(choice, stacks, blocks, model)
+    return {name: modules[name] for name in modules if name in set(chosen)}
+
+
+def find_stacks(model: nn.Module) -> list[list[str]]:
+    """Names of the blocks of every outermost repeated container of `model`, stack by stack."""
+    stacks = list(_stacks(model, ""))
+    parametrised = {name: module for name, module in model.named_modules()}
+
+    def is_composite(stack: list[str]) -> bool:
+        return any(list(parametrised[name].children()) for name in stack)
+
+    # A classifier head is often a Sequential of bare Linears: where there are real blocks, it is no stack of its own.
+    if any(is_composite(stack) for stack in stacks):
+        stacks = [stack for stack in stacks if is_composite(stack)]
+    # A list of one block is a stack only in a model that has no longer one.
+    if any(len(stack) > 1 for stack in stacks):
+        stacks = [stack for stack in stacks if len(stack) > 1]
+    return stacks
+
+
+def _stacks(module: nn.Module, prefix: str) -> Iterable[list[str]]:
+    blocks = _repeated_children(module)
+    if blocks:
+        names = [f"{prefix}{name}" for name in blocks]
+        children = [module.get_submodule(name) for name in blocks]
+        if all(isinstance(child, nn.ModuleList) for child in children):  # a list of lists: the blocks are inside
+            inner = [
+                f"{name}.{child}"
+                for name, blocks in zip(names, children, strict=True)
+                for child, _ in blocks.named_children()
+            ]
+            yield inner
+        else:
+            yield names
+        return
+    for name, child in module.named_children():
+        yield from _stacks(child, f"{prefix}{name}.")
+
+
+def _repeated_children(module: nn.Module) -> list[str]:
+    """Children of a list-like container that are the repeated blocks, or none."""
+    if not isinstance(module, (nn.ModuleList, nn.Sequential)):
+        return []
+    with_weights = {
+        name: child for name, child in module.named_children() if next(child.parameters(), None) is not None
+    }
+    classes = Counter(type(child) for child in with_weights.values())
+    if not classes:
+        return []
+    (kind, count), *_ = classes.most_common(1)
+    if count > 1:
+        # Hybrids mix block classes in one list (attention and state-space blocks): there everything with weights is a
+        # block. In a flat Sequential of Conv, Norm, ReLU only the most frequent class is.
+        if isinstance(module, nn.Sequential):
+            return [name for name, child in with_weights.items() if type(child) is kind]
+        return list(with_weights)
+    if isinstance(module, nn.ModuleList) and (len(module) == 1 or _deep(with_weights.values())):
+        return list(with_weights)
+    return []
+
+
+def _deep(children: Iterable[nn.Module]) -> bool:
+    return all(list(child.children()) for child in children)
+
+
+def _by_position(choice: object, stacks: list[list[str]], blocks: list[str], model: nn.Module) -> list[str]:
+    if isinstance(choice, str):
+        if choice == "all":
+            return blocks
+        return [name for stack in stacks for name in _third(stack, THIRDS.index(choice))]
+    if isinstance(choice, slice):
+        chosen = blocks[choice]
+        if not chosen:
+            raise ValueError(f"layers={choice} selects nothing: {type(model).__name__} has {len(blocks)} blocks.")
+        return chosen
+    indices = [choice] if isinstance(choice, int) and not isinstance(choice, bool) else choice
+    if not isinstance(indices, list) or not indices or any(type(i) is not int for i in indices):
+        raise TypeError(
+            f"layers={choice!r} is not a choice of layers. Allowed are 'all', 'early', 'middle', 'late', an index, a list of "
+            "indices, a slice, a module name, a list of names, a regular expression, or a callable of (name, module)."
+        )
+    wrong = [i for i in indices if not -len(blocks) <= i < len(blocks)]
+    if wrong:
+        raise ValueError(
+            f"layers={choice!r}: {type(model).__name__} has {len(blocks)} blocks, so indices run from {-len(blocks)} to "
+            f"{len(blocks) - 1}; there is no {wrong[0]}. The blocks are: {_listing(blocks)}."
+        )
+    return [blocks[i] for i in indices]
+
+
+def _third(stack: list[str], third: int) -> list[str]:
+    """The paper's thirds; every third has at least one layer, also of a stack of one or two."""
+    n = len(stack)
+    first, last = third * n // 3, (third + 1) * n // 3
+    return stack[first : max(last, first + 1)]
+
+
+def _match(pattern: str, modules: dict[str, nn.Module], *, regex: bool = True) -> list[str]:
+    by_name = [name for name in modules if _is_suffix(pattern, name)]
+    if by_name or not regex:
+        return by_name
+    try:
+        return [name for name in modules if re.fullmatch(pattern, name)]
+    except re.error as error:
+        raise ValueError(
+            f"layers={pattern!r} is neither a module name nor a regular expression ({error}). "
+            f"The modules are: {_listing(modules)}."
+        ) from None
+
+
+def _is_suffix(name: str, full: str) -> bool:
+    return full == name or full.endswith(f".{name}")
+
+
+def _checked(chosen: list[str], modules: dict[str, nn.Module], what: str, model: nn.Module) -> dict[str, nn.Module]:
+    if not chosen:
+        stacks = find_stacks(model)
+        blocks = f"Its blocks are: {_listing([n for s in stacks for n in s])}. " if stacks else ""
+        raise ValueError(
+            f"{what} matches no module of {type(model).__name__}. {blocks}All its modules are: {_listing(modules)}."
+        )
+    return {name: modules[name] for name in chosen}
+
+
+def _listing(names: Iterable[str], most: int = 40) -> str:
+    listed = list(names)
+    more = f" and {len(listed) - most} more" if len(listed) > most else ""
+    return ", ".join(listed[:most]) + more
+
+
+def is_encoder_layer(name: str, chosen: Iterable[str]) -> bool:
+    """Whether a layer belongs to the encoder of a model of which decoder layers are chosen, too."""
+    return "encoder" in name.split(".") and any("decoder" in other.split(".") for other in chosen)
+
+
+def channels_first(layer: nn.Module) -> Callable[[Tensor], bool]:
+    """A test of whether an output of `layer` is [batch, hidden, ...] instead of [..., hidden].
+
+    Only convolutions put channels first, so it is: the layer holds one whose spatial rank and channels fit the output.
+    A one-dimensional convolution beside linear maps (state-space blocks) works inside of a channels-last layer.
+    """
+    convolutions = [m for m in layer.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d))]
+    has_linear = any(isinstance(m, nn.Linear) for m in layer.modules())
+    fitting = {
+        (len(conv.kernel_size) + 2, conv.out_channels)
+        for conv in convolutions
+        if not (isinstance(conv, nn.Conv1d) and has_linear)
+    }
+    return lambda output: output.dim() >= 3 and (output.dim(), output.shape[1]) in fitting

@@ -1,0 +1,142 @@
+"""Which recorded call pass 2 replays, checked against pass 1.
+
+A replay that differs from pass 1 although nothing is perturbed would measure that difference instead of the perturbation:
+surroundings that the trunk's inputs do not show (a context entered by the loss function), randomness from elsewhere. So at
+steps 1, 10, 100, ..., and whenever another call is to be replayed, an unperturbed replay is compared with pass 1; what fails
+is not used again, and the next larger module is tried, at last the loss function itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from lfu_reg.diagnostics import Diagnostics
+from lfu_reg.hooks import ModelHooks, Pass, State
+from lfu_reg.tokens import TokenMasks
+from lfu_reg.trunk import Trunk, replay
+
+LOSS_FUNCTION = "the loss function"
+
+
+class Replays:
+    """Repeats pass 1's forward.
+
+    Args:
+        hooks: of the regularizer.
+        trunk: recorded calls.
+        diagnostics: told when nothing repeats pass 1.
+    """
+
+    def __init__(self, hooks: ModelHooks, trunk: Trunk, diagnostics: Diagnostics) -> None:
+        self._hooks = hooks
+        self._trunk = trunk
+        self._diagnostics = diagnostics
+        self._wrong: set[str] = set()
+        self._checked = ""
+        self._model_id, self._may_exit_early = 0, False
+        self._run: Callable[[], None] = lambda: None
+        self._stop_after: int | None = None
+
+    def prepare(
+        self,
+        step: int,
+        model: nn.Module,
+        clean: Pass,
+        tokens: TokenMasks,
+        samples: Tensor | None,
+        loss_function: Callable[[], None],
+    ) -> None:
+        """Choose what to replay for this step; puts right clean states that the model has written over.
+
+        Args:
+            step: number of the step.
+            model: what the user trains, the attached module or a wrapper of it.
+            clean: pass 1.
+            tokens: masks of the samples that are replayed.
+            samples: the samples of the batch to replay, None for all.
+            loss_function: runs the user's loss function again, in the random state of pass 1.
+
+        Raises:
+            ValueError: if the batch cannot be divided into samples.
+        """
+        overwritten = {state.name for state in clean.states if state.hidden._version != state.version}
+        self._hooks.overwritten |= overwritten
+        batch_size = clean.states[0].hidden.shape[0]
+        candidates: list[tuple[str, Callable[[], None]]] = [
+            (name or "the model", partial(replay, calls, samples, batch_size)) for name, calls in self._trunk.replays()
+        ]
+        candidates.append((LOSS_FUNCTION, loss_function))
+        candidates = [c for c in candidates if c[0] not in self._wrong] or candidates[-1:]
+        due = str(step + 1).strip("0") == "1"
+        if due or self._model_id != id(model):
+            self._model_id, self._may_exit_early = id(model), early_exit_is_safe(model)
+        for name, run in candidates:
+            # The loss function is the user's code: it runs to its end.
+            self._stop_after = len(clean.states) if self._may_exit_early and name != LOSS_FUNCTION else None
+            self._run = run
+            if not (due or overwritten or name != self._checked):
+                return
+            with self.running(Pass(tokens)) as plain:
+                pass
+            if _repeats(plain.states, clean.states, samples, overwritten):
+                self._checked = name
+                if overwritten:
+                    clean.states[:] = plain.states
+                return
+            self._wrong.add(name)
+        if samples is not None:
+            raise ValueError(
+                "batch_fraction < 1 needs inputs whose tensors have the samples along their first dimension: a replay of "
+                f"{len(samples)} samples did not give their hidden states. Use batch_fraction=1.0, or every=k for a lower cost."
+            )
+        self._wrong.discard(LOSS_FUNCTION)
+        self._diagnostics.tell(
+            "not repeatable",
+            "The model's forward cannot be repeated: run again without any perturbation it gives other hidden states, so l_cons "
+            "measures that difference as well. Usual causes: random draws outside of torch's, numpy's and Python's global "
+            "generators, or state that every forward changes.",
+        )
+
+    @contextmanager
+    def running(self, this: Pass) -> Iterator[Pass]:
+        """Run the chosen replay under `this`; the block is for its backward, while hooks still repeat the pass."""
+        this.stop_after = self._stop_after
+        with self._hooks.run(this):
+            self._run()
+            this.recording = False
+            yield this
+
+
+def early_exit_is_safe(model: nn.Module) -> bool:
+    """Whether a forward may be left by an exception: sharded engines and compiled modules keep track of its end."""
+    for module in model.modules():
+        kind = type(module).__name__
+        if kind in ("FullyShardedDataParallel", "OptimizedModule") or getattr(module, "_compiled_call_impl", None):
+            return False
+    return not any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def _repeats(again: list[State], clean: list[State], samples: Tensor | None, overwritten: set[str]) -> bool:
+    if [state.name for state in again] != [state.name for state in clean]:
+        return False
+    for one, other in zip(again, clean, strict=True):
+        if other.name in overwritten:
+            continue
+        before = other.hidden.detach()
+        if samples is not None:
+            if before.shape[0] <= int(samples.max()):
+                return False
+            before = before.index_select(0, samples.to(before.device))
+        after = one.hidden.detach()
+        if before.shape != after.shape:
+            return False
+        # Kernels on a GPU need not repeat to the last bit; another dropout mask is off by much more than this.
+        tolerance = torch.finfo(before.dtype).eps ** 0.5
+        if not (after - before).float().norm() <= tolerance * before.float().norm():
+            return False
+    return True

@@ -1,0 +1,132 @@
+"""Which positions of a hidden state count: response tokens, else unpadded tokens, else all of them.
+
+A hidden state [batch, tokens, hidden] is seen as rows [positions, hidden]. `TokenMasks` is built once per step from the
+batch, before the loss function can change it, and answers for the shape of each layer's output which rows count: layers
+of one model may differ in layout (time first, flattened, channels first) and in length (encoder and decoder).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TokenMask = Tensor | Callable[[Any], Tensor]
+
+IGNORED_LABEL = -100
+
+
+def rows(hidden: Tensor, axis: int = -1) -> Tensor:
+    """`hidden` as [positions, hidden]; a view for contiguous tensors whose hidden axis is the last."""
+    if axis not in (-1, hidden.dim() - 1):
+        hidden = hidden.movedim(axis, -1)
+    return hidden.reshape(-1, hidden.shape[-1])
+
+
+class TokenMasks:
+    """The masks that a batch offers, matched to hidden states by shape.
+
+    Args:
+        batch: the user's batch; entries `labels`, `attention_mask`, `decoder_attention_mask` are looked at if it has them.
+        token_mask: overrides them: a tensor shaped like the token dimensions (nonzero counts), or a callable of the batch.
+
+    Raises:
+        TypeError: if `token_mask` gives something else than a tensor.
+    """
+
+    def __init__(self, batch: Any, token_mask: TokenMask | None = None) -> None:
+        labels, attention = _entry(batch, "labels"), _entry(batch, "attention_mask")
+        self.given: Tensor | None = None
+        if token_mask is not None:
+            given = token_mask(batch) if callable(token_mask) else token_mask
+            if not isinstance(given, Tensor):
+                raise TypeError(
+                    f"token_mask gave {type(given).__name__}; allowed are a tensor shaped like the token dimensions "
+                    "(for example [batch, tokens], nonzero where a token counts) or a callable of the batch that returns one."
+                )
+            self.given = given != 0
+        self._labels = labels != IGNORED_LABEL if _is_integer(labels) else None
+        self._attention = _binary(attention)
+        self._decoder_attention = _binary(_entry(batch, "decoder_attention_mask"))
+        self._cache: dict[Any, tuple[Tensor | None, Tensor | None]] = {}
+        self.matched_given = False
+
+    def mask(self, hidden: Tensor, axis: int = -1, *, encoder: bool = False) -> Tensor | None:
+        """Boolean mask over the token dimensions of `hidden` (its shape without `axis`); None where all count."""
+        return self._look_up(hidden, axis, encoder)[0]
+
+    def index(self, hidden: Tensor, axis: int = -1, *, encoder: bool = False) -> Tensor | None:
+        """Row numbers of `rows(hidden, axis)` that count, as int64 [N]; None where all do."""
+        return self._look_up(hidden, axis, encoder)[1]
+
+    def select(self, chosen: Tensor) -> TokenMasks:
+        """The masks of the given samples (numbers along the batch dimension) only."""
+        part = object.__new__(TokenMasks)
+        part._cache, part.matched_given = {}, False
+        for name in ("given", "_labels", "_attention", "_decoder_attention"):
+            mask = getattr(self, name)
+            setattr(part, name, None if mask is None else mask.index_select(0, chosen.to(mask.device)))
+        return part
+
+    def _look_up(self, hidden: Tensor, axis: int, encoder: bool) -> tuple[Tensor | None, Tensor | None]:
+        dims = list(hidden.shape)
+        del dims[axis]
+        key = (tuple(dims), hidden.device, encoder)
+        if key not in self._cache:
+            mask = self._match(tuple(dims), encoder)
+            index = None
+            if mask is not None:
+                mask = mask.to(hidden.device)
+                index = mask.flatten().nonzero().squeeze(1)
+                if index.numel() == mask.numel():
+                    mask = index = None
+            self._cache[key] = mask, index
+        return self._cache[key]
+
+    def _match(self, dims: tuple[int, ...], encoder: bool) -> Tensor | None:
+        # The encoder of a sequence-to-sequence model sees the prompt: the labels are the decoder's tokens.
+        own = [self._attention] if encoder else [self._labels, self._decoder_attention, self._attention]
+        if self.given is not None and (fitted := _fit(self.given, dims)) is not None:
+            self.matched_given = True
+            return fitted
+        for candidate in own:
+            if candidate is not None and (fitted := _fit(candidate, dims)) is not None:
+                return fitted
+        return None
+
+
+def _fit(mask: Tensor, dims: tuple[int, ...]) -> Tensor | None:
+    """`mask` laid over token dimensions `dims`, or None where the shapes do not belong together."""
+    shape = tuple(mask.shape)
+    if shape == dims:
+        return mask
+    if len(shape) == 2:
+        if dims == shape[::-1]:  # time first
+            return mask.t()
+        if len(dims) > 2 and dims[:2] == shape:  # [batch, tokens, streams]
+            return mask.reshape(*shape, *[1] * (len(dims) - 2)).expand(dims)
+        if len(dims) > 2 and dims[-2:] == shape:  # [streams, batch, tokens]
+            return mask.expand(dims)
+        if len(dims) <= 2 and _numel(dims) == mask.numel() and 1 in (len(dims), *dims):  # flattened or packed
+            return mask.reshape(dims)
+    return None
+
+
+def _numel(dims: tuple[int, ...]) -> int:
+    return int(torch.Size(dims).numel())
+
+
+def _entry(batch: Any, name: str) -> Tensor | None:
+    value = batch.get(name) if isinstance(batch, Mapping) else getattr(batch, name, None)
+    return value if isinstance(value, Tensor) else None
+
+
+def _is_integer(labels: Tensor | None) -> bool:
+    return labels is not None and not labels.is_floating_point() and labels.dtype != torch.bool
+
+
+def _binary(mask: Tensor | None) -> Tensor | None:
+    # 4-D masks are additive attention biases over pairs of tokens, not masks over tokens.
+    return mask != 0 if mask is not None and mask.dim() <= 2 else None

@@ -1,0 +1,201 @@
+"""Pass 2 replays a recorded call instead of the user's loss function, which therefore runs once per step.
+
+The trunk is the path of modules from the model's root down to the lowest common ancestor of the chosen layers: `LlamaModel` in
+`LlamaForCausalLM`. Their calls are recorded in pass 1; the deepest one that can be repeated leaves out the LM head and the loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lfu_reg.hooks import EarlyExit
+from lfu_reg.randomness import RandomState
+
+# Arguments that hold per-position vectors without a batch dimension.
+_UNBATCHED = ("cache_position", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens")
+
+
+@dataclass(frozen=True)
+class Autocast:
+    """The autocast state of one device type."""
+
+    device_type: str
+    enabled: bool
+    dtype: torch.dtype
+
+    @classmethod
+    def current(cls, device_type: str) -> Autocast:
+        """The state here and now."""
+        return cls(device_type, torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type))
+
+
+@dataclass(frozen=True)
+class RecordedCall:
+    """One call of one module of the trunk, with the surroundings that it depends on."""
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    random_state: RandomState
+    autocast: tuple[Autocast, ...]
+
+    def can_be_repeated(self) -> bool:
+        """Whether no input has a history in pass 1's graph, which is gone, and none changes by being used (a KV cache)."""
+        return not any(
+            value.requires_grad and not value.is_leaf if isinstance(value, Tensor) else is_cache(value)
+            for value in _flatten((self.args, self.kwargs))
+        )
+
+    def repeat(self, samples: Tensor | None = None, batch_size: int | None = None) -> None:
+        """Call the module again, with the same random draws, for some samples of the batch or for all."""
+        args, kwargs = self.args, self.kwargs
+        if samples is not None:
+            args, kwargs = (select_samples(value, samples, batch_size) for value in (args, kwargs))
+        self.random_state.restore()
+        with ExitStack() as surroundings:
+            for autocast in self.autocast:
+                surroundings.enter_context(
+                    torch.autocast(autocast.device_type, dtype=autocast.dtype, enabled=autocast.enabled)
+                )
+            self.module(*args, **kwargs)
+
+
+class Trunk:
+    """Records the calls of the modules on the path to the chosen layers.
+
+    Args:
+        model: the attached model.
+        layers: names of the chosen layers; empty for the model as a whole.
+        devices: gives the devices in use.
+    """
+
+    def __init__(self, model: nn.Module, layers: Iterable[str], devices: Callable[[], list[torch.device]]) -> None:
+        self._devices = devices
+        self._calls: dict[str, list[RecordedCall]] = {}
+        self._recording = False
+        self._handles: list[RemovableHandle] = []
+        self.names = [name for name in _common_ancestors(list(layers)) if _is_called(model.get_submodule(name))]
+        for name in self.names:
+            hook = _CallHook(self, name)
+            handle = model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
+            self._handles.append(handle)
+
+    def remove(self) -> None:
+        """Take every hook off again."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._calls = [], {}
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Record every call in the block that runs with gradients; forget the calls recorded before."""
+        self._calls, self._recording = {}, True
+        try:
+            yield
+        finally:
+            self._recording = False
+
+    def forget(self) -> None:
+        """Let go of the recorded inputs."""
+        self._calls = {}
+
+    def replays(self) -> list[tuple[str, list[RecordedCall]]]:
+        """What can be replayed, by module name, the deepest module first."""
+        return [
+            (name, calls)
+            for name in reversed(self.names)
+            if (calls := self._calls.get(name)) and all(call.can_be_repeated() for call in calls)
+        ]
+
+    def on_call(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """What the hook on `name` does."""
+        if not self._recording or not torch.is_grad_enabled():
+            return
+        devices = self._devices()
+        types = dict.fromkeys(["cpu", *(device.type for device in devices)])
+        self._calls.setdefault(name, []).append(
+            RecordedCall(
+                module,
+                args,
+                dict(kwargs),
+                RandomState.capture(devices),
+                tuple(Autocast.current(t) for t in types),
+            )
+        )
+
+
+def replay(calls: Iterable[RecordedCall], samples: Tensor | None = None, batch_size: int | None = None) -> None:
+    """Repeat recorded calls in order, until a hook has seen enough."""
+    try:
+        for call in calls:
+            call.repeat(samples, batch_size)
+    except EarlyExit:
+        pass  # the traceback's frames hold activations: it must not be kept
+
+
+def is_cache(value: Any) -> bool:
+    """Whether `value` is a key/value cache, which grows when it is used."""
+    return type(value).__name__.endswith("Cache")
+
+
+def select_samples(value: Any, samples: Tensor, batch_size: int | None, name: str = "") -> Any:
+    """`value` with every tensor in it that has one entry per sample reduced to `samples`."""
+    if isinstance(value, Tensor):
+        per_sample = value.dim() > 0 and len(value) == batch_size and not (value.dim() == 1 and name in _UNBATCHED)
+        return value.index_select(0, samples.to(value.device)) if per_sample else value
+    if isinstance(value, Mapping):
+        return {key: select_samples(entry, samples, batch_size, str(key)) for key, entry in value.items()}
+    if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
+        return type(value)(select_samples(entry, samples, batch_size, name) for entry in value)
+    return value
+
+
+class _CallHook:
+    """A forward pre-hook that copies and pickles of the model carry along without effect."""
+
+    def __init__(self, trunk: Trunk | None, name: str) -> None:
+        self.trunk = trunk
+        self.name = name
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self.trunk is not None:
+            self.trunk.on_call(self.name, module, args, kwargs)
+
+    def __deepcopy__(self, memo: Any) -> _CallHook:
+        return _CallHook(None, self.name)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _CallHook, (None, self.name)
+
+
+def _common_ancestors(layers: list[str]) -> list[str]:
+    """Names of the modules that contain all the layers, the root ("") first."""
+    parents = [layer.split(".")[:-1] for layer in layers]
+    names = [""]
+    for parts in zip(*parents, strict=False):
+        if len(set(parts)) > 1:
+            break
+        names.append(f"{names[-1]}.{parts[0]}".lstrip("."))
+    return names
+
+
+def _is_called(module: nn.Module) -> bool:
+    return not isinstance(module, (nn.ModuleList, nn.ModuleDict))
+
+
+def _flatten(value: Any) -> Iterator[Any]:
+    if isinstance(value, Mapping):
+        for entry in value.values():
+            yield from _flatten(entry)
+    elif isinstance(value, (tuple, list)):
+        for entry in value:
+            yield from _flatten(entry)
+    else:
+        yield value
