@@ -52,5 +52,6 @@ def ascend(gradients: Sequence[Tensor], alpha: float, *, per_group: Sequence[int
 
 
 def _norm(tensor: Tensor) -> Tensor:
-    # float32 even for half types: the square of a float16 gradient of 1e-4 is zero, the sum of 300 squares of 3e4 infinite.
-    return torch.linalg.vector_norm(tensor.detach(), dtype=torch.promote_types(tensor.dtype, torch.float32))
+    # At least float32: the square of a float16 gradient of 1e-4 is zero, and 300 squares of 3e4 sum to infinity.
+    norm: Tensor = torch.linalg.vector_norm(tensor.detach(), dtype=torch.promote_types(tensor.dtype, torch.float32))
+    return norm

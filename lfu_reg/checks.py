@@ -27,8 +27,8 @@ def check_model(model: object) -> None:
         raise ValueError(NO_REPLICAS)
     if attached_already(model):
         raise RuntimeError(
-            f"{type(model).__name__} already has an LfURegularizer attached, and two would perturb each other's passes. "
-            "Call remove() on the first one, or use it as a context manager."
+            f"{type(model).__name__} already has an LfURegularizer attached, and two would perturb each other's "
+            "passes. Call remove() on the first one, or use it as a context manager."
         )
 
 
@@ -42,8 +42,9 @@ def check_is_attached(model: object, attached: nn.Module) -> None:
         if module is attached:
             return
     raise ValueError(
-        f"This {type(model).__name__} neither is nor contains the {type(attached).__name__} that the regularizer is attached "
-        "to. Pass that model or a wrapper of it (PEFT, DDP, compiled), or attach a new LfURegularizer to this one."
+        f"This {type(model).__name__} neither is nor contains the {type(attached).__name__} that the regularizer is "
+        "attached to. Pass that model or a wrapper of it (PEFT, DDP, compiled), or attach a new LfURegularizer to "
+        "this one."
     )
 
 
@@ -71,8 +72,9 @@ def check_batch(batch: Any) -> None:
     for key, value in entries:
         if value is not None and (key in ("past_key_values", "cache_params") or is_cache(value)):
             raise ValueError(
-                f"The batch holds a KV cache (batch[{key!r}] is a {type(value).__name__}). LfU runs the model twice on the batch, "
-                "and the second pass would attend to what the first one added: train without a cache, use_cache=False."
+                f"The batch holds a KV cache (batch[{key!r}] is a {type(value).__name__}). LfU runs the model twice on "
+                "the batch, and the second pass would attend to what the first one added: train without a cache, "
+                "use_cache=False."
             )
 
 
@@ -81,8 +83,8 @@ def check_loss(loss: object, *, first: bool) -> Tensor:
 
     Args:
         loss: what the user's function returned.
-        first: check for NaN and infinity as well, which waits for the device; in later steps these are the loop's business,
-            so that a GradScaler sees them and skips.
+        first: check for NaN and infinity as well, which waits for the device; in later steps these are the loop's
+            business, so that a GradScaler sees them and skips.
     """
     if not isinstance(loss, Tensor):
         hint = " Return outputs.loss instead of outputs." if hasattr(loss, "loss") else ""
@@ -94,13 +96,13 @@ def check_loss(loss: object, *, first: bool) -> Tensor:
         )
     if not loss.requires_grad:
         raise ValueError(
-            "sft_loss_fn returned a loss that does not depend on anything trainable (requires_grad is False). Do not detach it "
-            "or compute it under torch.no_grad(), and make sure that some parameters require gradients."
+            "sft_loss_fn returned a loss that does not depend on anything trainable (requires_grad is False). Do not "
+            "detach it or compute it under torch.no_grad(), and make sure that some parameters require gradients."
         )
     if first and not torch.isfinite(loss.detach()):
         raise ValueError(
-            f"sft_loss_fn returned {float(loss.detach())} at the first step. Check the data (a batch without any label gives NaN), "
-            "the learning rate and the dtype: no direction can be taken from such a loss."
+            f"sft_loss_fn returned {float(loss.detach())} at the first step. Check the data (a batch without any label "
+            "gives NaN), the learning rate and the dtype: no direction can be taken from such a loss."
         )
     return loss
 
@@ -110,9 +112,10 @@ def check_layers_ran(layers: Collection[str], ran: Collection[str], *, named: bo
     silent = [name for name in layers if name not in ran]
     if silent and (named or len(silent) == len(layers)):
         raise RuntimeError(
-            f"These layers returned nothing to the regularizer in the loss's forward pass: {', '.join(silent[:10])}"
-            f"{f' and {len(silent) - 10} more' if len(silent) > 10 else ''}. Either sft_loss_fn does not run them (or runs them "
-            "without gradients), or they are run as layer.forward(x), which bypasses hooks: call layer(x), or choose other layers."
+            "These layers returned nothing to the regularizer in the loss's forward pass: "
+            f"{', '.join(silent[:10])}{f' and {len(silent) - 10} more' if len(silent) > 10 else ''}. Either "
+            "sft_loss_fn does not run them (or runs them without gradients), or they are run as layer.forward(x), "
+            "which bypasses hooks: call layer(x), or choose other layers."
         )
 
 
@@ -121,8 +124,9 @@ def check_same_layers(clean: Sequence[str], perturbed: Sequence[str]) -> None:
     if list(clean) != list(perturbed):
         raise RuntimeError(
             f"Pass 2 ran other layers than pass 1: {len(perturbed)} hidden states instead of {len(clean)} "
-            f"({', '.join(sorted(set(clean) ^ set(perturbed))[:5]) or 'the same layers in another order'}). The model's control flow "
-            "depends on something that a replay does not repeat; leave those layers out with layers=...."
+            f"({', '.join(sorted(set(clean) ^ set(perturbed))[:5]) or 'the same layers in another order'}). The "
+            "model's control flow depends on something that a replay does not repeat; leave those layers out with "
+            "layers=...."
         )
 
 
@@ -131,6 +135,6 @@ def check_token_mask(tokens: TokenMasks, hidden_states: Sequence[Tensor]) -> Non
     if tokens.given is not None and not tokens.matched_given:
         shapes = ", ".join(dict.fromkeys(str(list(hidden.shape)) for hidden in hidden_states))
         raise ValueError(
-            f"token_mask has shape {list(tokens.given.shape)}, which fits no hidden state (shapes {shapes}). It has to be shaped "
-            "like their token dimensions, for example [batch, tokens] for [batch, tokens, hidden]."
+            f"token_mask has shape {list(tokens.given.shape)}, which fits no hidden state (shapes {shapes}). It has to "
+            "be shaped like their token dimensions, for example [batch, tokens] for [batch, tokens, hidden]."
         )

@@ -75,7 +75,8 @@ def relative_distance(clean: Sequence[State], perturbed: Sequence[State], sample
             h, h_prime = (t.index_select(0, after.tokens.index) for t in (h, h_prime))
         moved.append((h_prime - h).norm().to(clean[0].hidden.device))
         length.append(h.norm().to(clean[0].hidden.device))
-    return torch.stack(moved).norm() / torch.stack(length).norm().clamp_min(torch.finfo(torch.float32).tiny)
+    ratio: Tensor = torch.stack(moved).norm() / torch.stack(length).norm().clamp_min(torch.finfo(torch.float32).tiny)
+    return ratio
 
 
 def _share(clean: State, perturbed: State, axis: int) -> float:

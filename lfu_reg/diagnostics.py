@@ -1,7 +1,7 @@
 """The paper's failure signatures, each told once, with the cure: no effect, collapse, oscillation.
 
-Values stay on their device until they are looked at, every `LOOK_EVERY` steps (and at the first), so that the step needs no
-device synchronisation.
+Values stay on their device until they are looked at, every `LOOK_EVERY` steps (and at the first), so that the step
+needs no device synchronisation.
 """
 
 from __future__ import annotations
@@ -79,9 +79,9 @@ class Diagnostics:
         if all(norm == 0 for norm in norms):
             self.tell(
                 "zero gradient",
-                "LfU has no effect: the gradient of the SFT loss with respect to the auxiliary components is exactly zero "
-                f"({len(norms)} step(s)). No chosen layer influences the loss, or no token counts in it: check layers=..., the "
-                "labels, and that the loss comes from the attached model.",
+                "LfU has no effect: the gradient of the SFT loss with respect to the auxiliary components is exactly "
+                f"zero ({len(norms)} step(s)). No chosen layer influences the loss, or no token counts in it: check "
+                "layers=..., the labels, and that the loss comes from the attached model.",
             )
         elif not all(map(math.isfinite, norms)):
             self.tell(
@@ -93,23 +93,25 @@ class Diagnostics:
         if complete and ratios and max(ratios) < NEGLIGIBLE:
             self.tell(
                 "negligible",
-                f"LfU has no effect: for {len(ratios)} steps lam * l_cons was at most {max(ratios):.1e} of the SFT loss. "
-                "Raise alpha (the perturbation) or lam (its weight).",
+                f"LfU has no effect: for {len(ratios)} steps lam * l_cons was at most {max(ratios):.1e} of the SFT "
+                "loss. Raise alpha (the perturbation) or lam (its weight).",
             )
 
     def _collapse(self, consistency: list[float], relative_distance: float, alpha: float) -> None:
         if relative_distance > COLLAPSED:
             self.tell(
                 "collapse",
-                f"LfU collapses the model: the perturbed hidden states are {relative_distance:.2f} times their own length away "
-                f"from the clean ones. alpha={alpha:g} is too large for this model: try alpha={alpha / 10:g}.",
+                f"LfU collapses the model: the perturbed hidden states are {relative_distance:.2f} times their own "
+                f"length away from the clean ones. alpha={alpha:g} is too large for this model: try "
+                f"alpha={alpha / 10:g}.",
             )
         finite = [value for value in consistency if math.isfinite(value)]
         usual = median(self._history) if self._history else 0.0
         if len(self._history) >= 2 and finite and median(finite) > EXPLODED * usual > 0:
             self.tell(
                 "explosion",
-                f"lam * l_cons went from {usual:.2e} to {median(finite):.2e}. Lower alpha or lam, or the learning rate.",
+                f"lam * l_cons went from {usual:.2e} to {median(finite):.2e}. Lower alpha or lam, or the learning "
+                "rate.",
             )
         if finite:
             self._history.append(median(finite))
@@ -125,6 +127,6 @@ class Diagnostics:
         if together / (spreads[0] * spreads[1]) < OPPOSED:
             self.tell(
                 "oscillation",
-                "The SFT loss and lam * l_cons swing against each other: each step towards one undoes the other. Lower lam, "
-                "or the learning rate.",
+                "The SFT loss and lam * l_cons swing against each other: each step towards one undoes the other. "
+                "Lower lam, or the learning rate.",
             )

@@ -1,8 +1,8 @@
 """The graft: a loss whose backward hands precomputed gradients to the leaves.
 
-Pass 1 and pass 2 take their gradients at once and free their graphs. What the caller gets is a scalar of the right value
-whose backward multiplies those gradients by the upstream gradient. So division by accumulation steps, `GradScaler.scale`,
-sums with other losses and DDP's reducer see an ordinary loss.
+Pass 1 and pass 2 take their gradients at once and free their graphs. What the caller gets is a scalar of the right
+value whose backward multiplies those gradients by the upstream gradient. So division by accumulation steps,
+`GradScaler.scale`, sums with other losses and DDP's reducer see an ordinary loss.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ def graft(value: Tensor, leaves: Sequence[Tensor], gradients: Sequence[Tensor | 
         Scalar tensor, differentiable once with respect to the leaves.
     """
     pairs = [(leaf, gradient) for leaf, gradient in zip(leaves, gradients, strict=True) if gradient is not None]
-    result: Tensor = _Graft.apply(value.detach(), [gradient for _, gradient in pairs], *[leaf for leaf, _ in pairs])
+    result: Tensor = _Graft.apply(  # type: ignore[no-untyped-call]
+        value.detach(), [gradient for _, gradient in pairs], *[leaf for leaf, _ in pairs]
+    )
     return result
 
 
@@ -44,8 +46,8 @@ class _Graft(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError(
-                "The loss of LfURegularizer was backpropagated twice. Its gradients are handed over once and then freed: "
-                "add losses before calling backward, or call the regularizer again."
+                "The loss of LfURegularizer was backpropagated twice. Its gradients are handed over once and then "
+                "freed: add losses before calling backward, or call the regularizer again."
             )
         return (
             None,

@@ -37,8 +37,8 @@ def leaves_of(loss: Tensor) -> list[Tensor]:
             found.append(leaf)
         elif "CheckpointFunction" in node.name():
             raise RuntimeError(
-                "Reentrant activation checkpointing (use_reentrant=True) hides its inside from autograd.grad, so neither the "
-                "ascent direction nor the gradients can be taken through it. Use use_reentrant=False: "
+                "Reentrant activation checkpointing (use_reentrant=True) hides its inside from autograd.grad, so "
+                "neither the ascent direction nor the gradients can be taken through it. Use use_reentrant=False: "
                 'model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False}) in '
                 "transformers, torch.utils.checkpoint.checkpoint(..., use_reentrant=False) by hand."
             )
@@ -62,7 +62,7 @@ def take_part(tensor: Tensor, anchor: Tensor) -> Tensor:
         Tensor shaped like `tensor` that requires a gradient.
     """
     # `.data` and not `.detach()`: marking it dirty must not bump the version that other users of `tensor` rely on.
-    result: Tensor = _TakePart.apply(tensor.data, anchor)
+    result: Tensor = _TakePart.apply(tensor.data, anchor)  # type: ignore[no-untyped-call]
     return result
 
 

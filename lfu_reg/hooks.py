@@ -1,7 +1,8 @@
 """Forward hooks that are registered once, stay silent outside of a step, and do what the running pass asks for.
 
-Registering and removing hooks at every step would break compiled models and leak on exceptions; here a pass is one object
-(`Pass`) that is put in `ModelHooks.running` and taken out again, and a hook that finds none there returns at once.
+Registering and removing hooks at every step would break compiled models and leak on exceptions; here a pass is one
+object (`Pass`) that is put in `ModelHooks.running` and taken out again, and a hook that finds none there returns at
+once.
 """
 
 from __future__ import annotations
@@ -129,8 +130,8 @@ class ModelHooks:
         path = outputs.locate(output, outputs.HIDDEN_STATE if name else outputs.LOGITS)
         if path is None:
             raise ValueError(
-                f"Layer {name!r} returned {outputs.describe(output)}, which holds no floating-point tensor, so there is no hidden "
-                "state to compare or to steer. Choose other layers with layers=...."
+                f"Layer {name!r} returned {outputs.describe(output)}, which holds no floating-point tensor, so there "
+                "is no hidden state to compare or to steer. Choose other layers with layers=...."
             )
         y = outputs.get(output, path)
         tokens = self._tokens(name, y, this)
@@ -154,7 +155,7 @@ class ModelHooks:
                     if this.collecting and rule is not None:
                         rule(grad_y)
 
-                y.register_hook(tap)
+                y.register_hook(tap)  # type: ignore[no-untyped-call]
                 this.taps.append(y)
             return y
 

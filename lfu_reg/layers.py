@@ -1,7 +1,7 @@
 """Choose the layers whose hidden states are kept consistent, on any nn.Module.
 
-Blocks are found by structure: the outermost repeated containers, so encoder and decoder stacks both, and not the experts
-or sub-layers inside a block. Names decide nothing.
+Blocks are found by structure: the outermost repeated containers, so encoder and decoder stacks both, and not the
+experts or sub-layers inside a block. Names decide nothing.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
@@ -23,9 +23,9 @@ def choose_layers(model: nn.Module, choice: LayerChoice = "all") -> dict[str, nn
 
     Args:
         model: any module.
-        choice: "all"; "early", "middle" or "late" (the paper's thirds, Table 5b, of every stack); an index, a list of indices
-            or a slice into all blocks; a module name or a list of names (a name may leave out leading parts, as in
-            PEFT's `target_modules`); a regular expression that matches whole names; a callable of (name, module).
+        choice: "all"; "early", "middle" or "late" (the paper's thirds, Table 5b, of every stack); an index, a list of
+            indices or a slice into all blocks; a module name or a list of names (a name may leave out leading parts,
+            as in PEFT's `target_modules`); a regular expression that matches whole names; a callable of (name, module).
 
     Returns:
         Non-empty mapping from full module name to module.
@@ -41,17 +41,19 @@ def choose_layers(model: nn.Module, choice: LayerChoice = "all") -> dict[str, nn
     if isinstance(choice, str) and choice not in ("all", *THIRDS):
         return _checked(_match(choice, modules), modules, f"layers={choice!r}", model)
     if isinstance(choice, Iterable) and not isinstance(choice, str):
-        choice = list(choice)
-        if choice and all(isinstance(name, str) for name in choice):
-            for name in choice:
-                _checked(_match(str(name), modules, regex=False), modules, f"the layer name {name!r}", model)
-            chosen = [key for key in modules if any(_is_suffix(str(name), key) for name in choice)]
-            return _checked(chosen, modules, f"layers={choice!r}", model)
+        listed: list[Any] = list(choice)
+        if listed and all(isinstance(name, str) for name in listed):
+            for name in listed:
+                _checked(_match(name, modules, regex=False), modules, f"the layer name {name!r}", model)
+            chosen = [key for key in modules if any(_is_suffix(name, key) for name in listed)]
+            return _checked(chosen, modules, f"layers={listed!r}", model)
+        choice = listed
     stacks = find_stacks(model)
     if not stacks:
         raise ValueError(
             f"{type(model).__name__} has no repeated blocks, so layers={choice!r} cannot be resolved. Name the layers: "
-            f"layers=['...'], a regular expression or a callable of (name, module). Its modules are: {_listing(modules)}."
+            "layers=['...'], a regular expression or a callable of (name, module). Its modules are: "
+            f"{_listing(modules)}."
         )
     blocks = [name for stack in stacks for name in stack]
     chosen = _by_position(choice, stacks, blocks, model)
@@ -61,7 +63,7 @@ def choose_layers(model: nn.Module, choice: LayerChoice = "all") -> dict[str, nn
 def find_stacks(model: nn.Module) -> list[list[str]]:
     """Names of the blocks of every outermost repeated container of `model`, stack by stack."""
     stacks = list(_stacks(model, ""))
-    parametrised = {name: module for name, module in model.named_modules()}
+    parametrised = dict(model.named_modules())
 
     def is_composite(stack: list[str]) -> bool:
         return any(list(parametrised[name].children()) for name in stack)
@@ -133,14 +135,15 @@ def _by_position(choice: object, stacks: list[list[str]], blocks: list[str], mod
     indices = [choice] if isinstance(choice, int) and not isinstance(choice, bool) else choice
     if not isinstance(indices, list) or not indices or any(type(i) is not int for i in indices):
         raise TypeError(
-            f"layers={choice!r} is not a choice of layers. Allowed are 'all', 'early', 'middle', 'late', an index, a list of "
-            "indices, a slice, a module name, a list of names, a regular expression, or a callable of (name, module)."
+            f"layers={choice!r} is not a choice of layers. Allowed are 'all', 'early', 'middle', 'late', an index, a "
+            "list of indices, a slice, a module name, a list of names, a regular expression, or a callable of (name, "
+            "module)."
         )
     wrong = [i for i in indices if not -len(blocks) <= i < len(blocks)]
     if wrong:
         raise ValueError(
-            f"layers={choice!r}: {type(model).__name__} has {len(blocks)} blocks, so indices run from {-len(blocks)} to "
-            f"{len(blocks) - 1}; there is no {wrong[0]}. The blocks are: {_listing(blocks)}."
+            f"layers={choice!r}: {type(model).__name__} has {len(blocks)} blocks, so indices run from {-len(blocks)} "
+            f"to {len(blocks) - 1}; there is no {wrong[0]}. The blocks are: {_listing(blocks)}."
         )
     return [blocks[i] for i in indices]
 
@@ -160,8 +163,8 @@ def _match(pattern: str, modules: dict[str, nn.Module], *, regex: bool = True) -
         return [name for name in modules if re.fullmatch(pattern, name)]
     except re.error as error:
         raise ValueError(
-            f"layers={pattern!r} is neither a module name nor a regular expression ({error}). "
-            f"The modules are: {_listing(modules)}."
+            f"layers={pattern!r} is neither a module name nor a regular expression ({error}). The modules are: "
+            f"{_listing(modules)}."
         ) from None
 
 

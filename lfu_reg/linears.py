@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeAlias
 
-from torch import nn
+from torch import Tensor, nn
 
 TargetModules: TypeAlias = str | Sequence[str]
 
@@ -17,8 +17,8 @@ TargetModules: TypeAlias = str | Sequence[str]
 def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
     """(in, out) of a linear map y = W x + b over the last dimension; None for every other module."""
     if type(module).__name__ == "Conv1D":  # transformers' transposed Linear; nx is missing before 4.46
-        weight = module.weight
-        return int(weight.shape[0]), int(weight.shape[1])
+        assert isinstance(module.weight, Tensor)
+        return module.weight.shape[0], module.weight.shape[1]
     sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
     if isinstance(sizes[0], int) and isinstance(sizes[1], int):
         return sizes[0], sizes[1]
@@ -28,7 +28,8 @@ def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
 def find_linears(layers: Mapping[str, nn.Module], target_modules: TargetModules = "all-linear") -> dict[str, nn.Module]:
     """Linear maps in the given layers, by full module name.
 
-    A wrapper around a linear map (PEFT's `lora.Linear` around its `base_layer`) counts as one map, and its inside as none.
+    A wrapper around a linear map (PEFT's `lora.Linear` around its `base_layer`) counts as one map, and its inside as
+    none.
 
     Args:
         layers: layers by full name; a layer that is a linear map itself is included.
@@ -48,11 +49,11 @@ def find_linears(layers: Mapping[str, nn.Module], target_modules: TargetModules 
     if found and not chosen:
         kinds = sorted({name.rsplit(".", 1)[-1] for name in found})
         raise ValueError(
-            f"target_modules={target_modules!r} matches no linear map in the chosen layers. There are {len(found)}, whose names "
-            f"end in: {', '.join(kinds)} (for example {next(iter(found))!r}). Give 'all-linear', a list of such endings, or "
-            "a regular expression that matches whole names."
+            f"target_modules={target_modules!r} matches no linear map in the chosen layers. There are {len(found)}, "
+            f"whose names end in: {', '.join(kinds)} (for example {next(iter(found))!r}). Give 'all-linear', a list of "
+            "such endings, or a regular expression that matches whole names."
         )
-    return found if not chosen else chosen
+    return chosen
 
 
 def _collect(module: nn.Module, name: str, found: dict[str, nn.Module]) -> None:

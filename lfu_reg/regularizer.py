@@ -39,8 +39,8 @@ StopGradient: TypeAlias = Literal["clean", "perturbed", "none"]
 LossFunction: TypeAlias = Callable[[Any, Any], Tensor]
 
 NO_GRADIENT = (
-    "The consistency term has no gradient: no trainable parameter lies before the chosen layers, so it changes the loss's value "
-    "and trains nothing. Choose later layers, or train earlier ones."
+    "The consistency term has no gradient: no trainable parameter lies before the chosen layers, so it changes the "
+    "loss's value and trains nothing. Choose later layers, or train earlier ones."
 )
 EVAL_MODE = (
     "LfURegularizer was called on a model in eval mode with gradients enabled: it returns the plain SFT loss there. "
@@ -62,25 +62,30 @@ class LfURegularizer:
         model: any module; forward hooks are registered on it. Wrap it (DDP, FSDP, compile) before or after.
         auxiliary: theta_aux: "lora", "steering", "weights", "random" or an `Auxiliary` object.
         layers: K, the layers whose hidden states are compared and (but for "weights") perturbed; see `choose_layers`.
-        alpha: length of the ascent step (Eq. 2), or a callable of the step number; None is the paper's for the auxiliary.
-        lam: lambda, the weight of the consistency term (Eq. 6), or a callable of the step number; None is the paper's.
-        reduction: "mean" or "sum" over the hidden dimension. The paper's lambda belongs to "mean"; Eq. 5 to the letter is "sum".
-        distance: "mse", "cosine", "contrastive", "logit_kl", a `Distance`, or a function of two [tokens, hidden] tensors.
-        stop_gradient: which hidden states are detached: "clean" (Eq. 5), "perturbed" (the authors' steering code) or "none".
-        token_mask: tensor shaped like the token dimensions (nonzero counts) or a callable of the batch that returns one.
-            None: `labels != -100` where the batch has labels of that shape, else `attention_mask`, else every position.
-        ascent_steps: steps of length alpha toward the undesirable. Each one after the first evaluates the gradient again, at
-            the perturbed point, for one more call of `sft_loss_fn` and its backward.
+        alpha: length of the ascent step (Eq. 2), or a callable of the step number. None: the paper's value.
+        lam: lambda, the weight of the consistency term (Eq. 6), or a callable of the step number. None: the paper's.
+        reduction: "mean" or "sum" over the hidden dimension. The paper's lambda belongs to "mean"; "sum" is Eq. 5 to
+            the letter.
+        distance: "mse", "cosine", "contrastive", "logit_kl", a `Distance`, or a function of (clean, perturbed), both
+            [tokens, hidden], that returns a scalar.
+        stop_gradient: which hidden states are detached: "clean" (Eq. 5), "perturbed" (the authors' steering code) or
+            "none".
+        token_mask: tensor shaped like the token dimensions (nonzero counts), or a callable of the batch that returns
+            one. None: `labels != -100` where the batch has labels of that shape, else `attention_mask`, else every
+            position.
+        ascent_steps: steps of length alpha toward the undesirable. Each one after the first evaluates the gradient
+            again, at the perturbed point, for one more call of `sft_loss_fn` and its backward.
         every: apply the regularizer at every k-th step only.
         batch_fraction: part of the samples that pass 2 runs on, drawn at random: an unbiased estimate for less time.
         strategy: "released", "retained" (see `strategies.py`) or "auto": released where it can work.
-        seed: of LoRA's A, random directions and drawn samples, which depend on (seed, step) alone. None: torch's initial seed.
+        seed: of LoRA's A, random directions and drawn samples, which depend on (seed, step) alone. None: torch's
+            initial seed.
 
     Attributes:
         layers: names of the hooked layers.
-        metrics: figures of the last step: "loss", "sft_loss", "consistency_loss", "ascent_grad_norm", "distance/<layer>",
-            "relative_distance" (||h' - h|| / ||h||, measured at the first step and every 50th), "alpha", "lam". Detached tensors
-            on their devices, so reading one is what synchronises.
+        metrics: figures of the last step: "loss", "sft_loss", "consistency_loss", "ascent_grad_norm",
+            "distance/<layer>", "relative_distance" (||h' - h|| / ||h||, measured at the first step and every 50th),
+            "alpha", "lam". Detached tensors on their devices, so reading one is what synchronises.
 
     Raises:
         TypeError, ValueError: for settings out of range, or layers that do not exist; the message lists what there is.
@@ -119,8 +124,8 @@ class LfURegularizer:
         checks.check_fraction("batch_fraction", batch_fraction)
         if strategy == "released" and stop_gradient != "clean":
             raise ValueError(
-                f"strategy='released' frees the graph of the clean pass, through which stop_gradient={stop_gradient!r} sends "
-                "gradients. Use strategy='auto' or 'retained'."
+                f"strategy='released' frees the graph of the clean pass, through which stop_gradient={stop_gradient!r} "
+                "sends gradients. Use strategy='auto' or 'retained'."
             )
         checks.check_model(model)
         self.reduction, self.stop_gradient, self.token_mask = reduction, stop_gradient, token_mask
@@ -151,13 +156,13 @@ class LfURegularizer:
         Args:
             model: the attached module, or any wrapper of it; passed on to `sft_loss_fn`.
             batch: whatever `sft_loss_fn` takes; it is not changed.
-            sft_loss_fn: callable of (model, batch) that returns the scalar SFT loss. It runs once, except that each ascent step
-                on other data or at a perturbed point runs it again.
+            sft_loss_fn: callable of (model, batch) that returns the scalar SFT loss. It runs once, except that each
+                ascent step on other data or at a perturbed point runs it again.
             undesirable: another batch, from which the ascent direction is taken instead.
 
         Returns:
-            Scalar l_SFT + lam * l_cons, differentiable once. In eval mode, with gradients disabled, and in `disabled()`: the
-            plain SFT loss.
+            Scalar l_SFT + lam * l_cons, differentiable once. In eval mode, with gradients disabled, and in
+            `disabled()`: the plain SFT loss.
 
         Raises:
             TypeError, ValueError: for a model, batch or loss that cannot be used; the message says why and what helps.
@@ -224,7 +229,8 @@ class LfURegularizer:
                 self._gradient_here(model, copy.copy(again), sft_loss_fn)
                 self.auxiliary.ascend(alpha)
 
-            # Pass 2: the hidden states of the undesirable self (Eq. 4), and how far they are from the clean ones (Eq. 5).
+            # Pass 2: the hidden states of the undesirable self (Eq. 4), and how far they are from the clean ones (Eq.
+            # 5).
             batch_size = clean.states[0].hidden.shape[0]
             samples = self._draw_samples(batch_size)
 
@@ -291,7 +297,7 @@ class LfURegularizer:
         return torch.randperm(batch_size, generator=generator)[:number].sort().values
 
     def _generators(self) -> Callable[[torch.device], torch.Generator]:
-        """One generator a device for this step: it depends on (seed, step) alone, so a resumed run repeats the draws."""
+        """One generator a device, which depends on (seed, step) alone: a resumed run repeats the draws."""
         made: dict[torch.device, torch.Generator] = {}
 
         def generator(device: torch.device) -> torch.Generator:
@@ -359,7 +365,8 @@ class LfURegularizer:
         missing = {"step", "seed"} - set(state)
         if missing:
             raise ValueError(
-                f"The state has entries {sorted(state)}; it needs 'step' and 'seed', as LfURegularizer.state_dict() gives them."
+                f"The state has entries {sorted(state)}; it needs 'step' and 'seed', as LfURegularizer.state_dict() "
+                "gives them."
             )
         self._steps, self.seed = int(state["step"]), int(state["seed"])
 
@@ -389,7 +396,8 @@ class LfURegularizer:
             f"LfURegularizer({type(self._model).__name__}, {self.auxiliary!r}, alpha={self.alpha}, lam={self.lam}, "
             f"distance={self.distance!r}, reduction={self.reduction!r}, stop_gradient={self.stop_gradient!r}, "
             f"ascent_steps={self.ascent_steps}, every={self.every}, batch_fraction={self.batch_fraction}, "
-            f"strategy={self.strategy!r}, seed={self.seed}, step={self._steps},\n  {len(self.layers)} layers:\n{listed}\n)"
+            f"strategy={self.strategy!r}, seed={self.seed}, step={self._steps},\n  {len(self.layers)} "
+            f"layers:\n{listed}\n)"
         )
 
 

@@ -1,9 +1,10 @@
 """Which recorded call pass 2 replays, checked against pass 1.
 
-A replay that differs from pass 1 although nothing is perturbed would measure that difference instead of the perturbation:
-surroundings that the trunk's inputs do not show (a context entered by the loss function), randomness from elsewhere. So at
-steps 1, 10, 100, ..., and whenever another call is to be replayed, an unperturbed replay is compared with pass 1; what fails
-is not used again, and the next larger module is tried, at last the loss function itself.
+A replay that differs from pass 1 although nothing is perturbed would measure that difference instead of the
+perturbation: surroundings that the trunk's inputs do not show (a context entered by the loss function), randomness
+from elsewhere. So at steps 1, 10, 100, ..., and whenever another call is to be replayed, an unperturbed replay is
+compared with pass 1; what fails is not used again, and the next larger module is tried, at last the loss function
+itself.
 """
 
 from __future__ import annotations
@@ -91,15 +92,16 @@ class Replays:
             self._wrong.add(name)
         if samples is not None:
             raise ValueError(
-                "batch_fraction < 1 needs inputs whose tensors have the samples along their first dimension: a replay of "
-                f"{len(samples)} samples did not give their hidden states. Use batch_fraction=1.0, or every=k for a lower cost."
+                "batch_fraction < 1 needs inputs whose tensors have the samples along their first dimension: a replay "
+                f"of {len(samples)} samples did not give their hidden states. Use batch_fraction=1.0, or every=k for a "
+                "lower cost."
             )
         self._wrong.discard(LOSS_FUNCTION)
         self._diagnostics.tell(
             "not repeatable",
-            "The model's forward cannot be repeated: run again without any perturbation it gives other hidden states, so l_cons "
-            "measures that difference as well. Usual causes: random draws outside of torch's, numpy's and Python's global "
-            "generators, or state that every forward changes.",
+            "The model's forward cannot be repeated: run again without any perturbation it gives other hidden "
+            "states, so l_cons measures that difference as well. Usual causes: random draws outside of torch's, "
+            "numpy's and Python's global generators, or state that every forward changes.",
         )
 
     @contextmanager

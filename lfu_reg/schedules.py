@@ -32,7 +32,8 @@ def check_number(name: str, value: object) -> float:
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(
-            f"{name}={value!r} is a {type(value).__name__}; allowed are numbers from 0 and callables of the step number."
+            f"{name}={value!r} is a {type(value).__name__}; allowed are numbers from 0 and callables of the step "
+            "number."
         )
     if not math.isfinite(value) or value < 0:
         raise ValueError(

@@ -2,8 +2,8 @@
 
 released: one backward yields d l_SFT / d theta and g, and frees the graph before pass 2 starts; a second one yields
     d l_cons / d theta; the returned loss hands their sum to the leaves. 2 forwards, 2 backwards, one graph at a time.
-retained: only g is taken at once, pass 1's graph stays, and the caller's backward runs through both passes. Needed where
-    gradients of leaves cannot be taken (sharded parameters), or where l_cons flows back through the clean states.
+retained: only g is taken at once, pass 1's graph stays, and the caller's backward runs through both passes. Needed
+    where gradients of leaves cannot be taken (sharded parameters), or where l_cons flows back through the clean states.
 """
 
 from __future__ import annotations

@@ -29,8 +29,10 @@ class TokenMasks:
     """The masks that a batch offers, matched to hidden states by shape.
 
     Args:
-        batch: the user's batch; entries `labels`, `attention_mask`, `decoder_attention_mask` are looked at if it has them.
-        token_mask: overrides them: a tensor shaped like the token dimensions (nonzero counts), or a callable of the batch.
+        batch: the user's batch; entries `labels`, `attention_mask`, `decoder_attention_mask` are looked at if it has
+        them.
+        token_mask: overrides them: a tensor shaped like the token dimensions (nonzero counts), or a callable of the
+        batch.
 
     Raises:
         TypeError: if `token_mask` gives something else than a tensor.
@@ -44,10 +46,11 @@ class TokenMasks:
             if not isinstance(given, Tensor):
                 raise TypeError(
                     f"token_mask gave {type(given).__name__}; allowed are a tensor shaped like the token dimensions "
-                    "(for example [batch, tokens], nonzero where a token counts) or a callable of the batch that returns one."
+                    "(for example [batch, tokens], nonzero where a token counts) or a callable of the batch that "
+                    "returns one."
                 )
             self.given = given != 0
-        self._labels = labels != IGNORED_LABEL if _is_integer(labels) else None
+        self._labels = None if labels is None or not _is_integer(labels) else torch.ne(labels, IGNORED_LABEL)
         self._attention = _binary(attention)
         self._decoder_attention = _binary(_entry(batch, "decoder_attention_mask"))
         self._cache: dict[Any, tuple[Tensor | None, Tensor | None]] = {}
@@ -123,8 +126,8 @@ def _entry(batch: Any, name: str) -> Tensor | None:
     return value if isinstance(value, Tensor) else None
 
 
-def _is_integer(labels: Tensor | None) -> bool:
-    return labels is not None and not labels.is_floating_point() and labels.dtype != torch.bool
+def _is_integer(labels: Tensor) -> bool:
+    return not labels.is_floating_point() and labels.dtype != torch.bool
 
 
 def _binary(mask: Tensor | None) -> Tensor | None:

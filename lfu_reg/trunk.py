@@ -1,7 +1,8 @@
 """Pass 2 replays a recorded call instead of the user's loss function, which therefore runs once per step.
 
-The trunk is the path of modules from the model's root down to the lowest common ancestor of the chosen layers: `LlamaModel` in
-`LlamaForCausalLM`. Their calls are recorded in pass 1; the deepest one that can be repeated leaves out the LM head and the loss.
+The trunk is the path of modules from the model's root down to the lowest common ancestor of the chosen layers:
+`LlamaModel` in `LlamaForCausalLM`. Their calls are recorded in pass 1; the deepest one that can be repeated leaves out
+the LM head and the loss.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class RecordedCall:
     autocast: tuple[Autocast, ...]
 
     def can_be_repeated(self) -> bool:
-        """Whether no input has a history in pass 1's graph, which is gone, and none changes by being used (a KV cache)."""
+        """Whether no input has a history in pass 1's graph, which is gone, and none is a KV cache, which grows."""
         return not any(
             value.requires_grad and not value.is_leaf if isinstance(value, Tensor) else is_cache(value)
             for value in _flatten((self.args, self.kwargs))

@@ -1,5 +1,7 @@
 """theta_aux, one flavour a file; `base.py` shows how to write another."""
 
+from collections.abc import Callable
+
 from lfu_reg.auxiliaries.base import Auxiliary, Call, Components, OutputAuxiliary, Tokens, master_dtype
 from lfu_reg.auxiliaries.lora import LoRADeltas
 from lfu_reg.auxiliaries.random_directions import RandomDirections
@@ -20,7 +22,7 @@ __all__ = [
     "master_dtype",
 ]
 
-_BY_NAME = {
+_BY_NAME: dict[str, Callable[[], Auxiliary]] = {
     "lora": LoRADeltas,
     "steering": SteeringVectors,
     "weights": WeightDeltas,

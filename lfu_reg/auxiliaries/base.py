@@ -1,10 +1,10 @@
 """theta_aux: what the undesirable step moves.
 
-An auxiliary is a set of components that start every step at "no change". Pass 1 collects the gradient g of the SFT loss with
-respect to them, the ascent moves them by alpha * g / ||g||, and pass 2 runs with them in place.
+An auxiliary is a set of components that start every step at "no change". Pass 1 collects the gradient g of the SFT
+loss with respect to them, the ascent moves them by alpha * g / ||g||, and pass 2 runs with them in place.
 
-`Auxiliary` is what the regularizer talks to. `OutputAuxiliary` does the bookkeeping for all auxiliaries that change what
-some modules return; a new one says where (`sites`), with what (`start`) and how (`apply`), and nothing else:
+`Auxiliary` is what the regularizer talks to. `OutputAuxiliary` does the bookkeeping for all auxiliaries that change
+what some modules return; a new one says where (`sites`), with what (`start`) and how (`apply`), and nothing else:
 
     class Gains(OutputAuxiliary):
         '''One factor per channel of every chosen layer: h' = h * (1 + c).'''
@@ -75,7 +75,7 @@ class Call:
 
 
 def master_dtype(tensor: Tensor) -> torch.dtype:
-    """Components are kept in float32 (float64 for a float64 model) and cast to the activation where they are applied."""
+    """Components are kept in float32 (float64 for a float64 model) and cast to the activation at each site."""
     return torch.promote_types(tensor.dtype, torch.float32)
 
 

@@ -2,10 +2,11 @@
 
             ┌────────── W ──────────┐
         x ──┤                       (+)──► y' = W x + s B A x
-            └── A ──► z = A x ── B ─┘                               A: [rank, in]   B: [out, rank]   s = lora_alpha / rank
+            └── A ──► z = A x ── B ─┘                               A: [rank, in]   B: [out, rank]   s = lora_alpha /
+            rank
 
-A is random, drawn anew at every step, and B starts at zero, so y' = y. Then dl/dA is exactly zero and dl/dB = s (dl/dy)^T z:
-the ascent moves B. With both at zero nothing would ever move.
+A is random, drawn anew at every step, and B starts at zero, so y' = y. Then dl/dA is exactly zero and dl/dB = s
+(dl/dy)^T z: the ascent moves B. With both at zero nothing would ever move.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ class LoRADeltas(OutputAuxiliary):
     Args:
         rank: rank r of every delta.
         lora_alpha: the deltas are scaled by lora_alpha / rank.
-        target_modules: which linear maps of the chosen layers, in PEFT's grammar: "all-linear", a regular expression for
-            whole names, or a list of name endings.
+        target_modules: which linear maps of the chosen layers, in PEFT's grammar: "all-linear", a regular expression
+            for whole names, or a list of name endings.
     """
 
     default_alpha = 0.1
@@ -53,7 +54,8 @@ class LoRADeltas(OutputAuxiliary):
         linears = find_linears(layers, self.target_modules)
         if not linears:
             raise ValueError(
-                f"There is no linear map in the chosen layers ({', '.join(list(layers)[:5])}, ...) for LoRA deltas to act on. "
+                f"There is no linear map in the chosen layers ({', '.join(list(layers)[:5])}, ...) for LoRA deltas to "
+                "act on. "
                 'Use auxiliary="steering", auxiliary="weights", or other layers.'
             )
         return linears
@@ -65,8 +67,8 @@ class LoRADeltas(OutputAuxiliary):
         if x is None or x.shape[-1] != n_in or y.shape[-1] != n_out:
             raise ValueError(
                 f"{call.name} says that it maps {n_in} to {n_out} features, but it was called with "
-                f"{'no tensor' if x is None else list(x.shape)} and returned {list(y.shape)}. "
-                "Leave it out with LoRADeltas(target_modules=...)."
+                f"{'no tensor' if x is None else list(x.shape)} and returned {list(y.shape)}. Leave it out with "
+                "LoRADeltas(target_modules=...)."
             )
         a = torch.empty(self.rank, n_in, dtype=master_dtype(y), device=y.device)
         bound = 1 / math.sqrt(n_in)

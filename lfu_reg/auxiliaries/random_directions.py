@@ -21,8 +21,8 @@ class RandomDirections(OutputAuxiliary):
         super().__init__()
         if not isinstance(of, OutputAuxiliary):
             raise TypeError(
-                f"RandomDirections({type(of).__name__}): allowed are auxiliaries that act on outputs, such as LoRADeltas() "
-                "and SteeringVectors()."
+                f"RandomDirections({type(of).__name__}): allowed are auxiliaries that act on outputs, such as "
+                "LoRADeltas() and SteeringVectors()."
             )
         self.of = of
         self.default_alpha, self.default_lam = of.default_alpha, of.default_lam

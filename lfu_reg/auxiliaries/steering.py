@@ -23,8 +23,8 @@ class SteeringVectors(OutputAuxiliary):
     dl/dd_l is the sum of dl/dh_l over tokens, so pass 1 needs no operation in the forward at all.
 
     Args:
-        relative: keep the norm of every hidden state and turn it only (the authors' code): d_l is then relative to a hidden
-            state of length one, which makes alpha comparable between layers and models.
+        relative: keep the norm of every hidden state and turn it only (the authors' code): d_l is then relative to a
+            hidden state of length one, which makes alpha comparable between layers and models.
         norm: "global" (Eq. 2: one norm over all layers) or "per-layer" (every d_l gets length alpha).
         tokens: "masked" adds d_l at the tokens that the token mask selects, "all" at every position.
     """

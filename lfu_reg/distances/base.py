@@ -34,7 +34,8 @@ class Distance(ABC):
         Args:
             clean: K tensors [..., hidden_l], from the pass without the perturbed components.
             perturbed: K tensors of the same shapes, from the pass with them.
-            token_index: per layer, the numbers of the positions (leading dimensions flattened) that count, or None for all.
+            token_index: per layer, the numbers of the positions (leading dimensions flattened) that count, or None for
+            all.
             reduction: "mean" or "sum" over the hidden dimension, where the distance has one to reduce.
 
         Returns:

@@ -1,4 +1,4 @@
-"""InfoNCE over tokens: h'_t must resemble h_t more than the clean states of the other tokens (van den Oord et al., 2018)."""
+"""InfoNCE over tokens (van den Oord et al., 2018): h'_t must resemble h_t more than other tokens' clean states."""
 
 from __future__ import annotations
 

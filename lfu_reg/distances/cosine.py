@@ -9,7 +9,7 @@ from lfu_reg.distances.base import PerLayerDistance, Reduction
 
 
 class Cosine(PerLayerDistance):
-    """1 - cos(h, h'), mean over tokens. There is no hidden dimension left to reduce, so `reduction` makes no difference."""
+    """1 - cos(h, h'), mean over tokens; `reduction` makes no difference, as no hidden dimension is left."""
 
     def layer(self, clean: Tensor, perturbed: Tensor, reduction: Reduction) -> Tensor:
         """1 - cos, mean over tokens."""

@@ -11,7 +11,7 @@ from lfu_reg.distances.base import PerLayerDistance, Reduction
 
 
 class LogitKL(PerLayerDistance):
-    """KL divergence between the clean and the perturbed prediction, mean over tokens. Pass 2 then runs the head as well."""
+    """KL divergence between clean and perturbed predictions, mean over tokens. Pass 2 then runs the head as well."""
 
     measures: Literal["hidden_states", "logits"] = "logits"
 

@@ -1,6 +1,6 @@
 """Eq. 5: the squared distance between hidden states.
 
-reduction="mean": per layer the mean over tokens and the hidden dimension, then the mean over layers (the authors' code).
+reduction="mean": per layer the mean over tokens and the hidden dimension, then over layers (the authors' code).
 reduction="sum": the hidden dimension is summed, literally 1/(TK) sum_t sum_l ||h - h'||^2.
 """
 
