@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
 
 
@@ -25,29 +24,31 @@ class BufferWatch:
         self._model = model
 
     def changed(self) -> list[tuple[nn.Module, str]]:
-        """The buffers, as (module, name), that were written or replaced since construction."""
-        return [
-            key
-            for key, buffer in _buffers(self._model)
+        """The buffers, as (module, name), of all modules of which one was written or replaced since construction."""
+        # All of a module's: batch norm writes its running statistics in native code, past the version counter.
+        now = _buffers(self._model)
+        modules = {
+            key[0]
+            for key, buffer in now
             if (before := self._before.get(key)) is None or before[0] is not buffer or before[1] != buffer._version
-        ]
+        }
+        return [key for key, _ in now if key[0] in modules]
 
 
 @contextmanager
-def restored(buffers: list[tuple[nn.Module, str]]) -> Iterator[None]:
-    """Put the given buffers back, values and identity, when the block ends, also by an exception."""
-    kept = [
-        (module, name, tensor, tensor.clone())
-        for module, name in buffers
-        if (tensor := module._buffers[name]) is not None
-    ]
+def on_copies(buffers: list[tuple[nn.Module, str]]) -> Iterator[None]:
+    """Let copies of the given buffers take their places for the block, also if an exception ends it.
+
+    Copies, and not values put back afterwards: a graph of pass 1 may have saved the buffers themselves.
+    """
+    kept = [(module, name, module._buffers[name]) for module, name in buffers]
     try:
+        for module, name, buffer in kept:
+            module._buffers[name] = None if buffer is None else buffer.clone()
         yield
     finally:
-        with torch.no_grad():
-            for module, name, tensor, value in kept:
-                tensor.copy_(value)
-                module._buffers[name] = tensor
+        for module, name, buffer in kept:
+            module._buffers[name] = buffer
 
 
 def _buffers(model: nn.Module) -> list[tuple[tuple[nn.Module, str], Tensor]]:

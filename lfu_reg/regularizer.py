@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lfu_reg import checks
 from lfu_reg.auxiliaries import Auxiliary, make_auxiliary
-from lfu_reg.buffers import BufferWatch, restored
+from lfu_reg.buffers import BufferWatch, on_copies
 from lfu_reg.consistency import consistency, relative_distance
 from lfu_reg.diagnostics import Diagnostics
 from lfu_reg.distances import DistanceChoice, make_distance
@@ -218,15 +218,16 @@ class LfURegularizer:
             strategy.backward_clean(sft_loss, clean, self.auxiliary)
         sft_loss = sft_loss.detach()
 
-        with restored(watch.changed()), self._random_state_kept():
+        with on_copies(watch.changed()), self._random_state_kept():
             # Ascent: theta_aux <- theta_aux + alpha * g / ||g|| (Eq. 2).
+            ascent_batch = again if undesirable is None else undesirable
             if undesirable is not None:
                 random_start.restore()
-                self._gradient_here(model, undesirable, sft_loss_fn)
+                self._gradient_here(model, copy.copy(ascent_batch), sft_loss_fn)
             gradient_norm = self.auxiliary.ascend(alpha)
             for _ in range(1, self.ascent_steps):
                 random_start.restore()
-                self._gradient_here(model, copy.copy(again), sft_loss_fn)
+                self._gradient_here(model, copy.copy(ascent_batch), sft_loss_fn)
                 self.auxiliary.ascend(alpha)
 
             # Pass 2: the hidden states of the undesirable self (Eq. 4), and how far they are from the clean ones (Eq.

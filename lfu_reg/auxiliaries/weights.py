@@ -33,6 +33,7 @@ class WeightDeltas(Auxiliary):
     def __init__(self, only: Callable[[str, nn.Parameter], bool] | None = None) -> None:
         self.only = only
         self._model: nn.Module | None = None
+        self._parameters: dict[str, nn.Parameter] = {}
         self._deltas: dict[str, Tensor] = {}
         self._gradients: dict[str, Tensor] = {}
 
@@ -44,6 +45,12 @@ class WeightDeltas(Auxiliary):
     def reset(self, generators: Generators) -> None:
         """Forget deltas and gradients."""
         self._deltas, self._gradients = {}, {}
+        # Looked up once a step: while pass 2 runs, moved tensors stand in the place of the parameters.
+        self._parameters = {
+            name: parameter
+            for name, parameter in (self._model.named_parameters() if self._model is not None else ())
+            if parameter.requires_grad and (self.only is None or self.only(name, parameter))
+        }
 
     def observe(self, call: Call) -> GradientRule | None:
         """Never called: there are no sites."""
@@ -56,12 +63,12 @@ class WeightDeltas(Auxiliary):
     def leaves(self) -> list[Tensor]:
         """The trainable parameters."""
         # d(theta + delta)/d delta = 1: the gradient at theta + delta is that of theta itself.
-        return list(self._trainable().values())
+        return list(self._parameters.values())
 
     def gradient_from(self, leaves: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
         """Pick the trainable parameters' gradients out of others."""
         by_leaf = {id(leaf): gradient for leaf, gradient in zip(leaves, gradients, strict=True)}
-        for name, parameter in self._trainable().items():
+        for name, parameter in self._parameters.items():
             gradient = by_leaf.get(id(parameter))
             if gradient is not None:
                 self._gradients[name] = gradient.to_dense() if gradient.is_sparse else gradient
@@ -84,8 +91,8 @@ class WeightDeltas(Auxiliary):
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Replace every parameter by parameter + delta, in every module that holds it (tied weights), for the block."""
-        trainable = self._trainable()
-        moved = {id(trainable[name]): trainable[name] + delta for name, delta in self._deltas.items()}
+        parameters = self._parameters
+        moved = {id(parameters[name]): parameters[name] + delta for name, delta in self._deltas.items()}
         assert self._model is not None
         holders = [
             (module._parameters, key, parameter)
@@ -94,20 +101,12 @@ class WeightDeltas(Auxiliary):
             if id(parameter) in moved
         ]
         try:
-            for parameters, key, parameter in holders:
-                parameters[key] = moved[id(parameter)]  # type: ignore[assignment]
+            for held, key, parameter in holders:
+                held[key] = moved[id(parameter)]  # type: ignore[assignment]
             yield
         finally:
-            for parameters, key, parameter in holders:
-                parameters[key] = parameter
-
-    def _trainable(self) -> dict[str, nn.Parameter]:
-        assert self._model is not None
-        return {
-            name: parameter
-            for name, parameter in self._model.named_parameters()
-            if parameter.requires_grad and (self.only is None or self.only(name, parameter))
-        }
+            for held, key, parameter in holders:
+                held[key] = parameter
 
     def __repr__(self) -> str:
         return "WeightDeltas()" if self.only is None else f"WeightDeltas(only={self.only!r})"

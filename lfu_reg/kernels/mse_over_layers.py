@@ -1,0 +1,120 @@
+"""Masked mean squared difference between K pairs of hidden states: one call for all layers.
+
+    d_l  = 1/(N_l H_l) * sum over the N_l selected positions and the H_l hidden units of (h'_l - h_l)^2
+    loss = sum_l w_l d_l                                   (w_l = 1/K unless given)
+
+On CUDA and ROCm a Triton kernel does it in one launch forward and one backward (`mse_triton`), anywhere else
+plain torch operations do (`mse_torch`). This file imports torch only.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Sequence
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from lfu_reg.kernels import mse_torch
+from lfu_reg.kernels.mse_problem import Problem, describe_problems
+
+Reduction: TypeAlias = Literal["mean", "sum"]
+StopGradient: TypeAlias = Literal["clean", "perturbed", "none"]
+Impl: TypeAlias = Literal["auto", "torch", "triton"]
+
+_EXTRA = "pip install 'lfu_reg[triton]'"
+
+
+def mse_over_layers(
+    clean: Sequence[Tensor],
+    perturbed: Sequence[Tensor],
+    token_index: Tensor | Sequence[Tensor | None] | None,
+    weights: Tensor | Sequence[float] | None = None,
+    *,
+    reduction: Reduction = "mean",
+    stop_gradient: StopGradient = "clean",
+    impl: Impl = "auto",
+    overwrite_clean: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Weighted sum over layers of the squared difference at the selected positions.
+
+    Args:
+        clean: K tensors [..., hidden_l]; the leading dimensions are flattened to positions. Layers may differ in
+            positions, hidden size, dtype and device, and the two tensors of a layer in dtype and strides.
+        perturbed: K tensors, each of the shape and on the device of its clean partner.
+        token_index: positions that count: None for all, one int64 tensor [N] for every layer, or a sequence of K
+            such tensors or None. Each position at most once. An index outside of the layer raises on the CPU; on a
+            GPU, where looking would stall the stream, it reads nothing and turns that layer's value and the loss
+            into NaN.
+        weights: K factors w_l, a floating-point tensor [K] or numbers, used as given; None means 1/K each. They are
+            constants: no gradient flows to them.
+        reduction: "mean" divides by positions and hidden size, "sum" by positions only.
+        stop_gradient: the side that gets no gradient: "clean" (default), "perturbed", or "none".
+        impl: "triton", "torch", or "auto": triton for float16, bfloat16 and float32 tensors on CUDA and ROCm when
+            the package is there, torch otherwise.
+        overwrite_clean: allows writing h' - h over the `clean` tensors and handing them out as gradients of
+            `perturbed`, so that no gradient memory is allocated. Only for tensors that nobody else reads any more;
+            afterwards their values are undefined and the loss can be backpropagated once. Layers where it is not
+            possible (see `mse_problem.overwritable`) are treated as without it. In half precision h' - h is then
+            rounded to that precision before it is scaled.
+
+    Returns:
+        The scalar loss, differentiable once, and the detached unweighted d_l [K]; float32, or float64 if any
+        layer is float64; on the device of the first layer. A layer with nothing selected gives exactly 0.
+
+    Raises:
+        TypeError: for integer tensors, or a token index that is not int64.
+        ValueError: for lists or shapes that do not fit each other, an unknown option, or impl="triton" where
+            that cannot run.
+    """
+    problems = describe_problems(
+        clean, perturbed, token_index, weights, reduction, stop_gradient, overwrite_clean
+    )
+    parts = [_solve(problem, impl) for problem in problems]
+    if len(parts) == 1:
+        return parts[0]
+    # One autograd node per device, so that autograd handles the streams of each.
+    home = perturbed[0].device
+    dtype = torch.float64 if any(d.dtype == torch.float64 for _, d in parts) else torch.float32
+    loss = torch.stack([part.to(home, dtype, non_blocking=True) for part, _ in parts]).sum()
+    per_layer = torch.empty(len(perturbed), dtype=dtype, device=home)
+    for problem, (_, values) in zip(problems, parts, strict=True):
+        where = torch.tensor(problem.layers, device=home)
+        per_layer[where] = values.to(home, dtype, non_blocking=True)
+    return loss, per_layer
+
+
+def _solve(problem: Problem, impl: str) -> tuple[Tensor, Tensor]:
+    if _use_triton(problem, impl):
+        # The name is put together here so that no import of triton happens before it is needed.
+        launcher = importlib.import_module("lfu_reg.kernels.mse_launch")
+        loss, per_layer = launcher.run(problem)
+    else:
+        loss, per_layer = mse_torch.run(problem)
+    return loss, per_layer
+
+
+def _use_triton(problem: Problem, impl: str) -> bool:
+    if impl == "torch":
+        return False
+    if impl not in ("auto", "triton"):
+        raise ValueError(f"impl={impl!r}; allowed are 'auto', 'torch' and 'triton'.")
+    installed = importlib.util.find_spec("triton") is not None
+    on_gpu = problem.device.type == "cuda"  # ROCm builds of torch call their devices "cuda" as well
+    has_double = problem.dtype == torch.float64
+    if impl == "auto":
+        return on_gpu and installed and not has_double
+    if not installed:
+        raise ValueError(f"impl='triton' needs the triton package: {_EXTRA}, or use impl='torch'.")
+    if has_double:
+        raise ValueError("impl='triton' computes in float32; use impl='torch' for float64 tensors.")
+    # Triton's interpreter runs kernels on CPU tensors; it is how they are tested without a GPU.
+    if not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f"impl='triton' needs tensors on a CUDA or ROCm device, not on {problem.device} "
+            f"({_EXTRA} brings the package, not the device); use impl='auto' or impl='torch'."
+        )
+    return True
