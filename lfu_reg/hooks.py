@@ -7,7 +7,7 @@ once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lfu_reg import outputs
-from lfu_reg.auxiliaries.base import Auxiliary, Call, Tokens
+from lfu_reg.auxiliaries.base import Auxiliary, Call, GradientRule, Tokens
 from lfu_reg.graph import take_part
 from lfu_reg.layers import channels_first, is_encoder_layer
 from lfu_reg.tokens import TokenMasks
@@ -45,6 +45,13 @@ class State:
 
 
 @dataclass
+class Gate:
+    """All that a tap knows of its pass: a reference to the pass and its states would be a cycle through the graph."""
+
+    is_open: bool = True
+
+
+@dataclass
 class Pass:
     """One pass through the model.
 
@@ -56,7 +63,7 @@ class Pass:
             overwritten), or None.
         stop_after: leave early after this many captured states.
         recording: False once the forward is over: hooks then run only to repeat it (activation checkpointing).
-        collecting: False once the backward of a tapped pass is over.
+        gate: open while the backward of a tapped pass may collect gradients.
         states: what was captured, in order of execution.
         taps: outputs whose gradients the taps wait for.
         anchor: leaf on which taps depend that would otherwise not be part of the graph.
@@ -68,7 +75,7 @@ class Pass:
     capture: str | None = "detached"
     stop_after: int | None = None
     recording: bool = True
-    collecting: bool = True
+    gate: Gate = field(default_factory=Gate)
     states: list[State] = field(default_factory=list)
     taps: list[Tensor] = field(default_factory=list)
     anchor: Tensor = field(default_factory=lambda: torch.zeros((), requires_grad=True))
@@ -118,7 +125,8 @@ class ModelHooks:
         try:
             yield this
         finally:
-            this.recording = this.collecting = False
+            this.recording = this.gate.is_open = False
+            this.taps.clear()
             self.running = before
 
     def on_output(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
@@ -149,13 +157,7 @@ class ModelHooks:
                 return self._auxiliary.apply_at(call)
             y = call.y if call.y.requires_grad else take_part(call.y, this.anchor)
             if this.recording:
-                rule = self._auxiliary.observe(call)
-
-                def tap(grad_y: Tensor) -> None:
-                    if this.collecting and rule is not None:
-                        rule(grad_y)
-
-                y.register_hook(tap)  # type: ignore[no-untyped-call]
+                y.register_hook(_tap(self._auxiliary.observe(call), this.gate))  # type: ignore[no-untyped-call]
                 this.taps.append(y)
             return y
 
@@ -197,6 +199,14 @@ def attached_already(model: nn.Module) -> bool:
         for module in model.modules()
         for hook in module._forward_hooks.values()
     )
+
+
+def _tap(rule: GradientRule | None, gate: Gate) -> Callable[[Tensor], None]:
+    def tap(grad_y: Tensor) -> None:
+        if gate.is_open and rule is not None:
+            rule(grad_y)
+
+    return tap
 
 
 def _first_input(args: Any, kwargs: Any) -> Tensor | None:

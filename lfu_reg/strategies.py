@@ -80,7 +80,6 @@ class Retained:
             gradients = torch.autograd.grad(sft_loss, wanted, retain_graph=True, allow_unused=True)
             if not clean.taps:
                 auxiliary.gradient_from(wanted, gradients)
-        clean.taps.clear()
 
     def total(self, consistency_term: Tensor) -> Tensor:
         """The plain sum."""

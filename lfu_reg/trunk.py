@@ -7,6 +7,7 @@ the LM head and the loss.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -137,8 +138,9 @@ def replay(calls: Iterable[RecordedCall], samples: Tensor | None = None, batch_s
     try:
         for call in calls:
             call.repeat(samples, batch_size)
-    except EarlyExit:
-        pass  # the traceback's frames hold activations: it must not be kept
+    except EarlyExit as early:
+        # The frames that it left hold activations, and some of them hold the exception: empty them here and now.
+        traceback.clear_frames(early.__traceback__)
 
 
 def is_cache(value: Any) -> bool:

@@ -185,10 +185,11 @@ class OutputAuxiliary(Auxiliary):
     def observe(self, call: Call) -> GradientRule:
         """`gradient_rule`, adding what it gives to g."""
         rule = self.gradient_rule(self._at(call), call)
+        name = call.name  # and not `call`: the rule ends up in a hook of call.y, which would keep itself alive
 
         def collect(grad_y: Tensor) -> Sequence[Tensor | None]:
             gradients = rule(grad_y)
-            self._collect(call.name, gradients)
+            self._collect(name, gradients)
             return gradients
 
         return collect

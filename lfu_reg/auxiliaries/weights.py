@@ -9,8 +9,8 @@ themselves are put back whatever happens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lfu_reg.ascent import ascend, gradient_norm
 from lfu_reg.auxiliaries.base import Auxiliary, Call, Generators, GradientRule
+from lfu_reg.substitution import substituted
 
 
 class WeightDeltas(Auxiliary):
@@ -88,25 +89,17 @@ class WeightDeltas(Auxiliary):
         """Parameter name to delta."""
         return dict(self._deltas)
 
-    @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """Replace every parameter by parameter + delta, in every module that holds it (tied weights), for the block."""
-        parameters = self._parameters
-        moved = {id(parameters[name]): parameters[name] + delta for name, delta in self._deltas.items()}
-        assert self._model is not None
-        holders = [
-            (module._parameters, key, parameter)
+    def in_place(self) -> AbstractContextManager[None]:
+        """Parameter + delta instead of every parameter, in every module that holds it (tied weights)."""
+        if self._model is None:
+            return nullcontext()
+        moved = {id(self._parameters[name]): self._parameters[name] + delta for name, delta in self._deltas.items()}
+        return substituted(
+            (module, name, moved[id(parameter)])
             for module in self._model.modules()
-            for key, parameter in module._parameters.items()
+            for name, parameter in module._parameters.items()
             if id(parameter) in moved
-        ]
-        try:
-            for held, key, parameter in holders:
-                held[key] = moved[id(parameter)]  # type: ignore[assignment]
-            yield
-        finally:
-            for held, key, parameter in holders:
-                held[key] = parameter
+        )
 
     def __repr__(self) -> str:
         return "WeightDeltas()" if self.only is None else f"WeightDeltas(only={self.only!r})"
