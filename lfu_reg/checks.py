@@ -12,6 +12,10 @@ from lfu_reg.hooks import attached_already
 from lfu_reg.tokens import TokenMasks
 from lfu_reg.trunk import is_cache
 
+NOTHING_TRAINABLE = (
+    "sft_loss_fn returned a loss that does not depend on anything trainable (requires_grad is False). Do not detach it "
+    "or compute it under torch.no_grad(), and make sure that some parameters require gradients."
+)
 NO_REPLICAS = (
     "torch.nn.DataParallel runs copies of the model in threads, whose hidden states would mix. Use "
     "torch.nn.parallel.DistributedDataParallel with one process per GPU (torchrun), or hide the other GPUs with "
@@ -95,16 +99,19 @@ def check_loss(loss: object, *, first: bool) -> Tensor:
             ".mean() or .sum()."
         )
     if not loss.requires_grad:
-        raise ValueError(
-            "sft_loss_fn returned a loss that does not depend on anything trainable (requires_grad is False). Do not "
-            "detach it or compute it under torch.no_grad(), and make sure that some parameters require gradients."
-        )
+        raise ValueError(NOTHING_TRAINABLE)
     if first and not torch.isfinite(loss.detach()):
         raise ValueError(
             f"sft_loss_fn returned {float(loss.detach())} at the first step. Check the data (a batch without any label "
             "gives NaN), the learning rate and the dtype: no direction can be taken from such a loss."
         )
     return loss
+
+
+def check_trainable(leaves: Sequence[Tensor], anchor: Tensor) -> None:
+    """Raise unless something besides the regularizer's own anchor is trained by the loss."""
+    if all(leaf is anchor for leaf in leaves):
+        raise ValueError(NOTHING_TRAINABLE)
 
 
 def check_layers_ran(layers: Collection[str], ran: Collection[str], *, named: bool) -> None:

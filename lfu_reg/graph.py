@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -46,6 +47,22 @@ def leaves_of(loss: Tensor) -> list[Tensor]:
     if loss.grad_fn is None and loss.requires_grad:
         found.append(loss)
     return found
+
+
+def gradients_of(loss: Tensor, leaves: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """Gradients of `loss` with respect to `leaves`, None where there is none; frees the graph.
+
+    Tensor hooks of the leaves (users clip or mask gradients with them) stay quiet: they are to act once, on the
+    gradient that the caller's backward accumulates.
+    """
+    hooked = [(hooks, dict(hooks)) for leaf in leaves if (hooks := leaf._backward_hooks)]
+    try:
+        for hooks, _ in hooked:
+            hooks.clear()  # the engine holds this very dictionary
+        return torch.autograd.grad(loss, leaves, allow_unused=True)
+    finally:
+        for hooks, kept in hooked:
+            hooks.update(kept)
 
 
 def take_part(tensor: Tensor, anchor: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from lfu_reg import outputs
@@ -65,7 +66,7 @@ class Pass:
         recording: False once the forward is over: hooks then run only to repeat it (activation checkpointing).
         gate: open while the backward of a tapped pass may collect gradients.
         states: what was captured, in order of execution.
-        taps: outputs whose gradients the taps wait for.
+        taps: the edges of the graph at which taps wait for gradients.
         anchor: leaf on which taps depend that would otherwise not be part of the graph.
     """
 
@@ -77,7 +78,7 @@ class Pass:
     recording: bool = True
     gate: Gate = field(default_factory=Gate)
     states: list[State] = field(default_factory=list)
-    taps: list[Tensor] = field(default_factory=list)
+    taps: list[GradientEdge] = field(default_factory=list)
     anchor: Tensor = field(default_factory=lambda: torch.zeros((), requires_grad=True))
 
 
@@ -158,7 +159,7 @@ class ModelHooks:
             y = call.y if call.y.requires_grad else take_part(call.y, this.anchor)
             if this.recording:
                 y.register_hook(_tap(self._auxiliary.observe(call), this.gate))  # type: ignore[no-untyped-call]
-                this.taps.append(y)
+                this.taps.append(get_gradient_edge(y))
             return y
 
     def _keep(self, name: str, hidden: Tensor, tokens: Tokens, this: Pass) -> None:

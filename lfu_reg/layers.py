@@ -43,10 +43,10 @@ def choose_layers(model: nn.Module, choice: LayerChoice = "all") -> dict[str, nn
     if isinstance(choice, Iterable) and not isinstance(choice, str):
         listed: list[Any] = list(choice)
         if listed and all(isinstance(name, str) for name in listed):
+            matched: set[str] = set()
             for name in listed:
-                _checked(_match(name, modules, regex=False), modules, f"the layer name {name!r}", model)
-            chosen = [key for key in modules if any(_is_suffix(name, key) for name in listed)]
-            return _checked(chosen, modules, f"layers={listed!r}", model)
+                matched |= set(_checked(_match(name, modules, regex=False), modules, f"the layer name {name!r}", model))
+            return {name: module for name, module in modules.items() if name in matched}
         choice = listed
     stacks = find_stacks(model)
     if not stacks:
@@ -156,7 +156,8 @@ def _third(stack: list[str], third: int) -> list[str]:
 
 
 def _match(pattern: str, modules: dict[str, nn.Module], *, regex: bool = True) -> list[str]:
-    by_name = [name for name in modules if _is_suffix(pattern, name)]
+    # A full name means that module, also where it is the ending of others.
+    by_name = [pattern] if pattern in modules else [name for name in modules if _is_suffix(pattern, name)]
     if by_name or not regex:
         return by_name
     try:

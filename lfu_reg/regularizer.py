@@ -26,6 +26,7 @@ from lfu_reg.consistency import consistency, relative_distance
 from lfu_reg.diagnostics import Diagnostics
 from lfu_reg.distances import DistanceChoice, make_distance
 from lfu_reg.distances.base import Reduction
+from lfu_reg.graph import leaves_of
 from lfu_reg.hooks import ModelHooks, Pass, State
 from lfu_reg.layers import LayerChoice, choose_layers
 from lfu_reg.randomness import RandomState
@@ -209,13 +210,15 @@ class LfURegularizer:
             capture="detached" if self.stop_gradient == "clean" else "cloned",
         )
         with self._hooks.run(clean):
-            with self._trunk.recording():
+            with self._trunk.recording(), strategy.checkpoints():
                 sft_loss = checks.check_loss(sft_loss_fn(model, batch), first=step == 0)
             clean.recording = False
+            leaves = leaves_of(sft_loss)
+            checks.check_trainable(leaves, clean.anchor)
             checks.check_layers_ran(self._hooks.captured, {state.name for state in clean.states}, named=self._named)
             checks.check_token_mask(tokens, [state.hidden for state in clean.states])
             # ... and one backward gives d l_SFT / d theta and g = d l_SFT / d theta_aux.
-            strategy.backward_clean(sft_loss, clean, self.auxiliary)
+            strategy.backward_clean(sft_loss, leaves, clean, self.auxiliary)
         sft_loss = sft_loss.detach()
 
         with on_copies(watch.changed()), self._random_state_kept():

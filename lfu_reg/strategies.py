@@ -8,22 +8,34 @@ retained: only g is taken at once, pass 1's graph stays, and the caller's backwa
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from lfu_reg import checkpointing
 from lfu_reg.auxiliaries import Auxiliary
 from lfu_reg.graft import graft
-from lfu_reg.graph import leaves_of
+from lfu_reg.graph import gradients_of, leaves_of
 from lfu_reg.hooks import Pass
 
 
 class Strategy(Protocol):
     """What the regularizer's step asks of a strategy."""
 
-    def backward_clean(self, sft_loss: Tensor, clean: Pass, auxiliary: Auxiliary) -> None:
-        """Take g, and d l_SFT / d theta if the graph is to be released."""
+    def checkpoints(self) -> AbstractContextManager[None]:
+        """Context of pass 1's forward, which refuses activation checkpoints if they cannot be repeated."""
+
+    def backward_clean(self, sft_loss: Tensor, leaves: list[Tensor], clean: Pass, auxiliary: Auxiliary) -> None:
+        """Take g, and d l_SFT / d theta if the graph is to be released.
+
+        Args:
+            sft_loss: scalar with the graph of pass 1.
+            leaves: the leaves that it depends on.
+            clean: pass 1.
+            auxiliary: theta_aux, which collects g.
+        """
 
     def total(self, consistency_term: Tensor) -> Tensor:
         """l_SFT + lam * l_cons, differentiable."""
@@ -36,11 +48,14 @@ class Released:
         self._value = torch.zeros(())
         self._gradients: dict[int, tuple[Tensor, Tensor | None]] = {}
 
-    def backward_clean(self, sft_loss: Tensor, clean: Pass, auxiliary: Auxiliary) -> None:
+    def checkpoints(self) -> AbstractContextManager[None]:
+        """Welcome: they are repeated while the passes are still set up."""
+        return nullcontext()
+
+    def backward_clean(self, sft_loss: Tensor, leaves: list[Tensor], clean: Pass, auxiliary: Auxiliary) -> None:
         """One backward for everything; the taps of `clean` collect g on its way."""
         self._value = sft_loss.detach()
-        leaves = leaves_of(sft_loss)
-        gradients = torch.autograd.grad(sft_loss, leaves, allow_unused=True)
+        gradients = gradients_of(sft_loss, leaves)
         self._add(leaves, gradients)
         self._gradients.pop(id(clean.anchor), None)
         if clean.observe:
@@ -50,7 +65,7 @@ class Released:
         """The graft of both terms' gradients onto the sum of their values."""
         if consistency_term.requires_grad:
             leaves = leaves_of(consistency_term)
-            self._add(leaves, torch.autograd.grad(consistency_term, leaves, allow_unused=True))
+            self._add(leaves, gradients_of(consistency_term, leaves))
         value = self._value + consistency_term.detach().to(self._value.device)
         leaves, gradients = (
             [leaf for leaf, _ in self._gradients.values()],
@@ -71,15 +86,19 @@ class Retained:
     def __init__(self) -> None:
         self._sft_loss = torch.zeros(())
 
-    def backward_clean(self, sft_loss: Tensor, clean: Pass, auxiliary: Auxiliary) -> None:
+    def checkpoints(self) -> AbstractContextManager[None]:
+        """Refused."""
+        return checkpointing.refused()
+
+    def backward_clean(self, sft_loss: Tensor, leaves: list[Tensor], clean: Pass, auxiliary: Auxiliary) -> None:
         """A backward down to the taps, or to the weights where these are the auxiliary components."""
         self._sft_loss = sft_loss
-        leaves_of(sft_loss)  # refuses reentrant checkpoints
-        wanted = clean.taps or [leaf for leaf in auxiliary.leaves() if clean.observe]
-        if wanted:
+        if clean.taps:
+            torch.autograd.grad(sft_loss, clean.taps, retain_graph=True, allow_unused=True)
+        elif clean.observe:
+            wanted = auxiliary.leaves()
             gradients = torch.autograd.grad(sft_loss, wanted, retain_graph=True, allow_unused=True)
-            if not clean.taps:
-                auxiliary.gradient_from(wanted, gradients)
+            auxiliary.gradient_from(wanted, gradients)
 
     def total(self, consistency_term: Tensor) -> Tensor:
         """The plain sum."""

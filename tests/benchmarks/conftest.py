@@ -1,0 +1,7 @@
+"""Makes the scripts of benchmarks/ importable, as `python benchmarks/<script>.py` does."""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
