@@ -9,6 +9,7 @@ plain torch operations do (`mse_torch`). This file imports torch only.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -70,9 +71,7 @@ def mse_over_layers(
         ValueError: for lists or shapes that do not fit each other, an unknown option, or impl="triton" where
             that cannot run.
     """
-    problems = describe_problems(
-        clean, perturbed, token_index, weights, reduction, stop_gradient, overwrite_clean
-    )
+    problems = describe_problems(clean, perturbed, token_index, weights, reduction, stop_gradient, overwrite_clean)
     parts = [_solve(problem, impl) for problem in problems]
     if len(parts) == 1:
         return parts[0]
@@ -102,12 +101,11 @@ def _use_triton(problem: Problem, impl: str) -> bool:
         return False
     if impl not in ("auto", "triton"):
         raise ValueError(f"impl={impl!r}; allowed are 'auto', 'torch' and 'triton'.")
-    installed = importlib.util.find_spec("triton") is not None
     on_gpu = problem.device.type == "cuda"  # ROCm builds of torch call their devices "cuda" as well
     has_double = problem.dtype == torch.float64
     if impl == "auto":
-        return on_gpu and installed and not has_double
-    if not installed:
+        return on_gpu and not has_double and _triton_installed()
+    if not _triton_installed():
         raise ValueError(f"impl='triton' needs the triton package: {_EXTRA}, or use impl='torch'.")
     if has_double:
         raise ValueError("impl='triton' computes in float32; use impl='torch' for float64 tensors.")
@@ -118,3 +116,8 @@ def _use_triton(problem: Problem, impl: str) -> bool:
             f"({_EXTRA} brings the package, not the device); use impl='auto' or impl='torch'."
         )
     return True
+
+
+@functools.cache
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
+
+# Shapes, dtypes and devices of a layer's two tensors, and the identity of its index.
+_Kind: TypeAlias = tuple[torch.Size, torch.Size, torch.dtype, torch.dtype, torch.device, torch.device, int]
 
 
 @dataclass(slots=True)
@@ -18,6 +22,7 @@ class Problem:
         clean: tensors [..., hidden_l].
         perturbed: tensors of the same shapes.
         index: int64 tensors [N_l] on the same device, or None for all positions.
+        kinds: layers with the same number agree in shape, dtypes and index tensor.
         scales: 1/(N_l H_l) or 1/N_l; 0 where nothing is selected.
         weights: numbers, or a tensor [K] on the same device.
         layers: the layers' numbers in the caller's lists.
@@ -26,11 +31,13 @@ class Problem:
         overwrite: whether h' - h may be written over the clean tensor.
         dtype: of the results: float32, or float64 if any layer is float64.
         device: where everything is.
+        spent: whether backward has run.
     """
 
     clean: list[Tensor]
     perturbed: list[Tensor]
     index: list[Tensor | None]
+    kinds: list[int]
     scales: list[float]
     weights: list[float] | Tensor
     layers: list[int]
@@ -39,6 +46,20 @@ class Problem:
     overwrite: list[bool]
     dtype: torch.dtype
     device: torch.device
+    spent: bool = False
+
+    def spend(self) -> None:
+        """Refuse a second backward where the first one consumed the differences.
+
+        Raises:
+            RuntimeError: if it was spent before.
+        """
+        if self.spent and any(self.overwrite):
+            raise RuntimeError(
+                "This loss was backpropagated before, and with overwrite_clean=True its first backward used up "
+                "the differences. Call backward once, or pass overwrite_clean=False."
+            )
+        self.spent = True
 
 
 def describe_problems(
@@ -70,49 +91,60 @@ def describe_problems(
     factors = _weights(weights, count)
 
     # Layers of a transformer look alike: each kind is checked once, which keeps the cost per layer to one look-up.
-    scale_of: dict[object, float] = {}
-    scales: list[float] = []
+    known: dict[_Kind, tuple[int, float]] = {}
+    found: list[tuple[int, float]] = []
     for layer, (h, h_prime, chosen) in enumerate(zip(clean, perturbed, index, strict=True)):
         kind = (h.shape, h_prime.shape, h.dtype, h_prime.dtype, h.device, h_prime.device, id(chosen))
-        scale = scale_of.get(kind)
-        if scale is None:
+        entry = known.get(kind)
+        if entry is None:
             _check_layer(layer, h, h_prime, chosen)
-            scale = scale_of[kind] = _scale(h, chosen, reduction)
-        scales.append(scale)
+            entry = known[kind] = (len(known), _scale(h, chosen, reduction))
+        found.append(entry)
 
     grad_clean = stop_gradient != "clean" and any(h.requires_grad for h in clean)
     grad_perturbed = stop_gradient != "perturbed" and any(h.requires_grad for h in perturbed)
     may_overwrite = overwrite_clean and grad_perturbed and not grad_clean and torch.is_grad_enabled()
     overwrite = overwritable(clean, perturbed) if may_overwrite else [False] * count
 
-    members: dict[torch.device, list[int]] = {}
-    for layer, h in enumerate(clean):
-        members.setdefault(h.device, []).append(layer)
-    problems = []
-    for device, layers in members.items():
-        wide = any(torch.float64 in (clean[i].dtype, perturbed[i].dtype) for i in layers)
-        dtype = torch.float64 if wide else torch.float32
-        everything = len(layers) == count
-        problems.append(
-            Problem(
-                clean=[clean[i] for i in layers],
-                perturbed=[perturbed[i] for i in layers],
-                index=_on_device([index[i] for i in layers], device),
-                scales=[scales[i] for i in layers],
-                weights=(
-                    [factors[i] for i in layers]
-                    if isinstance(factors, list)
-                    else (factors if everything else factors[layers]).to(device, dtype, non_blocking=True)
-                ),
-                layers=layers,
-                grad_clean=grad_clean,
-                grad_perturbed=grad_perturbed,
-                overwrite=[overwrite[i] for i in layers],
-                dtype=dtype,
-                device=device,
-            )
-        )
+    whole = Problem(
+        clean=clean,
+        perturbed=perturbed,
+        index=index,
+        kinds=[number for number, _ in found],
+        scales=[scale for _, scale in found],
+        weights=factors,
+        layers=list(range(count)),
+        grad_clean=grad_clean,
+        grad_perturbed=grad_perturbed,
+        overwrite=overwrite,
+        dtype=torch.float64 if any(torch.float64 in kind[2:4] for kind in known) else torch.float32,
+        device=clean[0].device,
+    )
+    devices = list(dict.fromkeys(kind[4] for kind in known))
+    problems = [whole] if len(devices) == 1 else [_restrict(whole, device) for device in devices]
+    for problem in problems:
+        problem.index = _on_device(problem.index, problem.device)
+        if isinstance(problem.weights, Tensor):
+            problem.weights = problem.weights.to(problem.device, problem.dtype, non_blocking=True)
     return problems
+
+
+def _restrict(whole: Problem, device: torch.device) -> Problem:
+    """The layers of `whole` that are on `device`."""
+    layers = [layer for layer in whole.layers if whole.clean[layer].device == device]
+    weights = whole.weights
+    return replace(
+        whole,
+        clean=[whole.clean[i] for i in layers],
+        perturbed=[whole.perturbed[i] for i in layers],
+        index=[whole.index[i] for i in layers],
+        kinds=[whole.kinds[i] for i in layers],
+        scales=[whole.scales[i] for i in layers],
+        weights=weights[layers] if isinstance(weights, Tensor) else [weights[i] for i in layers],
+        layers=layers,
+        overwrite=[whole.overwrite[i] for i in layers],
+        device=device,
+    )
 
 
 def overwritable(clean: Sequence[Tensor], perturbed: Sequence[Tensor]) -> list[bool]:
@@ -173,9 +205,7 @@ def _scale(h: Tensor, index: Tensor | None, reduction: str) -> float:
     return 1.0 / divisor if divisor else 0.0
 
 
-def _index_per_layer(
-    token_index: Tensor | Sequence[Tensor | None] | None, count: int
-) -> list[Tensor | None]:
+def _index_per_layer(token_index: Tensor | Sequence[Tensor | None] | None, count: int) -> list[Tensor | None]:
     if token_index is None or isinstance(token_index, Tensor):
         return [token_index] * count
     if len(token_index) != count:

@@ -75,7 +75,7 @@ def test_own_model_and_pairs(tmp_path):
     rows = [{"instruction": f"Say {n}.", "input": "now", "output": str(n)} for n in range(20)]
     pairs.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     text.write_text("A general text. " * 40, encoding="utf-8")
-    own = ["--model", str(folder), "--data", str(pairs), "--retention-file", str(text), "--max-length", "64"]
+    own = ["--model", str(folder), "--data", str(pairs), "--retention-file", str(text)]
     demo.main([*QUICK, *own, "--tuning", "full", "--exact-match", "--out", str(tmp_path / "out")])
     results = read_results(tmp_path / "out")
     assert results["metric_names"] == {
@@ -84,8 +84,9 @@ def test_own_model_and_pairs(tmp_path):
         "retention_of": "general text",
     }
     assert list(results["summary"]) == ["clean answers"]
-    assert results["methods"]["lfu-lora"]["lam"] is None  # the paper's
+    assert results["methods"]["lfu-lora"] == {"label": "LfU (LoRA)", "alpha": 0.1, "lam": 5.0}  # the paper's
     assert results["before"]["retention"] > 1
+    assert results["settings"]["max_length"] == 64  # the model's positions, although more were allowed
 
 
 @pytest.mark.skipif(not GSM8K.is_dir(), reason="the shared data is not there")
@@ -112,9 +113,9 @@ def test_gsm8k_with_the_embedded_model(tmp_path):
         (["--device", "nonsense"], "--device nonsense: cannot be used"),
     ],
 )
-def test_bad_options_end_in_one_clear_line(argv, message):
+def test_bad_options_end_in_one_clear_line(tmp_path, argv, message):
     with pytest.raises(SystemExit, match=message) as error:
-        demo.main(argv)
+        demo.main([*argv, "--out", str(tmp_path)])
     assert "\n" not in str(error.value)
 
 
@@ -179,5 +180,5 @@ def test_demo_uses_what_the_sweep_chose():
     assert choose_learning_rate(runs) == Recipe.lr
     assert {BASELINE, *GRIDS} == {run.cell.method for run in runs}
     for method, setting in CHOSEN.items():
-        cell = choose_setting(runs, method)
+        cell = choose_setting(runs, method, Recipe.lr)
         assert (cell.alpha, cell.lam) == setting

@@ -134,7 +134,7 @@ def test_missing_and_binary_files(tmp_path):
     (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(DataError, match="UTF-8"):
         read_pairs(tmp_path / "binary.jsonl")
-    with pytest.raises(DataError, match=r"it is a folder; give one of its files: binary\.jsonl"):
+    with pytest.raises(DataError, match=r"a folder without train\.jsonl .* give one of its files: binary\.jsonl"):
         read_pairs(tmp_path)
 
 
