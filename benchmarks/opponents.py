@@ -1,11 +1,11 @@
 """What LfU's step is measured against, written from the published descriptions.
 
-* `three_forwards`: the paper's text read literally: a forward for the ascent gradient of theta_aux, one for the SFT loss,
-  one for the perturbed hidden states, joined in one loss. Steering vectors as theta_aux.
+* `three_forwards`: the paper's text read literally: a forward for the ascent gradient of theta_aux, one for the SFT
+  loss, one for the perturbed hidden states, joined in one loss. Steering vectors as theta_aux.
 * `three_forwards_lora`: the same with LoRA deltas on every linear map as theta_aux.
-* `authors_lora`: the procedure of the authors' code with LoRA fine-tuning: a forward and backward on another batch give the
-  gradient of the trainable adapter, whose weights are moved along it in place; a forward there; moved back; SFT forward
-  and joint backward. The hidden states of all layers are collected with `output_hidden_states`.
+* `authors_lora`: the procedure of the authors' code with LoRA fine-tuning: a forward and backward on another batch
+  give the gradient of the trainable adapter, whose weights are moved along it in place; a forward there; moved back;
+  SFT forward and joint backward. The hidden states of all layers are collected with `output_hidden_states`.
 
 Each takes (model, batch, sft_loss_fn) like LfURegularizer and returns a loss for the caller's backward.
 """

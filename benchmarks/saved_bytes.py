@@ -1,4 +1,5 @@
-"""Peak of the bytes that autograd keeps for backward passes, counted by storage: a memory figure that a CPU can give."""
+"""Peak of the bytes that autograd keeps for backward passes, counted by storage: a memory figure that a CPU can
+give."""
 
 from __future__ import annotations
 

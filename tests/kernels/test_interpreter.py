@@ -1,0 +1,36 @@
+"""The Triton kernels on a machine without a GPU, by Triton's interpreter, against the plain float64 version."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from tests.kernels.checks import CHECKS
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, str]:
+    """One process for all checks: the interpreter is chosen when triton is imported."""
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.interpreted"],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    found: dict[str, str] = json.loads(run.stdout)
+    return found
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_interpreted(name: str, results: dict[str, str]) -> None:
+    assert results[name] == "", results[name]
