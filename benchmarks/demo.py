@@ -30,7 +30,7 @@ try:
     import peft
     import torch
     import transformers
-    from demo_data import DataError
+    from demo_data import DataError, encode
     from demo_load import EMBEDDED_MODEL, ModelError, load_model
     from demo_methods import BASELINE
     from demo_options import (
@@ -141,8 +141,20 @@ def opening(experiment: Experiment, device: torch.device) -> list[str]:
             for method in experiment.methods
             if method.auxiliary
         ),
+        *cut_examples(experiment),
         "Measuring time and memory of a step, then training:",
     ]
+
+
+def cut_examples(experiment: Experiment) -> list[str]:
+    """A warning if examples are longer than allowed."""
+    longest = experiment.recipe.max_length
+    examples = [*experiment.task.train(experiment.seeds[0], 0.0), *experiment.task.in_domain]
+    lengths = [len(encode(experiment.tokenizer, example, sys.maxsize)["input_ids"]) for example in examples]
+    cut = sum(length > longest for length in lengths)
+    if not cut:
+        return []
+    return [f"Note: {cut} of {len(examples)} examples have more than {longest} tokens and are cut; see --max-length"]
 
 
 def notes(experiment: Experiment, device: torch.device) -> list[str]:

@@ -139,7 +139,7 @@ def weights_and_upstream(device: str) -> None:
     layers = make([(3, 5, 40)] * 3, BRAIN, device=device)
     compare(*layers, impl="triton", weights=[0.0, -2.0, 1e-3], upstream=-3.5)
     compare(*layers, impl="triton", weights=torch.tensor([1.0, 0.5, 4.0], device=device), upstream=2.0**16)
-    loss, per_layer = mse_over_layers(*layers, None, impl="triton")
+    loss, _per_layer = mse_over_layers(*layers, None, impl="triton")
     (3 * loss + loss.square()).backward()  # the gradient of the loss is not the last node of the graph
     expected, _ = mse_over_layers(*layers, None, impl="triton")
     factor = 3 + 2 * expected.item()
