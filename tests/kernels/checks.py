@@ -176,9 +176,9 @@ def overwriting_the_clean_states(device: str) -> None:
     try:
         torch.autograd.grad(loss, perturbed)
     except RuntimeError as error:
-        assert "overwrite_clean" in str(error)
-    else:
-        raise AssertionError("a second backward went through")
+        if "overwrite_clean" in str(error):
+            return
+    raise AssertionError("a second backward went through, or for another reason")
 
 
 @check
