@@ -9,12 +9,15 @@ import transformers as tf
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.mamba.modeling_mamba import MambaMixer, MambaRMSNorm
-from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm, MixtralTopKRouter
+from transformers.models.mixtral import modeling_mixtral
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 from tests.float64 import keep_float64
 
-keep_float64(LlamaRMSNorm, MixtralRMSNorm, MixtralTopKRouter, T5LayerNorm, MambaRMSNorm, MambaMixer)
+# The router was part of the sparse block before transformers 5.
+MIXTRAL_ROUTER = getattr(modeling_mixtral, "MixtralTopKRouter", None) or modeling_mixtral.MixtralSparseMoeBlock
+
+keep_float64(LlamaRMSNorm, modeling_mixtral.MixtralRMSNorm, MIXTRAL_ROUTER, T5LayerNorm, MambaRMSNorm, MambaMixer)
 
 VOCAB, WIDTH = 29, 16
 
