@@ -40,6 +40,7 @@ try:
         chosen_label_noise,
         chosen_methods,
         chosen_recipe,
+        chosen_threads,
         parse_arguments,
     )
     from demo_report import paired_differences, print_tables, summarize, write_json, write_plot
@@ -72,8 +73,8 @@ def run(args: argparse.Namespace, command: list[str]) -> dict[str, Any]:
     """Loads, measures, trains and reports."""
     started = time.perf_counter()
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    if threads := chosen_threads(args):
+        torch.set_num_threads(threads)
     device = chosen_device(args.device)
     console.print(downloads(args), markup=False)
     methods = chosen_methods(args)

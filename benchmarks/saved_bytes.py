@@ -1,5 +1,4 @@
-"""Peak of the bytes that autograd keeps for backward passes, counted by storage: a memory figure that a CPU can
-give."""
+"""Peak of the bytes that autograd keeps for backward passes, counted by storage: a memory figure for CPUs."""
 
 from __future__ import annotations
 
@@ -59,4 +58,4 @@ class _Packed:
     __slots__ = ("__weakref__", "tensor")
 
     def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
+        self.tensor = tensor.detach()  # an output that a node keeps must not keep that node

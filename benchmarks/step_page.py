@@ -16,10 +16,12 @@ HEAD = """# What it costs
 
 Written by `python benchmarks/step_page.py` from `benchmarks/results/step_*.json`; do not edit.
 
-One training step is a forward and a backward pass. All methods run interleaved in one process; a ratio is taken in every round,
-and the table has its median and quartiles. The floor of any exact step is one plus the blocks' share of SFT's forward and backward,
-since gradients have to flow through the blocks twice. *Literal* is the paper's text as it reads, with three forwards; the
-authors' procedure is the one of their LoRA code. On CPU, memory is the peak of the bytes that autograd keeps for backward passes.
+One training step is a forward and a backward pass. All methods run interleaved in one process; a ratio is taken in
+every round, and the table has its median and quartiles. The floor of any exact step is one plus the blocks' share of
+SFT's
+forward and backward, since gradients have to flow through the blocks twice. *Literal* is the paper's text as it reads,
+with three forwards; the authors' procedure is the one of their LoRA code. On CPU, memory is the peak of the bytes that
+autograd keeps for backward passes, and on one thread time is processor time.
 """
 
 
@@ -35,11 +37,12 @@ def section(result: dict[str, Any], source: str) -> str:
     lines = [
         f"## {s['tuning']} tuning, {s['device']}, {s['dtype']}",
         "",
-        f"Llama with {s['layers']} layers, hidden size {s['hidden']}, vocabulary {s['vocab']}; {s['batch']} x {s['tokens']} "
-        f"tokens; {s['threads']} thread(s), {s['rounds']} rounds. torch {result['torch']}, transformers "
-        f"{result['transformers']}, {result['processor']}, {result['date']}, commit {result['commit']} (`{source}`). "
-        f"The blocks' share is {result['blocks_share']:.3f}, the floor {result['floor']:.3f}; the clean hidden states take "
-        f"{result['clean_states_mb']} MB.",
+        f"Llama with {s['layers']} layers, hidden size {s['hidden']}, vocabulary {s['vocab']}; "
+        f"{s['batch']} x {s['tokens']} tokens; {s['threads']} thread(s), {s['rounds']} rounds. "
+        f"torch {result['torch']}, transformers {result['transformers']}, {result['processor']}, {result['date']}, "
+        f"commit {result['commit']} (`{source}`). "
+        f"The blocks' share is {result['blocks_share']:.3f}, the floor {result['floor']:.3f}; the clean hidden states "
+        f"take {result['clean_states_mb']} MB.",
         "",
         "| method | ms | ratio to SFT | quartiles | of the floor | peak MB |",
         "|---|---|---|---|---|---|",

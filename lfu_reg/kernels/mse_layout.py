@@ -10,6 +10,7 @@ from math import prod
 # Elements per tile, powers of two: 32 per thread at 4 warps where 16-byte accesses fit. Where they do not, every
 # element needs an address of its own, and more than 8 per thread would spill registers.
 TILE = 4096
+TILE_MIXED = 2048  # two dtypes need a conversion between their layouts
 TILE_UNALIGNED = 1024
 WARPS = 4
 # Tiles per program at least: forward saves partial sums by more, backward has none.

@@ -16,6 +16,8 @@ _PART_CPU = 1 << 19
 _PART_OTHER = 1 << 24
 # Runs of neighbouring positions at least this long, in elements, are read in place instead of gathered (measured).
 _LONG_RUN = 1 << 15
+# Up to this many squares are added in one go, longer sums in rows of the second number.
+_LONG_SUM, _ROW = 1 << 15, 1 << 11
 
 # Backward multiplies by a number on the CPU and by a scalar tensor elsewhere, where reading it would synchronise.
 Factor: TypeAlias = float | Tensor
@@ -102,8 +104,7 @@ def squared_sum(h: Tensor, h_prime: Tensor, selection: Selection, overwrite: boo
     on_cpu = h.device.type == "cpu"
     if selection.whole and same and not overwrite:
         # The common case of a small model: here the calls around the arithmetic are what costs.
-        flat = torch.sub(h_prime, h, out=scratch.like(h_prime)).view(-1)
-        value = torch.dot(flat, flat)
+        value = _sum_of_squares(torch.sub(h_prime, h, out=scratch.like(h_prime)))
         return value.item() if on_cpu else value
     h_rows, h_prime_rows = _rows(h), _rows(h_prime)
     total: float | Tensor = 0.0
@@ -120,8 +121,7 @@ def squared_sum(h: Tensor, h_prime: Tensor, selection: Selection, overwrite: boo
             # Widened before the subtraction, as in the kernel: half precision may not hold the difference.
             difference = scratch.get("wide", len(a), a, wide).copy_(a)
             difference.sub_(b if b.dtype == wide else scratch.get("wide b", len(a), a, wide).copy_(b))
-        flat = difference.view(-1)
-        value = torch.dot(flat, flat)
+        value = _sum_of_squares(difference)
         total = total + (value.item() if on_cpu else value)
     return total
 
@@ -170,6 +170,17 @@ def finish(difference: Tensor, selection: Selection, factor: Factor) -> Tensor:
 def wider(a: Tensor, b: Tensor) -> torch.dtype:
     """The dtype that sums are accumulated in: float32, or float64 if one of the two is."""
     return torch.float64 if torch.float64 in (a.dtype, b.dtype) else torch.float32
+
+
+def _sum_of_squares(values: Tensor) -> Tensor:
+    """In one pass and without a temporary; long vectors in pieces, as one running sum would lose digits (measured)."""
+    flat = values.view(-1)
+    if flat.numel() <= _LONG_SUM:
+        return torch.dot(flat, flat)
+    if flat.numel() % _ROW == 0:
+        norms = torch.linalg.vector_norm(flat.view(-1, _ROW), dim=1)
+        return torch.dot(norms, norms)
+    return torch.stack([torch.dot(piece, piece) for piece in torch.split(flat, _LONG_SUM)]).sum()
 
 
 def _rows(states: Tensor) -> Tensor:

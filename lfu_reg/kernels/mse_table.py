@@ -10,7 +10,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from lfu_reg.kernels.mse_layout import TILE, TILE_UNALIGNED, block_width, collapse, float_bits
+from lfu_reg.kernels.mse_layout import TILE, TILE_MIXED, TILE_UNALIGNED, block_width, collapse, float_bits
 from lfu_reg.kernels.mse_problem import Problem
 
 
@@ -219,7 +219,7 @@ def _group(
     clean, perturbed, overwrite = dtypes_and_mode
     unit = all(kind.unit for kind in kinds)
     aligned = unit and address_bits % 16 == 0 and all(kind.strides_aligned for kind in kinds)
-    tile = TILE if aligned else TILE_UNALIGNED
+    tile = TILE_UNALIGNED if not aligned else TILE if clean == perturbed else TILE_MIXED
     block_h = block_width(max(kind.hidden for kind in kinds), tile)
     block_n = tile // block_h
     return Group(

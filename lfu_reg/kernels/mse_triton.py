@@ -86,8 +86,8 @@ def _tile_pointers(base, strides, positions, columns, FLAT: tl.constexpr, UNIT: 
         outer_stride = tl.multiple_of(tl.load(strides + 1), VEC)
         rows = (positions // inner) * outer_stride + (positions % inner) * inner_stride
     if UNIT:
-        return base + rows[:, None] + columns[None, :]
-    return base + rows[:, None] + columns[None, :].to(tl.int64) * tl.load(strides + 3)
+        return base + (rows[:, None] + columns[None, :])
+    return base + (rows[:, None] + columns[None, :].to(tl.int64) * tl.load(strides + 3))
 
 
 @triton.jit

@@ -1,0 +1,54 @@
+"""The README's and the docs' examples run, and the README's figures are those of the result file."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from lfu_reg.hooks import attached_already
+from tests.cases import plain_loss, token_batch
+from tests.plain_models import TinyLM
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
+@pytest.mark.filterwarnings("ignore::lfu_reg.LfUWarning")
+def test_examples_run(page: str) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    assert blocks
+    model: nn.Module = TinyLM().train()
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    names = {
+        "model": model,
+        "loader": [token_batch(seed) for seed in range(2)],
+        "sft_loss_fn": plain_loss,
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+    }
+    for block in blocks:
+        exec(compile(block, page, "exec"), names)
+    assert not all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert not attached_already(model)
+
+
+def test_figures_are_measured() -> None:
+    rows = json.loads((ROOT / "benchmarks/results/step_cpu_lora.json").read_text())["rows"]
+    ratios = {row["method"]: f"{row['ratio']:.2f}x" for row in rows}
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert f"**{ratios['LfU steering']}** (steering), **{ratios['LfU LoRA']}** (LoRA)" in text
+    assert f"**{ratios['LfU weights']}** (weights)" in text
+    authors = ratios["authors' LoRA procedure"]
+    literal, lora = ratios["literal steering, 3 forwards"], ratios["literal LoRA, 3 forwards"]
+    assert f"costs {literal} (steering) and {lora} (LoRA)" in text
+    assert f"the authors' LoRA procedure {authors}" in text
+
+
+def test_commands_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make (\w+)", (ROOT / "README.md").read_text(), re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
