@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,9 @@ from triton.compiler import ASTSource
 from lfu_reg.kernels import mse_launch, mse_triton
 from lfu_reg.kernels.mse_problem import describe_problems
 from lfu_reg.kernels.mse_table import Group, build_table
+
+with suppress(ImportError):  # triton 3.2
+    from triton.backends.compiler import AttrsDescriptor
 
 ARCHITECTURES = (80, 90)
 POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
@@ -51,29 +56,43 @@ CASES: dict[str, tuple[Group, bool, bool]] = {
 def compile_kernel(kernel: Any, types: dict[str, str], options: dict[str, Any], architecture: int) -> Any:
     options = dict(options)
     warps = options.pop("num_warps", 4)
-    signature = {name: "constexpr" if name in options else types[name] for name in kernel.arg_names}
-    constants = {(kernel.arg_names.index(name),): value for name, value in options.items()}
     # What a launch adds for addresses from the allocator: they are multiples of 16.
-    aligned = {
-        (position,): [["tt.divisibility", 16]]
-        for position, name in enumerate(kernel.arg_names)
-        if name.endswith("_ptr")
-    }
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    aligned = [position for position, name in enumerate(kernel.arg_names) if name.endswith("_ptr")]
+    if "constexprs" in inspect.signature(ASTSource).parameters:
+        source = ASTSource(
+            fn=kernel,
+            signature={name: "constexpr" if name in options else types[name] for name in kernel.arg_names},
+            constexprs={(kernel.arg_names.index(name),): value for name, value in options.items()},
+            attrs={(position,): [["tt.divisibility", 16]] for position in aligned},
+        )
+    else:  # triton 3.2
+        properties = {"tt.divisibility": aligned, "tt.equal_to": []}
+        source = ASTSource(
+            fn=kernel,
+            signature={name: types[name] for name in kernel.arg_names if name not in options},
+            constants=options,
+            attrs=AttrsDescriptor.from_dict({"arg_properties": properties, "cls": "AttrsDescriptor"}),
+        )
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": warps})
 
 
 def usage(compiled: Any) -> dict[str, int]:
-    """Registers and stack bytes of a cubin; spilled registers live on the stack."""
+    """Registers of a cubin, its instructions that spill them, and the width of its accesses."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
-        report = subprocess.run([tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True)
-    found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", report.stdout))
+        report, code = (
+            subprocess.run([tool, option, cubin], capture_output=True, text=True, check=True).stdout
+            for option in ("--dump-resource-usage", "--dump-sass")
+        )
+    found = re.search(r"\bREG:(\d+)", report)
+    assert found is not None
+    assert "EXIT" in code
     narrow = re.findall(r"tt\.addptr [^\n]*: tensor<[^\n]*, tensor<\w+xi(?!64)\d+>", compiled.asm["ttir"])
     return {
-        **{name.lower(): int(number) for name, number in found.items()},
+        "registers": int(found[1]),
+        "spills": len(re.findall(r"\b(?:STL|LDL)\b", code)),
         "wide_loads": len(re.findall(r"ld\.global\.v4\.b32", compiled.asm["ptx"])),
         "narrow_stores": len(re.findall(r"st\.global(?:\.\w+)*\.b16", compiled.asm["ptx"])),
         "narrow_offsets": len(narrow),

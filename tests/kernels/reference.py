@@ -71,8 +71,8 @@ def compare(
 ) -> None:
     """Error against float64 no larger than the plain version's own in the given dtypes, plus a margin.
 
-    Margins: values 4 float32 roundings of themselves (64 float64 ones, as the reference has those too); gradients one rounding of their dtype of the largest entry,
-    two where h' - h was stored in it.
+    Margins: values 4 float32 roundings of themselves (64 of float64, as the reference has those too); gradients one
+    rounding of their dtype of the largest entry, two where h' - h was stored in it.
     """
     tensors = [*clean, *perturbed]
     device = tensors[0].device

@@ -42,7 +42,7 @@ def test_nothing_is_spilled(results: Usage) -> None:
     assert {name.split(":")[0] for name in results} == {"sm_80", "sm_90"}
     for name, kernels in results.items():
         for kernel, usage in kernels.items():
-            assert usage["stack"] == usage["local"] == 0, (name, kernel, usage)
+            assert usage["spills"] == 0, (name, kernel, usage)
 
 
 def test_aligned_layers_are_read_16_bytes_at_a_time(results: Usage) -> None:

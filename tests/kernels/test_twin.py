@@ -51,6 +51,12 @@ def test_dtypes_that_differ() -> None:
     compare(*make([(64, 3, 300)], torch.float32, torch.float64), impl="torch", stop_gradient="none")
 
 
+@pytest.mark.parametrize("shape", [(700, 1024), (700, 1021)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_long_sums_keep_their_digits(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    compare(*make([shape], dtype), impl="torch")
+
+
 def test_half_precision_does_not_overflow_in_the_difference() -> None:
     clean = [torch.full((4, 3000), -60000.0, dtype=torch.float16)]
     perturbed = [torch.full((4, 3000), 60000.0, dtype=torch.float16)]
