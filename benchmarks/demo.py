@@ -102,7 +102,7 @@ def run(args: argparse.Namespace, command: list[str]) -> dict[str, Any]:
 def downloads(args: argparse.Namespace) -> str:
     """What this run fetches from the network."""
     if args.model is None:
-        return "Downloads: nothing; the model ships with the project."
+        return "Downloads: nothing beyond the Python packages; the model ships with the project."
     if Path(args.model).is_dir():
         return "Downloads: nothing; the model is read from its folder."
     return f"Downloads: {args.model} from the Hugging Face hub, unless it is in the local cache."

@@ -26,17 +26,18 @@ def leaves_of(loss: Tensor) -> list[Tensor]:
         RuntimeError: if the graph holds a reentrant checkpoint, whose inner leaves cannot be seen.
     """
     found: list[Tensor] = []
-    seen: set[Any] = set()
+    seen: set[Any] = {None}
     stack: list[Any] = [loss.grad_fn]
     while stack:
         node = stack.pop()
-        if node is None or node in seen:
+        if node in seen:
             continue
         seen.add(node)
-        leaf = getattr(node, "variable", None)
-        if isinstance(leaf, Tensor):
-            found.append(leaf)
-        elif "CheckpointFunction" in node.name():
+        kind = type(node).__name__
+        if kind == "AccumulateGrad":
+            found.append(node.variable)
+            continue
+        if kind == "CheckpointFunctionBackward":
             raise RuntimeError(
                 "Reentrant activation checkpointing (use_reentrant=True) hides its inside from autograd.grad, so "
                 "neither the ascent direction nor the gradients can be taken through it. Use use_reentrant=False: "

@@ -54,7 +54,7 @@ class LoRADeltas(OutputAuxiliary):
 
     @property
     def scale(self) -> float:
-        """S = lora_alpha / rank."""
+        """The factor lora_alpha / rank."""
         return self.lora_alpha / self.rank
 
     def sites(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> Mapping[str, nn.Module]:
@@ -138,8 +138,8 @@ class LoRADeltas(OutputAuxiliary):
         parameter = weight.holder._parameters["weight"]
         assert parameter is not None
         exact = parameter.dtype == y.dtype and parameter.dtype in (torch.float32, torch.float64)
-        # So the merged weights take at most a quarter of the memory of the activations around them.
-        return exact and 4 * parameter.numel() <= positions * sum(parameter.shape)
+        # So the merged weights take at most a fifth of the memory of the activations around them.
+        return exact and 5 * parameter.numel() <= positions * sum(parameter.shape)
 
     def __repr__(self) -> str:
         return f"LoRADeltas(rank={self.rank}, lora_alpha={self.lora_alpha}, target_modules={self.target_modules!r})"

@@ -12,6 +12,7 @@ from math import prod
 TILE = 4096
 TILE_MIXED = 2048  # two dtypes need a conversion between their layouts
 TILE_UNALIGNED = 1024
+TILE_STRIDED = 512
 WARPS = 4
 # Tiles per program at least: forward saves partial sums by more, backward has none.
 SHARE_FORWARD = 4

@@ -90,7 +90,7 @@ def squared_sum(h: Tensor, h_prime: Tensor, selection: Selection, overwrite: boo
     """Sum of (h' - h)^2 over the selected positions, accumulated in float32 or wider.
 
     Args:
-        h: [..., hidden]; with `overwrite`, h' - h takes its place at the selected positions.
+        h: [..., hidden]; with `overwrite`, h' - h takes its place at the selected positions, which must be ranges.
         h_prime: the same shape.
         selection: what counts.
         overwrite: see above.
@@ -108,11 +108,9 @@ def squared_sum(h: Tensor, h_prime: Tensor, selection: Selection, overwrite: boo
         return value.item() if on_cpu else value
     h_rows, h_prime_rows = _rows(h), _rows(h_prime)
     total: float | Tensor = 0.0
-    for chunk, a, b in _walk(selection, h_prime_rows, h_rows, scratch):
+    for a, b in _walk(selection, h_prime_rows, h_rows, scratch):
         if overwrite:
             difference = torch.sub(a, b, out=b)
-            if chunk is not None:
-                h_rows.index_copy_(0, chunk, difference)
             if not same:
                 difference = scratch.get("wide", len(a), a, wide).copy_(difference)
         elif same:
@@ -151,19 +149,13 @@ def gradient(plus: Tensor, minus: Tensor, selection: Selection, factor: Factor, 
 
 def finish(difference: Tensor, selection: Selection, factor: Factor) -> Tensor:
     """Turn the difference that `squared_sum` left in the clean tensor into the gradient, in place."""
+    assert selection.sizes is not None
     rows = _rows(difference.detach())
-    if selection.sizes is None:
-        skipped = torch.ones(len(rows), 1, dtype=torch.bool, device=rows.device)
-        for chunk in selection.chunks:
-            skipped.index_fill_(0, chunk, False)
-        rows.masked_fill_(skipped, 0)
-        _scale(rows, factor)
-    else:
-        for kept, part in zip(selection.kept, _split(rows, selection.sizes), strict=True):
-            if kept:
-                _scale(part, factor)
-            else:
-                part.zero_()
+    for kept, part in zip(selection.kept, _split(rows, selection.sizes), strict=True):
+        if kept:
+            _scale(part, factor)
+        else:
+            part.zero_()
     return rows.view(difference.shape)
 
 
@@ -200,15 +192,13 @@ def _gather(
         yield chunk, a, b
 
 
-def _walk(
-    selection: Selection, a_rows: Tensor, b_rows: Tensor, scratch: Scratch
-) -> Iterator[tuple[Tensor | None, Tensor, Tensor]]:
-    """(positions, a, b) for each part that counts: views where the parts are ranges, copies otherwise."""
+def _walk(selection: Selection, a_rows: Tensor, b_rows: Tensor, scratch: Scratch) -> Iterator[tuple[Tensor, Tensor]]:
+    """(a, b) for each part that counts: views where the parts are ranges, copies otherwise."""
     if selection.sizes is None:
-        yield from _gather(selection, a_rows, b_rows, scratch)
+        yield from ((a, b) for _, a, b in _gather(selection, a_rows, b_rows, scratch))
         return
     ranges = zip(selection.kept, _split(a_rows, selection.sizes), _split(b_rows, selection.sizes), strict=True)
-    yield from ((None, a, b) for kept, a, b in ranges if kept)
+    yield from ((a, b) for kept, a, b in ranges if kept)
 
 
 def _split(rows: Tensor, sizes: list[int]) -> Sequence[Tensor]:

@@ -10,7 +10,15 @@ from math import prod
 import torch
 from torch import Tensor
 
-from lfu_reg.kernels.mse_layout import TILE, TILE_MIXED, TILE_UNALIGNED, block_width, collapse, float_bits
+from lfu_reg.kernels.mse_layout import (
+    TILE,
+    TILE_MIXED,
+    TILE_STRIDED,
+    TILE_UNALIGNED,
+    block_width,
+    collapse,
+    float_bits,
+)
 from lfu_reg.kernels.mse_problem import Problem
 
 
@@ -219,7 +227,11 @@ def _group(
     clean, perturbed, overwrite = dtypes_and_mode
     unit = all(kind.unit for kind in kinds)
     aligned = unit and address_bits % 16 == 0 and all(kind.strides_aligned for kind in kinds)
-    tile = TILE_UNALIGNED if not aligned else TILE if clean == perturbed else TILE_MIXED
+    flat = all(kind.flat for kind in kinds)
+    if aligned:
+        tile = TILE if clean == perturbed else TILE_MIXED
+    else:
+        tile = TILE_UNALIGNED if flat and unit else TILE_STRIDED
     block_h = block_width(max(kind.hidden for kind in kinds), tile)
     block_n = tile // block_h
     return Group(
@@ -230,7 +242,7 @@ def _group(
         clean=clean,
         perturbed=perturbed,
         overwrite=overwrite,
-        flat=all(kind.flat for kind in kinds),
+        flat=flat,
         unit=unit,
         aligned=aligned,
         block_n=block_n,

@@ -79,11 +79,15 @@ def _entries(problem: Problem) -> Iterator[_Entry]:
                 h = torch.stack([problem.clean[i] for i in group])
             with torch.set_grad_enabled(problem.grad_perturbed and torch.is_grad_enabled()):
                 h_prime = torch.stack([problem.perturbed[i] for i in group])
+            for member in group:
+                problem.overwrite[member] = False
             yield _Entry(group, h, h_prime, index, None, overwrite=False)
         else:
             kind = problem.kinds[layer]
             if kind not in selections:
                 selections[kind] = select(h, index)
+            # Gathered rows would have to be scattered back, which costs more than it saves (measured).
+            problem.overwrite[layer] &= selections[kind].sizes is not None
             yield _Entry(group, h, h_prime, index, selections[kind], problem.overwrite[layer])
 
 
