@@ -153,7 +153,7 @@ class ModelHooks:
         if call.name not in self._sites or not (this.apply or this.observe):
             return call.y
         self.fired.add(call.name)
-        with _without_autocast(call.y.device.type):
+        with without_autocast(call.y.device.type):
             if this.apply:
                 return self._auxiliary.apply_at(call)
             y = call.y if call.y.requires_grad else take_part(call.y, this.anchor)
@@ -214,7 +214,8 @@ def _first_input(args: Any, kwargs: Any) -> Tensor | None:
     return next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point()), None)
 
 
-def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Context in which operations run in the dtype of their arguments."""
     # The components are cast to the activation's dtype here; autocast would change the dtype of what a layer returns.
     if torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)

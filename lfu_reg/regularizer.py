@@ -27,7 +27,7 @@ from lfu_reg.diagnostics import Diagnostics
 from lfu_reg.distances import DistanceChoice, make_distance
 from lfu_reg.distances.base import Reduction
 from lfu_reg.graph import leaves_of
-from lfu_reg.hooks import ModelHooks, Pass, State
+from lfu_reg.hooks import ModelHooks, Pass, State, without_autocast
 from lfu_reg.layers import LayerChoice, choose_layers
 from lfu_reg.randomness import RandomState
 from lfu_reg.replays import Replays
@@ -86,7 +86,8 @@ class LfURegularizer:
         layers: names of the hooked layers.
         metrics: figures of the last step: "loss", "sft_loss", "consistency_loss", "ascent_grad_norm",
             "distance/<layer>", "relative_distance" (||h' - h|| / ||h||, measured at the first step and every 50th),
-            "alpha", "lam". Detached tensors on their devices, so reading one is what synchronises.
+            "empty_steps" (how many had no token that counts, so that l_cons = 0), "alpha", "lam". Detached tensors on
+            their devices, so reading one is what synchronises.
 
     Raises:
         TypeError, ValueError: for settings out of range, or layers that do not exist; the message lists what there is.
@@ -141,7 +142,7 @@ class LfURegularizer:
         self._model: nn.Module | None = model
         self._modules = chosen
         self._diagnostics = Diagnostics()
-        self._steps = 0
+        self._steps = self._empty_steps = 0
         self._disabled = False
         sites = self.auxiliary.sites(model, chosen)
         on_logits = self.distance.measures == "logits"
@@ -174,11 +175,8 @@ class LfURegularizer:
         if not self._is_active(attached):
             return sft_loss_fn(model, batch)
         checks.check_batch(batch)
-        step, alpha, lam = (
-            self._steps,
-            value_at("alpha", self.alpha, self._steps),
-            value_at("lam", self.lam, self._steps),
-        )
+        step = self._steps
+        alpha, lam = value_at("alpha", self.alpha, step), value_at("lam", self.lam, step)
         if step % self.every or lam == 0:
             loss = checks.check_loss(sft_loss_fn(model, batch), first=step == 0)
             self.metrics = {"loss": loss.detach(), "sft_loss": loss.detach(), "alpha": alpha, "lam": lam}
@@ -233,8 +231,7 @@ class LfURegularizer:
                 self._gradient_here(model, copy.copy(ascent_batch), sft_loss_fn)
                 self.auxiliary.ascend(alpha)
 
-            # Pass 2: the hidden states of the undesirable self (Eq. 4), and how far they are from the clean ones (Eq.
-            # 5).
+            # Pass 2: the hidden states of the undesirable self (Eq. 4), and their distance to the clean ones (Eq. 5).
             batch_size = clean.states[0].hidden.shape[0]
             samples = self._draw_samples(batch_size)
 
@@ -250,19 +247,21 @@ class LfURegularizer:
                 self._replays.running(Pass(part_tokens, apply=True, capture="attached")) as perturbed,
             ):
                 checks.check_same_layers([s.name for s in clean.states], [s.name for s in perturbed.states])
-                l_cons, per_layer = consistency(
-                    self.distance,
-                    clean.states,
-                    perturbed.states,
-                    samples,
-                    reduction=self.reduction,
-                    stop_gradient=self.stop_gradient,
-                )
+                with without_autocast(clean.states[0].hidden.device.type):
+                    l_cons, per_layer = consistency(
+                        self.distance,
+                        clean.states,
+                        perturbed.states,
+                        samples,
+                        reduction=self.reduction,
+                        stop_gradient=self.stop_gradient,
+                    )
                 if not l_cons.requires_grad:
                     self._diagnostics.tell("no gradient", NO_GRADIENT)
                 # l_SFT + lam * l_cons (Eq. 6).
                 loss = strategy.total(lam * l_cons)
 
+        self._empty_steps += all(state.tokens.is_empty() for state in clean.states)
         distance = (
             relative_distance(clean.states, perturbed.states, samples) if self._diagnostics.is_due(step) else None
         )
@@ -274,13 +273,14 @@ class LfURegularizer:
             "ascent_grad_norm": gradient_norm,
             "relative_distance": self.metrics.get("relative_distance") if distance is None else distance,
             **{f"distance/{name}": value for name, value in zip(_numbered(clean.states), per_layer, strict=True)},
+            "empty_steps": self._empty_steps,
             "alpha": alpha,
             "lam": lam,
         }
         return loss
 
     def _gradient_here(self, model: Any, batch: Any, sft_loss_fn: LossFunction) -> None:
-        """G at the present theta_aux, by a pass of its own: for other data, and for every ascent step but the first."""
+        """The gradient g at the present theta_aux by a pass of its own: for other data, and for later ascent steps."""
         checks.check_batch(batch)
         this = Pass(TokenMasks(batch, self.token_mask), apply=True, capture=None)
         self.auxiliary.require_gradients(True)

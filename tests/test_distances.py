@@ -124,3 +124,22 @@ def test_per_layer_values_are_averaged() -> None:
     reg = LfURegularizer(model, "steering", lam=1.0, distance=lambda h, p: p.sum() * 0 + next(values))
     reg(model, TINY.batch(), TINY.loss)
     assert float(reg.metrics["consistency_loss"]) == pytest.approx(4.0)
+
+
+@pytest.mark.parametrize("distance", ["mse", "cosine", "contrastive"])
+def test_autocast_around_the_call_does_not_reach_the_distance(distance: str) -> None:
+    def in_bfloat16(model: Any, batch: Any) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return TINY.loss(model, batch)
+
+    values = []
+    for around in (False, True):
+        model = TINY.make().float()
+        with (
+            LfURegularizer(model, "steering", distance=distance, alpha=0.05) as reg,
+            torch.autocast("cpu", torch.bfloat16, enabled=around),
+        ):
+            reg(model, TINY.batch(), in_bfloat16).backward()
+        values.append(reg.metrics["consistency_loss"])
+    assert values[0].dtype is torch.float32
+    assert torch.equal(*values)

@@ -153,3 +153,16 @@ def test_steering_leaves_other_tokens_alone() -> None:
     watch.remove()
     moved = (seen[-1] - seen[0]).abs().sum(-1) > 0  # pass 2 comes last
     assert torch.equal(moved, batch["labels"] != -100)
+
+
+def test_steps_without_a_token_that_counts_are_counted() -> None:
+    model = TINY.make()
+    empty = {**TINY.batch(), "labels": TINY.batch()["labels"].clone()}
+    with LfURegularizer(model, "lora", token_mask=lambda batch: batch["labels"] > 10**6) as reg:
+        reg(model, empty, TINY.loss)
+        reg(model, empty, TINY.loss)
+        assert reg.metrics["empty_steps"] == 2
+        assert float(reg.metrics["consistency_loss"]) == 0
+    with LfURegularizer(model, "lora") as reg:
+        reg(model, TINY.batch(), TINY.loss)
+        assert reg.metrics["empty_steps"] == 0

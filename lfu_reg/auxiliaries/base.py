@@ -54,6 +54,10 @@ class Tokens:
     index: Tensor | None = None
     axis: int = -1
 
+    def is_empty(self) -> bool:
+        """Whether no position counts."""
+        return self.index is not None and self.index.numel() == 0
+
 
 @dataclass(frozen=True)
 class Call:
