@@ -54,8 +54,6 @@ METHODS: dict[str, Method] = {
     )
 }
 DEFAULT_METHODS = (BASELINE, "lfu-lora", "lfu-steering")
-# On the generated skills LfU runs at the settings below, and beside them at the paper's own for LoRA.
-DEFAULT_METHODS_SKILLS = (*DEFAULT_METHODS, "lfu-lora-paper")
 
 # alpha and lambda for the embedded model, as demo_sweep.py chose them; docs/demo-settings.md shows the whole sweep.
 CHOSEN: dict[str, tuple[float, float]] = {

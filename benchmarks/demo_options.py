@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from demo_methods import DEFAULT_METHODS, DEFAULT_METHODS_SKILLS, METHODS, Method, with_chosen_settings
+from demo_methods import DEFAULT_METHODS, METHODS, Method, with_chosen_settings
 from demo_task import TRAIN_SIZE
 from demo_train import Recipe
 
@@ -44,7 +44,7 @@ def _add_data_options(group: argparse._ArgumentGroup) -> None:
 
 def _add_tuning_options(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    default = f"{' '.join(DEFAULT_METHODS)}; on the generated skills also {DEFAULT_METHODS_SKILLS[-1]}"
+    default = " ".join(DEFAULT_METHODS)
     methods = f"any of {', '.join(METHODS)} (default: {default})"
     add("--methods", nargs="+", choices=list(METHODS), metavar="METHOD", help=methods)
     values = "for all LfU methods, or for one of them (lfu-lora=0.1)"
@@ -105,7 +105,7 @@ def _flag(option: str) -> str:
 
 def chosen_methods(args: argparse.Namespace) -> list[Method]:
     """The methods with alpha and lambda: given ones, else the sweep's (embedded model), else the paper's."""
-    keys = args.methods or (DEFAULT_METHODS if args.data else DEFAULT_METHODS_SKILLS)
+    keys = args.methods or DEFAULT_METHODS
     methods = {key: METHODS[key] for key in dict.fromkeys(keys)}
     if args.model is None:
         methods = {key: with_chosen_settings(method) for key, method in methods.items()}
