@@ -151,3 +151,27 @@ def test_no_number_is_read_on_the_way() -> None:
     with Watch():
         reg(model, batch, TINY.loss).backward()
     assert read == []
+
+
+def test_a_forward_that_cannot_be_repeated_is_told_once_and_not_checked_at_every_step() -> None:
+    model = TINY.make()
+    own = torch.Generator().manual_seed(3)  # no generator that a replay could put back
+
+    def noise(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+        return output + 0.1 * torch.randn(output.shape, generator=own, dtype=output.dtype)
+
+    handle = model.embed.register_forward_hook(noise)
+    calls: list[int] = []
+
+    def counted(model: Any, batch: Any) -> torch.Tensor:
+        calls.append(1)
+        return TINY.loss(model, batch)
+
+    with LfURegularizer(model, "steering", alpha=1e-3) as reg:
+        first = warnings_of(reg, model, steps=1, loss=counted)
+        assert len(first) == 1
+        assert "cannot be repeated" in first[0]
+        calls.clear()
+        assert warnings_of(reg, model, steps=3, loss=counted) == []
+    handle.remove()
+    assert len(calls) == 3 * 2  # pass 1, and pass 2 by the loss function
