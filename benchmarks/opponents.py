@@ -126,17 +126,12 @@ def authors_lora(
     lam: float = 5.0,
     other: Batch | None = None,
 ) -> Tensor:
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    gradients = torch.autograd.grad(sft_loss_fn(model, other or batch), trainable)
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    gradients = torch.autograd.grad(sft_loss_fn(model, other or batch), list(trainable.values()))
     norm = torch.stack([g.norm() for g in gradients]).norm()
-    steps = [alpha * g / norm for g in gradients]
     # The graph of the perturbed forward must outlive the way back, so the moved weights are tensors of their own.
-    moved = {name: p + s for (name, p), s in zip(_named_trainable(model), steps, strict=True)}
+    moved = {name: p + alpha * g / norm for (name, p), g in zip(trainable.items(), gradients, strict=True)}
     mask = batch["labels"] != -100
     perturbed: Any = torch.func.functional_call(model, moved, (), {**batch, "output_hidden_states": True})
     clean: Any = model(**batch, output_hidden_states=True)
     return clean.loss + lam * _consistency(list(clean.hidden_states), list(perturbed.hidden_states), mask)
-
-
-def _named_trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]

@@ -243,8 +243,7 @@ def show(result: dict[str, Any]) -> None:
     Console(width=110).print(table)
     print(
         f"The blocks take {result['blocks_share']:.3f} of SFT's forward and backward, so 1 + that is the floor of any "
-        "exact "
-        f"step. Clean hidden states: {result['clean_states_mb']} MB."
+        f"exact step. Clean hidden states: {result['clean_states_mb']} MB."
     )
 
 

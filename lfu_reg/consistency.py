@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lfu_reg.distances.base import Distance, Reduction
-from lfu_reg.hooks import State
+from lfu_reg.hooks import State, without_autocast
 from lfu_reg.tokens import rows
 
 
@@ -42,37 +42,33 @@ def consistency(
     h, h_prime, index = [], [], []
     for number, (before, after) in enumerate(zip(clean, perturbed, strict=True)):
         axis = after.tokens.axis
-        state = before.hidden if samples is None else before.hidden.index_select(0, samples.to(before.hidden.device))
+        state = before.of(samples)
         h.append(rows(state.detach() if stop_gradient == "clean" else state, axis))
         h_prime.append(rows(after.hidden.detach() if stop_gradient == "perturbed" else after.hidden, axis))
         index.append(after.tokens.index)
         groups[_share(before, after, axis)].append(number)
-    if len(groups) == 1:
-        ((factor, _),) = groups.items()
-        loss, per_layer = distance(h, h_prime, index, reduction)
-        return (loss, per_layer) if factor == 1 else (loss * factor, per_layer * factor)
-    # Stacks of different lengths (encoder and decoder) have different shares of their tokens in the samples.
-    terms: list[Tensor] = []
-    distances = [torch.empty(())] * len(h)
-    for factor, members in groups.items():
-        loss, per_layer = distance(
-            [h[i] for i in members], [h_prime[i] for i in members], [index[i] for i in members], reduction
-        )
-        terms.append(loss * (factor * len(members) / len(h)))
-        for i, value in zip(members, per_layer, strict=True):
-            distances[i] = value * factor
-    return torch.stack(terms).sum(), torch.stack(distances)
+    with without_autocast(clean[0].hidden.device.type):
+        if list(groups) == [1.0]:
+            return distance(h, h_prime, index, reduction)
+        # Stacks of different lengths (encoder and decoder) have different shares of their tokens in the samples.
+        terms: list[Tensor] = []
+        distances = [torch.empty(())] * len(h)
+        for factor, members in groups.items():
+            loss, per_layer = distance(
+                [h[i] for i in members], [h_prime[i] for i in members], [index[i] for i in members], reduction
+            )
+            terms.append(loss * (factor * len(members) / len(h)))
+            for i, value in zip(members, per_layer, strict=True):
+                distances[i] = value * factor
+        return torch.stack(terms).sum(), torch.stack(distances)
 
 
 def relative_distance(clean: Sequence[State], perturbed: Sequence[State], samples: Tensor | None) -> Tensor:
     """||h' - h|| / ||h|| over the tokens that count and all layers, detached: how far the perturbation reached."""
     moved, length = [], []
     for before, after in zip(clean, perturbed, strict=True):
-        state = before.hidden.detach()
-        state = state if samples is None else state.index_select(0, samples.to(state.device))
-        h, h_prime = (rows(t, after.tokens.axis).float() for t in (state, after.hidden.detach()))
-        if after.tokens.index is not None:
-            h, h_prime = (t.index_select(0, after.tokens.index) for t in (h, h_prime))
+        states = before.of(samples).detach(), after.hidden.detach()
+        h, h_prime = (rows(state, after.tokens.axis, after.tokens.index).float() for state in states)
         moved.append((h_prime - h).norm().to(clean[0].hidden.device))
         length.append(h.norm().to(clean[0].hidden.device))
     ratio: Tensor = torch.stack(moved).norm() / torch.stack(length).norm().clamp_min(torch.finfo(torch.float32).tiny)

@@ -7,7 +7,7 @@ value whose backward multiplies those gradients by the upstream gradient. So div
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,18 +15,17 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 
-def graft(value: Tensor, leaves: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> Tensor:
-    """Scalar equal to `value` with d(result)/d(leaves[i]) = gradients[i].
+def graft(value: Tensor, gradients: Iterable[tuple[Tensor, Tensor | None]]) -> Tensor:
+    """Scalar equal to `value` with d(result)/d(leaf) = gradient for every pair.
 
     Args:
         value: scalar; its own graph is ignored.
-        leaves: leaf tensors that require gradients.
-        gradients: one per leaf, shaped like it, or None for a leaf that gets no gradient.
+        gradients: pairs of a leaf that requires gradients, and its gradient, shaped like it, or None if it gets none.
 
     Returns:
         Scalar tensor, differentiable once with respect to the leaves.
     """
-    pairs = [(leaf, gradient) for leaf, gradient in zip(leaves, gradients, strict=True) if gradient is not None]
+    pairs = [(leaf, gradient) for leaf, gradient in gradients if gradient is not None]
     result: Tensor = _Graft.apply(  # type: ignore[no-untyped-call]
         value.detach(), [gradient for _, gradient in pairs], *[leaf for leaf, _ in pairs]
     )

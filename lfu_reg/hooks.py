@@ -44,6 +44,10 @@ class State:
     tokens: Tokens
     version: int
 
+    def of(self, samples: Tensor | None) -> Tensor:
+        """The hidden state of the given samples (numbers along the batch dimension); None is all of them."""
+        return self.hidden if samples is None else self.hidden.index_select(0, samples.to(self.hidden.device))
+
 
 @dataclass
 class Gate:
@@ -101,7 +105,6 @@ class ModelHooks:
     ) -> None:
         self.running: Pass | None = None
         self.overwritten: set[str] = set()  # layers whose outputs the model changes in place: these need a copy
-        self.fired: set[str] = set()
         self._auxiliary = auxiliary
         self._sites = set(sites)
         self.captured = {""} if head is not None else set(layers)
@@ -110,8 +113,7 @@ class ModelHooks:
         self._channels_first = {name: channels_first(module) for name, module in modules.items()}
         self._handles: list[RemovableHandle] = []
         for name, module in modules.items():
-            hook = _OutputHook(self, name)
-            self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+            self._handles.append(module.register_forward_hook(Hook(self.on_output, name), with_kwargs=True))
 
     def remove(self) -> None:
         """Take every hook off again."""
@@ -152,7 +154,6 @@ class ModelHooks:
     def _at_site(self, call: Call, this: Pass) -> Tensor:
         if call.name not in self._sites or not (this.apply or this.observe):
             return call.y
-        self.fired.add(call.name)
         with without_autocast(call.y.device.type):
             if this.apply:
                 return self._auxiliary.apply_at(call)
@@ -172,31 +173,39 @@ class ModelHooks:
 
     def _tokens(self, name: str, y: Tensor, this: Pass) -> Tokens:
         axis = 1 if self._channels_first[name](y) else -1
-        encoder = name in self._encoder
-        return Tokens(this.tokens.mask(y, axis, encoder=encoder), this.tokens.index(y, axis, encoder=encoder), axis)
+        mask, index = this.tokens.match(y, axis, encoder=name in self._encoder)
+        return Tokens(mask, index, axis)
 
 
-class _OutputHook:
-    """A forward hook that copies and pickles of the model carry along without effect."""
+class Hook:
+    """What is registered on a module: hands every call on, with the module's name first.
 
-    def __init__(self, hooks: ModelHooks | None, name: str) -> None:
-        self.hooks = hooks
+    Copies and pickles of the model carry it along without effect.
+
+    Args:
+        handler: is called in turn; None does nothing.
+        name: of the module.
+    """
+
+    def __init__(self, handler: Callable[..., Any] | None, name: str) -> None:
+        self.handler = handler
         self.name = name
 
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        return None if self.hooks is None else self.hooks.on_output(self.name, module, args, kwargs, output)
+    def __call__(self, *call: Any) -> Any:
+        """Pass the call on."""
+        return None if self.handler is None else self.handler(self.name, *call)
 
-    def __deepcopy__(self, memo: Any) -> _OutputHook:
-        return _OutputHook(None, self.name)
+    def __deepcopy__(self, memo: Any) -> Hook:
+        return Hook(None, self.name)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _OutputHook, (None, self.name)
+        return Hook, (None, self.name)
 
 
 def attached_already(model: nn.Module) -> bool:
     """Whether a regularizer's hooks are on any module of `model`."""
     return any(
-        isinstance(hook, _OutputHook) and hook.hooks is not None
+        isinstance(hook, Hook) and hook.handler is not None
         for module in model.modules()
         for hook in module._forward_hooks.values()
     )

@@ -1,4 +1,4 @@
-"""Random number state: pass 2 repeats pass 1's draws, and the caller's stream goes on as if only SFT had run.
+"""Random numbers: pass 2 repeats pass 1's draws, and the caller's stream goes on as if only SFT had run.
 
 Without the replay the consistency term would measure dropout noise. Python's and numpy's generators are kept as well:
 layerdrop and feature masking in some models draw from them.
@@ -6,6 +6,7 @@ layerdrop and feature masking in some models draw from them.
 
 from __future__ import annotations
 
+import hashlib
 import random
 import sys
 from collections.abc import Iterable
@@ -48,3 +49,34 @@ class RandomState:
         random.setstate(self.python)
         if self.numpy is not None:
             sys.modules["numpy"].random.set_state(self.numpy)
+
+
+class StepDraws:
+    """The regularizer's own draws in one step, which depend on (seed, step) alone: a resumed run repeats them.
+
+    Args:
+        seed: of the regularizer.
+        step: number of the step.
+    """
+
+    def __init__(self, seed: int, step: int) -> None:
+        self._key = f"{seed}/{step}"
+        self._generators: dict[torch.device, torch.Generator] = {}
+
+    def generator(self, device: torch.device) -> torch.Generator:
+        """The generator of the auxiliary components on a device, one for the whole step."""
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device).manual_seed(self._seed_of("components"))
+        return self._generators[device]
+
+    def samples(self, batch_size: int, fraction: float) -> Tensor | None:
+        """Sorted numbers of a random part of the batch, at least one; None for all of it."""
+        number = max(1, round(fraction * batch_size))
+        if number >= batch_size:
+            return None
+        generator = torch.Generator().manual_seed(self._seed_of("samples"))
+        return torch.randperm(batch_size, generator=generator)[:number].sort().values
+
+    def _seed_of(self, purpose: str) -> int:
+        digest = hashlib.blake2b(f"{self._key}/{purpose}".encode(), digest_size=4).digest()
+        return int.from_bytes(digest, "little")

@@ -11,7 +11,6 @@ return   l_SFT + lam * l_cons                    (Eq. 6), with these gradients g
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias
@@ -27,9 +26,9 @@ from lfu_reg.diagnostics import Diagnostics
 from lfu_reg.distances import DistanceChoice, make_distance
 from lfu_reg.distances.base import Reduction
 from lfu_reg.graph import leaves_of
-from lfu_reg.hooks import ModelHooks, Pass, State, without_autocast
+from lfu_reg.hooks import ModelHooks, Pass, State
 from lfu_reg.layers import LayerChoice, choose_layers
-from lfu_reg.randomness import RandomState
+from lfu_reg.randomness import RandomState, StepDraws
 from lfu_reg.replays import Replays
 from lfu_reg.schedules import Schedule, check_schedule, value_at
 from lfu_reg.strategies import Released, Retained, Strategy, is_sharded
@@ -184,7 +183,7 @@ class LfURegularizer:
             try:
                 loss = self._regularized(model, batch, sft_loss_fn, undesirable, alpha, lam)
             except BaseException:
-                self.auxiliary.reset(self._generators())
+                self.auxiliary.reset(torch.Generator)
                 raise
             finally:
                 self._trunk.forget()
@@ -198,7 +197,8 @@ class LfURegularizer:
         strategy = self._new_strategy(attached)
         tokens = TokenMasks(batch, self.token_mask)
         again = copy.copy(batch)  # the loss function may take entries out of the batch
-        self.auxiliary.reset(self._generators())
+        draws = StepDraws(self.seed, step)
+        self.auxiliary.reset(draws.generator)
         watch, random_start = BufferWatch(attached), RandomState.capture(self._devices())
 
         # Pass 1. theta_aux is at "no change", so the SFT forward is the auxiliary forward, too (Eq. 1, 3) ...
@@ -233,7 +233,7 @@ class LfURegularizer:
 
             # Pass 2: the hidden states of the undesirable self (Eq. 4), and their distance to the clean ones (Eq. 5).
             batch_size = clean.states[0].hidden.shape[0]
-            samples = self._draw_samples(batch_size)
+            samples = draws.samples(batch_size, self.batch_fraction)
 
             def loss_function() -> None:
                 random_start.restore()
@@ -247,15 +247,14 @@ class LfURegularizer:
                 self._replays.running(Pass(part_tokens, apply=True, capture="attached")) as perturbed,
             ):
                 checks.check_same_layers([s.name for s in clean.states], [s.name for s in perturbed.states])
-                with without_autocast(clean.states[0].hidden.device.type):
-                    l_cons, per_layer = consistency(
-                        self.distance,
-                        clean.states,
-                        perturbed.states,
-                        samples,
-                        reduction=self.reduction,
-                        stop_gradient=self.stop_gradient,
-                    )
+                l_cons, per_layer = consistency(
+                    self.distance,
+                    clean.states,
+                    perturbed.states,
+                    samples,
+                    reduction=self.reduction,
+                    stop_gradient=self.stop_gradient,
+                )
                 if not l_cons.requires_grad:
                     self._diagnostics.tell("no gradient", NO_GRADIENT)
                 # l_SFT + lam * l_cons (Eq. 6).
@@ -291,29 +290,6 @@ class LfURegularizer:
             gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
         self.auxiliary.gradient_from(leaves, gradients)
         self.auxiliary.require_gradients(False)
-
-    def _draw_samples(self, batch_size: int) -> Tensor | None:
-        """Numbers of the samples that pass 2 runs on; None for all."""
-        number = max(1, round(self.batch_fraction * batch_size))
-        if number >= batch_size:
-            return None
-        generator = torch.Generator().manual_seed(self._seed_of_step("samples"))
-        return torch.randperm(batch_size, generator=generator)[:number].sort().values
-
-    def _generators(self) -> Callable[[torch.device], torch.Generator]:
-        """One generator a device, which depends on (seed, step) alone: a resumed run repeats the draws."""
-        made: dict[torch.device, torch.Generator] = {}
-
-        def generator(device: torch.device) -> torch.Generator:
-            if device not in made:
-                made[device] = torch.Generator(device).manual_seed(self._seed_of_step("components"))
-            return made[device]
-
-        return generator
-
-    def _seed_of_step(self, purpose: str) -> int:
-        digest = hashlib.blake2b(f"{self.seed}/{self._steps}/{purpose}".encode(), digest_size=4).digest()
-        return int.from_bytes(digest, "little")
 
     @contextmanager
     def _random_state_kept(self) -> Iterator[None]:

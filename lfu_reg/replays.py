@@ -72,7 +72,7 @@ class Replays:
             (name or "the model", partial(replay, calls, samples, batch_size)) for name, calls in self._trunk.replays()
         ]
         candidates.append((LOSS_FUNCTION, loss_function))
-        candidates = [c for c in candidates if c[0] not in self._wrong] or candidates[-1:]
+        candidates = [c for c in candidates if c[0] not in self._wrong]
         due = str(step + 1).strip("0") == "1"
         if due or self._model_id != id(model):
             self._model_id, self._may_exit_early = id(model), early_exit_is_safe(model)
@@ -90,13 +90,15 @@ class Replays:
                     clean.states[:] = plain.states
                 return
             self._wrong.add(name)
+        self._wrong.discard(LOSS_FUNCTION)
         if samples is not None:
             raise ValueError(
                 "batch_fraction < 1 needs inputs whose tensors have the samples along their first dimension: a replay "
                 f"of {len(samples)} samples did not give their hidden states. Use batch_fraction=1.0, or every=k for a "
                 "lower cost."
             )
-        self._wrong.discard(LOSS_FUNCTION)
+        # There is nothing beyond it: it is used all the same, and looked at again only when that is due.
+        self._checked = LOSS_FUNCTION
         self._diagnostics.tell(
             "not repeatable",
             "The model's forward cannot be repeated: run again without any perturbation it gives other hidden "
@@ -129,12 +131,9 @@ def _repeats(again: list[State], clean: list[State], samples: Tensor | None, ove
     for one, other in zip(again, clean, strict=True):
         if other.name in overwritten:
             continue
-        before = other.hidden.detach()
-        if samples is not None:
-            if before.shape[0] <= int(samples.max()):
-                return False
-            before = before.index_select(0, samples.to(before.device))
-        after = one.hidden.detach()
+        if samples is not None and other.hidden.shape[0] <= int(samples.max()):
+            return False
+        before, after = other.of(samples).detach(), one.hidden.detach()
         if before.shape != after.shape:
             return False
         # Kernels on a GPU need not repeat to the last bit; another dropout mask is off by much more than this.

@@ -66,12 +66,7 @@ class Released:
         if consistency_term.requires_grad:
             leaves = leaves_of(consistency_term)
             self._add(leaves, gradients_of(consistency_term, leaves))
-        value = self._value + consistency_term.detach().to(self._value.device)
-        leaves, gradients = (
-            [leaf for leaf, _ in self._gradients.values()],
-            [g for _, g in self._gradients.values()],
-        )
-        return graft(value, leaves, gradients)
+        return graft(self._value + consistency_term.detach().to(self._value.device), self._gradients.values())
 
     def _add(self, leaves: list[Tensor], gradients: tuple[Tensor | None, ...]) -> None:
         for leaf, gradient in zip(leaves, gradients, strict=True):

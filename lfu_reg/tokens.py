@@ -18,11 +18,15 @@ TokenMask = Tensor | Callable[[Any], Tensor]
 IGNORED_LABEL = -100
 
 
-def rows(hidden: Tensor, axis: int = -1) -> Tensor:
-    """`hidden` as [positions, hidden]; a view for contiguous tensors whose hidden axis is the last."""
+def rows(hidden: Tensor, axis: int = -1, index: Tensor | None = None) -> Tensor:
+    """`hidden` as [positions, hidden], all rows or those that `index` selects.
+
+    Without an index it is a view, for contiguous tensors whose hidden axis is the last.
+    """
     if axis not in (-1, hidden.dim() - 1):
         hidden = hidden.movedim(axis, -1)
-    return hidden.reshape(-1, hidden.shape[-1])
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    return flat if index is None else flat.index_select(0, index)
 
 
 class TokenMasks:
@@ -30,9 +34,9 @@ class TokenMasks:
 
     Args:
         batch: the user's batch; entries `labels`, `attention_mask`, `decoder_attention_mask` are looked at if it has
-        them.
+            them.
         token_mask: overrides them: a tensor shaped like the token dimensions (nonzero counts), or a callable of the
-        batch.
+            batch.
 
     Raises:
         TypeError: if `token_mask` gives something else than a tensor.
@@ -56,24 +60,18 @@ class TokenMasks:
         self._cache: dict[Any, tuple[Tensor | None, Tensor | None]] = {}
         self.matched_given = False
 
-    def mask(self, hidden: Tensor, axis: int = -1, *, encoder: bool = False) -> Tensor | None:
-        """Boolean mask over the token dimensions of `hidden` (its shape without `axis`); None where all count."""
-        return self._look_up(hidden, axis, encoder)[0]
+    def match(self, hidden: Tensor, axis: int, *, encoder: bool) -> tuple[Tensor | None, Tensor | None]:
+        """The positions of a hidden state that count.
 
-    def index(self, hidden: Tensor, axis: int = -1, *, encoder: bool = False) -> Tensor | None:
-        """Row numbers of `rows(hidden, axis)` that count, as int64 [N]; None where all do."""
-        return self._look_up(hidden, axis, encoder)[1]
+        Args:
+            hidden: the hidden state.
+            axis: its hidden axis.
+            encoder: whether it is one of the encoder's of a sequence-to-sequence model.
 
-    def select(self, chosen: Tensor) -> TokenMasks:
-        """The masks of the given samples (numbers along the batch dimension) only."""
-        part = object.__new__(TokenMasks)
-        part._cache, part.matched_given = {}, False
-        for name in ("given", "_labels", "_attention", "_decoder_attention"):
-            mask = getattr(self, name)
-            setattr(part, name, None if mask is None else mask.index_select(0, chosen.to(mask.device)))
-        return part
-
-    def _look_up(self, hidden: Tensor, axis: int, encoder: bool) -> tuple[Tensor | None, Tensor | None]:
+        Returns:
+            Boolean mask over the token dimensions (the shape without `axis`), and the same as row numbers of
+            `rows(hidden, axis)`, int64 [N]; both None where every position counts.
+        """
         dims = list(hidden.shape)
         del dims[axis]
         key = (tuple(dims), hidden.device, encoder)
@@ -87,6 +85,15 @@ class TokenMasks:
                     mask = index = None
             self._cache[key] = mask, index
         return self._cache[key]
+
+    def select(self, chosen: Tensor) -> TokenMasks:
+        """The masks of the given samples (numbers along the batch dimension) only."""
+        part = object.__new__(TokenMasks)
+        part._cache, part.matched_given = {}, False
+        for name in ("given", "_labels", "_attention", "_decoder_attention"):
+            mask = getattr(self, name)
+            setattr(part, name, None if mask is None else mask.index_select(0, chosen.to(mask.device)))
+        return part
 
     def _match(self, dims: tuple[int, ...], encoder: bool) -> Tensor | None:
         # The encoder of a sequence-to-sequence model sees the prompt: the labels are the decoder's tokens.

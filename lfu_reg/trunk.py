@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lfu_reg.hooks import EarlyExit
+from lfu_reg.hooks import EarlyExit, Hook
 from lfu_reg.randomness import RandomState
 
 # Arguments that hold per-position vectors without a batch dimension.
@@ -85,9 +85,8 @@ class Trunk:
         self._handles: list[RemovableHandle] = []
         self.names = [name for name in _common_ancestors(list(layers)) if _is_called(model.get_submodule(name))]
         for name in self.names:
-            hook = _CallHook(self, name)
-            handle = model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
-            self._handles.append(handle)
+            module, hook = model.get_submodule(name), Hook(self.on_call, name)
+            self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True))
 
     def remove(self) -> None:
         """Take every hook off again."""
@@ -158,24 +157,6 @@ def select_samples(value: Any, samples: Tensor, batch_size: int | None, name: st
     if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
         return type(value)(select_samples(entry, samples, batch_size, name) for entry in value)
     return value
-
-
-class _CallHook:
-    """A forward pre-hook that copies and pickles of the model carry along without effect."""
-
-    def __init__(self, trunk: Trunk | None, name: str) -> None:
-        self.trunk = trunk
-        self.name = name
-
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if self.trunk is not None:
-            self.trunk.on_call(self.name, module, args, kwargs)
-
-    def __deepcopy__(self, memo: Any) -> _CallHook:
-        return _CallHook(None, self.name)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _CallHook, (None, self.name)
 
 
 def _common_ancestors(layers: list[str]) -> list[str]:

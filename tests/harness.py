@@ -28,6 +28,15 @@ def a_matrices_of(reg: LfURegularizer) -> dict[str, Tensor]:
     return {name: p[0].clone() for name, p in reg.perturbation.items() if isinstance(p, tuple)}
 
 
+def drawn_a_matrices(
+    case: Case, name: str, model: nn.Module, batch: Batch, seed: int, **call: Any
+) -> dict[str, Tensor]:
+    """LoRA's A as drawn, before later ascent steps move it: read from a twin that takes one step."""
+    with LfURegularizer(model, auxiliary(name), alpha=0.05, lam=0.7, seed=seed) as twin:
+        twin(model, dict(batch), case.loss, **call)
+        return a_matrices_of(twin)
+
+
 @dataclass
 class Pair:
     """A library step and what the oracle says about it."""

@@ -14,7 +14,7 @@ from lfu_reg import LfURegularizer
 from tests.architectures import bert, gpt2, llama, t5
 from tests.cases import Case, seeded
 from tests.compare import assert_same_gradients, close, gradients_of
-from tests.harness import a_matrices_of, auxiliary, run_pair
+from tests.harness import a_matrices_of, auxiliary, drawn_a_matrices, run_pair
 from tests.models import BERT, ENCODER, FROZEN, GPT2, LLAMA, PEFT, T5, TINY
 from tests.plain_models import EncoderClassifier, TinyLM
 
@@ -72,10 +72,7 @@ def test_steering(case: Case, relative: bool, norm: str, tokens: str) -> None:
 def test_more_than_one_ascent_step(case: Case, name: str, steps: int, strategy: str) -> None:
     """From the second step on LoRA's A moves too, so the A that was drawn comes from a twin that takes one step."""
     model = case.make()
-    twin = LfURegularizer(model, auxiliary(name), alpha=0.05, lam=0.7, seed=11)
-    twin(model, case.batch(), case.loss)
-    drawn = a_matrices_of(twin)
-    twin.remove()
+    drawn = drawn_a_matrices(case, name, model, case.batch(), seed=11)
     options = {"strategy": strategy, "seed": 11}
     pair = run_pair(case, name, model=model, reg_options=options, ascent_steps=steps, a_matrices=drawn)
     pair.check()
@@ -90,10 +87,7 @@ def test_more_than_one_ascent_step(case: Case, name: str, steps: int, strategy: 
 def test_two_ascent_steps_relative_per_layer_and_frozen(name: str, strategy: str) -> None:
     options = {"relative": True, "norm": "per-layer"} if name == "steering" else {}
     model = FROZEN.make()
-    twin = LfURegularizer(model, auxiliary(name), alpha=0.05, lam=0.7, seed=11)
-    twin(model, FROZEN.batch(), FROZEN.loss)
-    drawn = a_matrices_of(twin)
-    twin.remove()
+    drawn = drawn_a_matrices(FROZEN, name, model, FROZEN.batch(), seed=11)
     reg_options = {"strategy": strategy, "seed": 11}
     run_pair(
         FROZEN,
@@ -117,10 +111,7 @@ def test_undesirable_batch(case: Case, name: str, strategy: str) -> None:
 @pytest.mark.parametrize("name", AUXILIARIES)
 def test_undesirable_batch_and_two_steps(name: str) -> None:
     model, other = LLAMA.make(), LLAMA.batch(77, shape=(2, 9))
-    twin = LfURegularizer(model, auxiliary(name), alpha=0.05, lam=0.7, seed=11)
-    twin(model, LLAMA.batch(), LLAMA.loss, undesirable=other)
-    drawn = a_matrices_of(twin)
-    twin.remove()
+    drawn = drawn_a_matrices(LLAMA, name, model, LLAMA.batch(), seed=11, undesirable=other)
     pair = run_pair(
         LLAMA,
         name,

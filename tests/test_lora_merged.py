@@ -8,7 +8,7 @@ from torch import nn
 
 from lfu_reg import LfURegularizer, LoRADeltas
 from tests.cases import Case
-from tests.harness import run_pair
+from tests.harness import drawn_a_matrices, run_pair
 from tests.models import FROZEN, GPT2, LLAMA, MIXTRAL, PEFT, TIED, llm_batch
 
 LONG = {"shape": (12, 30)}
@@ -36,6 +36,14 @@ def weights_read_in_pass_2(model: nn.Module, reg: LfURegularizer, case: Case) ->
 @pytest.mark.parametrize("case", [LLAMA, PEFT, FROZEN, TIED, GPT2, MIXTRAL], ids=lambda case: case.name)
 def test_gradients_equal_the_oracles(case: Case, strategy: str) -> None:
     run_pair(case, "lora", batch=llm_batch(**LONG), reg_options={"strategy": strategy}).check()
+
+
+@pytest.mark.parametrize("steps", [2, 3])
+def test_several_ascent_steps(steps: int) -> None:
+    model, batch = LLAMA.make(), llm_batch(**LONG)
+    drawn = drawn_a_matrices(LLAMA, "lora", model, batch, seed=11)
+    options = {"seed": 11}
+    run_pair(LLAMA, "lora", model=model, batch=batch, reg_options=options, ascent_steps=steps, a_matrices=drawn).check()
 
 
 @pytest.mark.parametrize("case", [LLAMA, PEFT, GPT2], ids=lambda case: case.name)

@@ -2,8 +2,7 @@
 
             ┌────────── W ──────────┐
         x ──┤                       (+)──► y' = W x + s B A x
-            └── A ──► z = A x ── B ─┘                               A: [rank, in]   B: [out, rank]   s = lora_alpha /
-            rank
+            └── A ──► z = A x ── B ─┘         A: [rank, in]   B: [out, rank]   s = lora_alpha / rank
 
 A is random, drawn anew at every step, and B starts at zero, so y' = y. Then dl/dA is exactly zero and dl/dB = s
 (dl/dy)^T z: the ascent moves B. With both at zero nothing would ever move.
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from lfu_reg.auxiliaries.base import Call, Components, Generators, GradientRule, OutputAuxiliary, master_dtype
 from lfu_reg.linears import TargetModules, find_linears, linear_sizes
 from lfu_reg.substitution import substituted
+from lfu_reg.tokens import rows
 
 
 class LoRADeltas(OutputAuxiliary):
@@ -63,8 +63,7 @@ class LoRADeltas(OutputAuxiliary):
         if not linears:
             raise ValueError(
                 f"There is no linear map in the chosen layers ({', '.join(list(layers)[:5])}, ...) for LoRA deltas to "
-                "act on. "
-                'Use auxiliary="steering", auxiliary="weights", or other layers.'
+                'act on. Use auxiliary="steering", auxiliary="weights", or other layers.'
             )
         return linears
 
@@ -85,23 +84,20 @@ class LoRADeltas(OutputAuxiliary):
     def apply(self, components: Components, call: Call) -> Tensor:
         """The output y' = y + s B A x."""
         a, b = (component.to(call.y.dtype) for component in components)
-        z = _rows(call.x, call.y.dtype) @ a.t()  # [positions, rank]
-        changed = torch.addmm(_rows(call.y), z, b.t(), alpha=self.scale)
+        z = _input_rows(call) @ a.t()  # [positions, rank]
+        changed = torch.addmm(rows(call.y), z, b.t(), alpha=self.scale)
         return changed.view(call.y.shape)
 
     def gradient_rule(self, components: Components, call: Call) -> GradientRule:
         """dl/dB = s (dl/dy)^T z, where only the thin z = A x is kept until the backward pass."""
         a, b = components
-        x = _rows(call.x, call.y.dtype)
+        x = _input_rows(call)
         with torch.no_grad():
             # Transposed, [rank, positions], as are the products below: several times faster on CPUs.
             z = a.to(x.dtype) @ x.t()
-        weight = _plain_weight(call.module)
-        if weight is not None and self._pays(weight, call.y, len(x)):
-            self._merged[call.name] = weight
 
         def rule(grad_y: Tensor) -> Sequence[Tensor | None]:
-            gradient = z.to(grad_y.dtype) @ _rows(grad_y)  # [rank, out]
+            gradient = z.to(grad_y.dtype) @ rows(grad_y)  # [rank, out]
             return None, gradient.t().to(b.dtype) * self.scale
 
         return rule
@@ -110,6 +106,13 @@ class LoRADeltas(OutputAuxiliary):
         """Forget components, gradients, and which sites are merged."""
         super().reset(generators)
         self._merged = {}
+
+    def observe(self, call: Call) -> GradientRule:
+        """As any auxiliary does; also decides which way pass 2 goes at this site."""
+        weight = _plain_weight(call.module)
+        if weight is not None and self._pays(weight, call.y):
+            self._merged[call.name] = weight
+        return super().observe(call)
 
     def apply_at(self, call: Call) -> Tensor:
         """As `apply`, or nothing where the delta is in the weight."""
@@ -134,20 +137,21 @@ class LoRADeltas(OutputAuxiliary):
         return torch.addmm(parameter, b, a, alpha=self.scale)
 
     @staticmethod
-    def _pays(weight: _Weight, y: Tensor, positions: int) -> bool:
+    def _pays(weight: _Weight, y: Tensor) -> bool:
         parameter = weight.holder._parameters["weight"]
         assert parameter is not None
         exact = parameter.dtype == y.dtype and parameter.dtype in (torch.float32, torch.float64)
         # So the merged weights take at most a fifth of the memory of the activations around them.
-        return exact and 5 * parameter.numel() <= positions * sum(parameter.shape)
+        return exact and 5 * parameter.numel() <= len(rows(y)) * sum(parameter.shape)
 
     def __repr__(self) -> str:
         return f"LoRADeltas(rank={self.rank}, lora_alpha={self.lora_alpha}, target_modules={self.target_modules!r})"
 
 
-def _rows(tensor: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
-    assert tensor is not None
-    return tensor.reshape(-1, tensor.shape[-1]).to(dtype or tensor.dtype)
+def _input_rows(call: Call) -> Tensor:
+    """The site's input as [positions, in], in the dtype of its output."""
+    assert call.x is not None
+    return rows(call.x).to(call.y.dtype)
 
 
 @dataclass(frozen=True)

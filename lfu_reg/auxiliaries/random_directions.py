@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from lfu_reg.auxiliaries.base import Call, Components, Generators, GradientRule, OutputAuxiliary
+from lfu_reg.auxiliaries.base import Call, Components, GradientRule, OutputAuxiliary
 
 
 class RandomDirections(OutputAuxiliary):
@@ -42,11 +42,6 @@ class RandomDirections(OutputAuxiliary):
     def gradient_rule(self, components: Components, call: Call) -> GradientRule:
         """As the other auxiliary does."""
         return self.of.gradient_rule(components, call)
-
-    def reset(self, generators: Generators) -> None:
-        """Forget everything, in the other auxiliary, too."""
-        super().reset(generators)
-        self.of.reset(generators)
 
     def groups(self, names: Sequence[str]) -> Sequence[int] | None:
         """As the other auxiliary does."""

@@ -72,13 +72,13 @@ class SteeringVectors(OutputAuxiliary):
         """dl/dd_l: the sum of dl/dh_l over tokens; relative: of ||h|| times its part orthogonal to h."""
         index = None if self.tokens == "all" else call.tokens.index
         axis, dtype = call.tokens.axis, components[0].dtype
-        h = rows(call.y.detach(), axis) if self.relative else None
+        h = call.y.detach() if self.relative else None
 
         def rule(grad_y: Tensor) -> Sequence[Tensor]:
-            gradient = _selected(rows(grad_y, axis), index)  # [tokens, hidden]
+            gradient = rows(grad_y, axis, index)  # [tokens, hidden]
             if h is not None:
                 # d/dd of ||h|| * normalise(h/||h|| + d) at d = 0 is ||h|| (I - u u^T), with u = h / ||h||.
-                state, gradient = _selected(h, index).to(dtype), gradient.to(dtype)
+                state, gradient = rows(h, axis, index).to(dtype), gradient.to(dtype)
                 length = torch.linalg.vector_norm(state, dim=-1, keepdim=True)
                 unit = state / _positive(length)
                 gradient = length * (gradient - unit * (unit * gradient).sum(-1, keepdim=True))
@@ -99,10 +99,6 @@ def _along(vector: Tensor, like: Tensor, axis: int) -> Tensor:
     shape = [1] * like.dim()
     shape[axis] = -1
     return vector.reshape(shape)
-
-
-def _selected(matrix: Tensor, index: Tensor | None) -> Tensor:
-    return matrix if index is None else matrix.index_select(0, index)
 
 
 def _positive(length: Tensor) -> Tensor:

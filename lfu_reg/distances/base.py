@@ -9,6 +9,8 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from lfu_reg.tokens import rows
+
 Reduction: TypeAlias = Literal["mean", "sum"]
 
 
@@ -60,7 +62,7 @@ class PerLayerDistance(Distance):
         """Mean over layers of `layer`; a layer without a token that counts contributes exactly zero."""
         values = []
         for h, h_prime, index in zip(clean, perturbed, token_index, strict=True):
-            h, h_prime = _rows(h, index), _rows(h_prime, index)
+            h, h_prime = _wide(rows(h, index=index)), _wide(rows(h_prime, index=index))
             # The empty sum keeps the graph, so that an empty mask gives zero gradients and not none.
             value = self.layer(h, h_prime, reduction) if len(h) else h_prime.sum() + h.sum()
             values.append(value.to(clean[0].device))
@@ -68,7 +70,5 @@ class PerLayerDistance(Distance):
         return per_layer.mean(), per_layer.detach()
 
 
-def _rows(states: Tensor, index: Tensor | None) -> Tensor:
-    flat = states.reshape(-1, states.shape[-1])
-    selected = flat if index is None else flat.index_select(0, index)
-    return selected.to(torch.promote_types(selected.dtype, torch.float32))
+def _wide(states: Tensor) -> Tensor:
+    return states.to(torch.promote_types(states.dtype, torch.float32))
