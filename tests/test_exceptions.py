@@ -197,10 +197,17 @@ def test_an_exception_anywhere(
     attached.check(model)
     world.check(model)
 
+    # Outside of a step the model gives what a copy without live hooks gives, also with gradients enabled.
+    fresh_fuses()
+    twin = copy.deepcopy(model)
+    torch.manual_seed(9)
+    plain_loss = loss_fn(twin, TINY.batch()).detach()
+    torch.manual_seed(9)
+    assert torch.equal(loss_fn(model, TINY.batch()).detach(), plain_loss)
+
     # The next step is as good as that of a new regularizer.
     fresh_fuses()
     torch.manual_seed(9)
-    twin = copy.deepcopy(model)
     if name in ("steering", "weights"):
         with make_reg(twin, name, strategy, steps) as other:
             expected = other(twin, TINY.batch(), loss_fn).detach()
