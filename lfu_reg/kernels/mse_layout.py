@@ -1,11 +1,36 @@
-"""Sizes of tiles and launches, and the address arithmetic, of the Triton kernels."""
+"""The columns of the table of layers that kernels read, sizes of tiles and launches, and the address arithmetic."""
 
 from __future__ import annotations
 
-import math
-import struct
 from collections.abc import Sequence
+from itertools import accumulate
 from math import prod
+from operator import mul
+
+# The columns of the table, one row per layer.
+FIELDS = (
+    "clean",  # address of h
+    "perturbed",  # address of h'
+    "slot",  # where the layer's distance goes in the output
+    "offset",  # of the layer's gradient in the gradient buffer, in elements
+    "weight",  # bits of the float32 w_l; unused when weights come as a tensor
+    "owns_mask",  # 1 for the one layer that fills its token mask
+    "mask",  # offset of the layer's token mask in the mask buffer, -1 for all
+    "scale",  # bits of the float32 1/(N_l H_l) or 1/N_l
+    "hidden",  # H_l
+    "positions",  # number of positions in the tensors
+    "selected",  # N_l
+    "index",  # address of the int64 selected positions, 0 for all
+    "clean_inner",  # position -> (position // inner, position % inner), for up to two leading dimensions
+    "clean_outer_stride",
+    "clean_inner_stride",
+    "clean_hidden_stride",
+    "perturbed_inner",
+    "perturbed_outer_stride",
+    "perturbed_inner_stride",
+    "perturbed_hidden_stride",
+)
+WIDTH = len(FIELDS)
 
 # Elements per tile, powers of two: 32 per thread at 4 warps where 16-byte accesses fit. Where they do not, every
 # element needs an address of its own, and more than 8 per thread would spill registers.
@@ -51,6 +76,11 @@ def collapse(shape: Sequence[int], stride: Sequence[int]) -> tuple[int, int, int
     return inner, outer_step, inner_step, stride[-1] if shape[-1] > 1 else 1
 
 
+def contiguous_strides(shape: Sequence[int]) -> list[int]:
+    """The strides of a contiguous tensor of that shape."""
+    return list(accumulate(reversed(shape[1:]), mul, initial=1))[::-1]
+
+
 def share_of(tiles: int, count: int, least: int) -> tuple[int, int]:
     """Tiles per program and programs per layer, so that all programs together stay below `MAX_PARTIALS`."""
     share = max(least, -(-tiles * count // MAX_PARTIALS))
@@ -62,11 +92,3 @@ def block_width(hidden: int, tile: int) -> int:
     candidates = [1 << power for power in range(tile.bit_length())]
     fitting = [b for b in candidates if b >= min(_MIN_BLOCK_H, hidden)]
     return min(fitting, key=lambda b: (-(-hidden // b) * b, -b))
-
-
-def float_bits(number: float) -> int:
-    """The bits of the nearest float32, as an int."""
-    try:
-        return int(struct.unpack("<i", struct.pack("<f", number))[0])
-    except OverflowError:
-        return float_bits(math.copysign(math.inf, number))

@@ -89,7 +89,7 @@ def mse_over_layers(
 def _solve(problem: Problem, impl: str) -> tuple[Tensor, Tensor]:
     if _use_triton(problem, impl):
         # The name is put together here so that no import of triton happens before it is needed.
-        launcher = importlib.import_module("lfu_reg.kernels.mse_launch")
+        launcher = importlib.import_module("lfu_reg.kernels.mse_gpu")
         loss, per_layer = launcher.run(problem)
     else:
         loss, per_layer = mse_torch.run(problem)

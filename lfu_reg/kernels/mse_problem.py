@@ -2,42 +2,46 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TypeAlias
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-# Shapes, dtypes and devices of a layer's two tensors, and the identity of its index.
-_Kind: TypeAlias = tuple[torch.Size, torch.Size, torch.dtype, torch.dtype, torch.device, torch.device, int]
+from lfu_reg.kernels.mse_kinds import Kinds, sort_layers
+
+_LOOK = attrgetter("shape", "dtype", "device")
+_T = TypeVar("_T")
 
 
 @dataclass(slots=True)
 class Problem:
-    """The layers on one device, K of them; every sequence has one entry a layer.
+    """The layers on one device, K of them.
 
     Attributes:
-        clean: tensors [..., hidden_l].
-        perturbed: tensors of the same shapes.
-        index: int64 tensors [N_l] on the same device, or None for all positions.
-        kinds: layers with the same number agree in shape, dtypes and index tensor.
-        scales: 1/(N_l H_l) or 1/N_l; 0 where nothing is selected.
-        weights: numbers, or a tensor [K] on the same device.
+        clean: K tensors [..., hidden_l].
+        perturbed: K tensors of the same shapes.
+        kinds: what the layers look like.
+        index: per kind, an int64 tensor [N_l] on the same device, or None for all positions.
+        selected: N_l per kind.
+        scales: per layer 1/(N_l H_l) or 1/N_l; 0 where nothing is selected.
+        weights: K numbers, or a tensor [K] on the same device.
         layers: the layers' numbers in the caller's lists.
         grad_clean: whether `clean` gets a gradient.
         grad_perturbed: whether `perturbed` gets one.
-        overwrite: whether h' - h may be written over the clean tensor.
-        dtype: of the results: float32, or float64 if any layer is float64.
+        overwrite: per layer, whether h' - h may be written over the clean tensor.
+        dtype: of the results.
         device: where everything is.
         spent: whether backward has run.
     """
 
     clean: list[Tensor]
     perturbed: list[Tensor]
+    kinds: Kinds
     index: list[Tensor | None]
-    kinds: list[int]
+    selected: list[int]
     scales: list[float]
     weights: list[float] | Tensor
     layers: list[int]
@@ -87,64 +91,45 @@ def describe_problems(
         raise ValueError(f"reduction={reduction!r}; allowed are 'mean' and 'sum'.")
     if stop_gradient not in ("clean", "perturbed", "none"):
         raise ValueError(f"stop_gradient={stop_gradient!r}; allowed are 'clean', 'perturbed' and 'none'.")
-    index = _index_per_layer(token_index, count)
+    numbers, distinct = _number_indices(token_index, count)
     factors = _weights(weights, count)
+    looks, looks_perturbed = tuple(map(_LOOK, clean)), tuple(map(_LOOK, perturbed))
+    kinds = sort_layers(looks, looks_perturbed, numbers)
+    for kind, number in enumerate(kinds.index):
+        if number >= 0:
+            _check_index(kinds.first[kind], distinct[number], kinds.positions[kind])
 
-    # Layers of a transformer look alike: each kind is checked once, which keeps the cost per layer to one look-up.
-    known: dict[_Kind, tuple[int, float]] = {}
-    found: list[tuple[int, float]] = []
-    for layer, (h, h_prime, chosen) in enumerate(zip(clean, perturbed, index, strict=True)):
-        kind = (h.shape, h_prime.shape, h.dtype, h_prime.dtype, h.device, h_prime.device, id(chosen))
-        entry = known.get(kind)
-        if entry is None:
-            _check_layer(layer, h, h_prime, chosen)
-            entry = known[kind] = (len(known), _scale(h, chosen, reduction))
-        found.append(entry)
-
-    grad_clean = stop_gradient != "clean" and any(h.requires_grad for h in clean)
-    grad_perturbed = stop_gradient != "perturbed" and any(h.requires_grad for h in perturbed)
-    may_overwrite = overwrite_clean and grad_perturbed and not grad_clean and torch.is_grad_enabled()
-    overwrite = overwritable(clean, perturbed) if may_overwrite else [False] * count
-
-    whole = Problem(
-        clean=clean,
-        perturbed=perturbed,
-        index=index,
-        kinds=[number for number, _ in found],
-        scales=[scale for _, scale in found],
-        weights=factors,
-        layers=list(range(count)),
-        grad_clean=grad_clean,
-        grad_perturbed=grad_perturbed,
-        overwrite=overwrite,
-        dtype=torch.float64 if any(torch.float64 in kind[2:4] for kind in known) else torch.float32,
-        device=clean[0].device,
-    )
-    devices = list(dict.fromkeys(kind[4] for kind in known))
-    problems = [whole] if len(devices) == 1 else [_restrict(whole, device) for device in devices]
-    for problem in problems:
-        problem.index = _on_device(problem.index, problem.device)
-        if isinstance(problem.weights, Tensor):
-            problem.weights = problem.weights.to(problem.device, problem.dtype, non_blocking=True)
+    problems = []
+    for device in kinds.devices:
+        layers, part = list(range(count)), kinds
+        if len(kinds.devices) > 1:
+            layers = [layer for layer in layers if looks[layer][2] == device]
+            part = sort_layers(_pick(looks, layers), _pick(looks_perturbed, layers), _pick(numbers, layers))
+        index = [distinct[n].to(device, non_blocking=True) if n >= 0 else None for n in part.index]
+        selected = [len(i) if i is not None else n for i, n in zip(index, part.positions, strict=True)]
+        scale = [_scale(*sizes, reduction) for sizes in zip(selected, part.hidden, strict=True)]
+        h, h_prime = [clean[i] for i in layers], [perturbed[i] for i in layers]
+        grad_clean = stop_gradient != "clean" and any(t.requires_grad for t in h)
+        grad_perturbed = stop_gradient != "perturbed" and any(t.requires_grad for t in h_prime)
+        may_overwrite = overwrite_clean and grad_perturbed and not grad_clean and torch.is_grad_enabled()
+        problems.append(
+            Problem(
+                clean=h,
+                perturbed=h_prime,
+                kinds=part,
+                index=index,
+                selected=selected,
+                scales=[scale[kind] for kind in part.of_layer],
+                weights=_weights_on(factors, layers, device, part.dtype),
+                layers=layers,
+                grad_clean=grad_clean,
+                grad_perturbed=grad_perturbed,
+                overwrite=overwritable(h, h_prime) if may_overwrite else [False] * len(layers),
+                dtype=part.dtype,
+                device=device,
+            )
+        )
     return problems
-
-
-def _restrict(whole: Problem, device: torch.device) -> Problem:
-    """The layers of `whole` that are on `device`."""
-    layers = [layer for layer in whole.layers if whole.clean[layer].device == device]
-    weights = whole.weights
-    return replace(
-        whole,
-        clean=[whole.clean[i] for i in layers],
-        perturbed=[whole.perturbed[i] for i in layers],
-        index=[whole.index[i] for i in layers],
-        kinds=[whole.kinds[i] for i in layers],
-        scales=[whole.scales[i] for i in layers],
-        weights=weights[layers] if isinstance(weights, Tensor) else [weights[i] for i in layers],
-        layers=layers,
-        overwrite=[whole.overwrite[i] for i in layers],
-        device=device,
-    )
 
 
 def overwritable(clean: Sequence[Tensor], perturbed: Sequence[Tensor]) -> list[bool]:
@@ -168,21 +153,11 @@ def overwritable(clean: Sequence[Tensor], perturbed: Sequence[Tensor]) -> list[b
     ]
 
 
-def _check_layer(layer: int, h: Tensor, h_prime: Tensor, index: Tensor | None) -> None:
-    for name, tensor in (("clean", h), ("perturbed", h_prime)):
-        if not tensor.is_floating_point():
-            raise TypeError(f"Layer {layer}: {name} is {tensor.dtype}; floating-point hidden states are needed.")
-    if h.shape != h_prime.shape:
-        raise ValueError(
-            f"Layer {layer}: clean has shape {list(h.shape)} and perturbed {list(h_prime.shape)}; "
-            "both passes must give the same shape."
-        )
-    if h.dim() == 0:
-        raise ValueError(f"Layer {layer}: hidden states are scalars; shape [..., hidden] is needed.")
-    if h.device != h_prime.device:
-        raise ValueError(f"Layer {layer}: clean is on {h.device} and perturbed on {h_prime.device}.")
-    if index is None:
-        return
+def _pick(values: Sequence[_T], numbers: Sequence[int]) -> tuple[_T, ...]:
+    return tuple(values[number] for number in numbers)
+
+
+def _check_index(layer: int, index: Tensor, positions: int) -> None:
     if index.dtype != torch.int64:
         cure = "; turn a mask into positions with mask.flatten().nonzero().squeeze(1)"
         raise TypeError(
@@ -191,29 +166,41 @@ def _check_layer(layer: int, h: Tensor, h_prime: Tensor, index: Tensor | None) -
         )
     if index.dim() != 1:
         raise ValueError(f"Layer {layer}: token_index has shape {list(index.shape)}; [N] flat positions are needed.")
-    if len(index) > math.prod(h.shape[:-1]):
+    if len(index) > positions:
         raise ValueError(
-            f"Layer {layer}: token_index selects {len(index)} of {math.prod(h.shape[:-1])} positions; "
+            f"Layer {layer}: token_index selects {len(index)} of {positions} positions; "
             "each position counts at most once."
         )
 
 
-def _scale(h: Tensor, index: Tensor | None, reduction: str) -> float:
-    selected = math.prod(h.shape[:-1]) if index is None else len(index)
-    divisor = selected * h.shape[-1] if reduction == "mean" else selected
+def _scale(selected: int, hidden: int, reduction: str) -> float:
+    divisor = selected * hidden if reduction == "mean" else selected
     # Nothing selected is a distance of 0, not 0/0.
     return 1.0 / divisor if divisor else 0.0
 
 
-def _index_per_layer(token_index: Tensor | Sequence[Tensor | None] | None, count: int) -> list[Tensor | None]:
-    if token_index is None or isinstance(token_index, Tensor):
-        return [token_index] * count
+def _number_indices(
+    token_index: Tensor | Sequence[Tensor | None] | None, count: int
+) -> tuple[tuple[int, ...], list[Tensor]]:
+    """Per layer the number of its token index, -1 for none, and the distinct tensors."""
+    if token_index is None:
+        return (-1,) * count, []
+    if isinstance(token_index, Tensor):
+        return (0,) * count, [token_index]
     if len(token_index) != count:
         raise ValueError(f"token_index has {len(token_index)} entries for {count} layers.")
+    numbers: list[int] = []
+    distinct: list[Tensor] = []
+    known: dict[int, int] = {id(None): -1}
     for layer, entry in enumerate(token_index):
-        if entry is not None and not isinstance(entry, Tensor):
-            raise TypeError(f"Layer {layer}: token_index is a {type(entry).__name__}; an int64 tensor or None.")
-    return list(token_index)
+        number = known.get(id(entry))
+        if number is None:
+            if not isinstance(entry, Tensor):
+                raise TypeError(f"Layer {layer}: token_index is a {type(entry).__name__}; an int64 tensor or None.")
+            number = known[id(entry)] = len(distinct)
+            distinct.append(entry)
+        numbers.append(number)
+    return tuple(numbers), distinct
 
 
 def _weights(weights: Tensor | Sequence[float] | None, count: int) -> list[float] | Tensor:
@@ -230,7 +217,11 @@ def _weights(weights: Tensor | Sequence[float] | None, count: int) -> list[float
     return [float(weight) for weight in weights]
 
 
-def _on_device(index: list[Tensor | None], device: torch.device) -> list[Tensor | None]:
-    """The same list where the tensors are on `device` already, else with one copy per distinct tensor."""
-    moved = {id(t): t.to(device, non_blocking=True) for t in index if t is not None and t.device != device}
-    return [moved.get(id(t), t) for t in index] if moved else index
+def _weights_on(
+    weights: list[float] | Tensor, layers: list[int], device: torch.device, dtype: torch.dtype
+) -> list[float] | Tensor:
+    if not isinstance(weights, Tensor):
+        return [weights[layer] for layer in layers]
+    # Indexing by a list waits for the device, so it is left out where all layers are meant.
+    chosen = weights if len(layers) == len(weights) else weights[layers]
+    return chosen.to(device, dtype, non_blocking=True)

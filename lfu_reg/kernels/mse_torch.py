@@ -73,7 +73,7 @@ def _entries(problem: Problem) -> Iterator[_Entry]:
     selections: dict[int, Selection] = {}
     for group in _groups(problem):
         layer = group[0]
-        h, h_prime, index = problem.clean[layer], problem.perturbed[layer], problem.index[layer]
+        h, h_prime, index = problem.clean[layer], problem.perturbed[layer], problem.index[problem.kinds.of_layer[layer]]
         if len(group) > 1:
             with torch.set_grad_enabled(problem.grad_clean and torch.is_grad_enabled()):
                 h = torch.stack([problem.clean[i] for i in group])
@@ -83,7 +83,7 @@ def _entries(problem: Problem) -> Iterator[_Entry]:
                 problem.overwrite[member] = False
             yield _Entry(group, h, h_prime, index, None, overwrite=False)
         else:
-            kind = problem.kinds[layer]
+            kind = problem.kinds.of_layer[layer]
             if kind not in selections:
                 selections[kind] = select(h, index)
             # Gathered rows would have to be scattered back, which costs more than it saves (measured).
@@ -93,7 +93,7 @@ def _entries(problem: Problem) -> Iterator[_Entry]:
 
 def _groups(problem: Problem) -> Iterator[list[int]]:
     """Consecutive small layers of one kind together, every other layer by itself."""
-    kinds = problem.kinds
+    kinds = problem.kinds.of_layer
     limit = 1
     group: list[int] = []
     for layer, kind in enumerate(kinds):

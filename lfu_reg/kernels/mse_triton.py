@@ -17,30 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# The columns of the table, one row per layer.
-FIELDS = (
-    "clean",  # address of h
-    "perturbed",  # address of h'
-    "slot",  # where the layer's distance goes in the output
-    "offset",  # of the layer's gradient in the gradient buffer, in elements
-    "weight",  # bits of the float32 w_l; unused when weights come as a tensor
-    "owns_mask",  # 1 for the one layer that fills its token mask
-    "mask",  # offset of the layer's token mask in the mask buffer, -1 for all
-    "scale",  # bits of the float32 1/(N_l H_l) or 1/N_l
-    "hidden",  # H_l
-    "positions",  # number of positions in the tensors
-    "selected",  # N_l
-    "index",  # address of the int64 selected positions, 0 for all
-    "clean_inner",  # position -> (position // inner, position % inner), for up to two leading dimensions
-    "clean_outer_stride",
-    "clean_inner_stride",
-    "clean_hidden_stride",
-    "perturbed_inner",
-    "perturbed_outer_stride",
-    "perturbed_inner_stride",
-    "perturbed_hidden_stride",
-)
-WIDTH = len(FIELDS)
+from lfu_reg.kernels.mse_layout import FIELDS, WIDTH
 
 _WIDTH: tl.constexpr = tl.constexpr(WIDTH)
 _CLEAN: tl.constexpr = tl.constexpr(FIELDS.index("clean"))

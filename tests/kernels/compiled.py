@@ -17,9 +17,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lfu_reg.kernels import mse_launch, mse_triton
+from lfu_reg.kernels import mse_gpu, mse_triton
 from lfu_reg.kernels.mse_problem import describe_problems
-from lfu_reg.kernels.mse_table import Group, build_table
+from lfu_reg.kernels.mse_rows import Group
+from lfu_reg.kernels.mse_table import build_table
 
 with suppress(ImportError):  # triton 3.2
     from triton.backends.compiler import AttrsDescriptor
@@ -34,7 +35,7 @@ def group_of(shape: tuple[int, ...], clean: torch.dtype, perturbed: torch.dtype,
     if strided:
         h = h.transpose(0, 1).contiguous().transpose(0, 1)
     (problem,) = describe_problems([h] * 2, [h_prime] * 2, None, None, "mean", "clean", False)
-    (group,) = build_table(problem, problem.clean, problem.perturbed, [True, True]).groups
+    (group,) = build_table(problem, problem.clean, problem.perturbed, [True, True]).rows.groups
     return group
 
 
@@ -108,7 +109,7 @@ def main() -> None:
         for name, (group, index, overwrite) in CASES.items():
             types = {**table, **numbers, **scalars}
             types |= {"to_perturbed_ptr": POINTERS[group.perturbed], "to_clean_ptr": POINTERS[group.clean]}
-            options = {**mse_launch._options(group), "HAS_INDEX": index, "OVERWRITE": overwrite}
+            options = {**mse_gpu._options(group), "HAS_INDEX": index, "OVERWRITE": overwrite}
             forward = compile_kernel(mse_triton.forward_kernel, types, options, architecture)
             options |= {"HAS_WEIGHTS": True, "GRAD_PERTURBED": not overwrite, "GRAD_CLEAN": False}
             backward = compile_kernel(mse_triton.backward_kernel, types, options, architecture)

@@ -249,4 +249,4 @@ def test_twin_on_another_device() -> None:
 
 def test_imports_without_triton() -> None:
     assert "triton" not in vars(entry)
-    assert "lfu_reg.kernels.mse_launch" not in sys.modules or "triton" in sys.modules
+    assert "lfu_reg.kernels.mse_gpu" not in sys.modules or "triton" in sys.modules
