@@ -43,8 +43,8 @@ def consistency(
     for number, (before, after) in enumerate(zip(clean, perturbed, strict=True)):
         axis = after.tokens.axis
         state = before.of(samples)
-        h.append(rows(state.detach() if stop_gradient == "clean" else state, axis))
-        h_prime.append(rows(after.hidden.detach() if stop_gradient == "perturbed" else after.hidden, axis))
+        h.append(_hidden_last(state.detach() if stop_gradient == "clean" else state, axis))
+        h_prime.append(_hidden_last(after.hidden.detach() if stop_gradient == "perturbed" else after.hidden, axis))
         index.append(after.tokens.index)
         groups[_share(before, after, axis)].append(number)
     with without_autocast(clean[0].hidden.device.type):
@@ -73,6 +73,10 @@ def relative_distance(clean: Sequence[State], perturbed: Sequence[State], sample
         length.append(h.norm().to(clean[0].hidden.device))
     ratio: Tensor = torch.stack(moved).norm() / torch.stack(length).norm().clamp_min(torch.finfo(torch.float32).tiny)
     return ratio
+
+
+def _hidden_last(hidden: Tensor, axis: int) -> Tensor:
+    return hidden if axis in (-1, hidden.dim() - 1) else rows(hidden, axis)
 
 
 def _share(clean: State, perturbed: State, axis: int) -> float:

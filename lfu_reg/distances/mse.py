@@ -2,17 +2,54 @@
 
 reduction="mean": per layer the mean over tokens and the hidden dimension, then over layers (the authors' code).
 reduction="sum": the hidden dimension is summed, literally 1/(TK) sum_t sum_l ||h - h'||^2.
+
+All layers go through one fused operation, a Triton kernel on GPUs (`lfu_reg.kernels`).
 """
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Sequence
+from itertools import chain
+from typing import get_args
+
+from torch import Tensor, nn
 
 from lfu_reg.distances.base import PerLayerDistance, Reduction
+from lfu_reg.kernels.mse_over_layers import Impl, mse_over_layers
+
+# Kernels read memory by its address, which subclasses (distributed tensors, ...) need not have.
+_PLAIN = {Tensor, nn.Parameter}
 
 
 class MSE(PerLayerDistance):
-    """Mean squared error over layers."""
+    """Mean squared error over layers.
+
+    Args:
+        impl: "auto" takes the Triton kernel on CUDA and ROCm once a trial on a tiny problem has succeeded, and plain
+            torch operations elsewhere and for float64; "torch" always takes these. "native" is, on a CPU, a C++ kernel,
+            which the system's compiler makes at the first step. All give the same values up to rounding.
+
+    Raises:
+        ValueError: for another `impl`.
+    """
+
+    def __init__(self, impl: Impl = "auto") -> None:
+        if impl not in get_args(Impl):
+            raise ValueError(f"impl={impl!r}; allowed are {', '.join(map(repr, get_args(Impl)))}.")
+        self.impl: Impl = impl
+
+    def __call__(
+        self,
+        clean: Sequence[Tensor],
+        perturbed: Sequence[Tensor],
+        token_index: Sequence[Tensor | None],
+        reduction: Reduction,
+    ) -> tuple[Tensor, Tensor]:
+        """Mean over layers; see `Distance`."""
+        if not set(map(type, chain(clean, perturbed))) <= _PLAIN:
+            return super().__call__(clean, perturbed, token_index, reduction)
+        # The states come detached where they are to have no gradient, so both sides are open here.
+        return mse_over_layers(clean, perturbed, token_index, reduction=reduction, stop_gradient="none", impl=self.impl)
 
     def layer(self, clean: Tensor, perturbed: Tensor, reduction: Reduction) -> Tensor:
         """The squared distance per token, or per token and hidden unit."""
@@ -21,4 +58,4 @@ class MSE(PerLayerDistance):
         return total / (clean.numel() if reduction == "mean" else len(clean))
 
     def __repr__(self) -> str:
-        return "MSE()"
+        return "MSE()" if self.impl == "auto" else f"MSE(impl={self.impl!r})"

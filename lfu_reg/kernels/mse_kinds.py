@@ -42,35 +42,42 @@ class Kinds:
 
 
 @lru_cache(maxsize=64)
-def sort_layers(clean: tuple[Look, ...], perturbed: tuple[Look, ...], index: tuple[int, ...]) -> Kinds:
+def sort_layers(
+    shapes: tuple[torch.Size, ...],
+    dtypes: tuple[torch.dtype, ...],
+    devices: tuple[torch.device, ...],
+    index: tuple[int, ...],
+) -> Kinds:
     """Check that the two sides of each layer fit each other, and sort the layers into kinds.
 
     Args:
-        clean: what the K clean tensors look like.
-        perturbed: the same of the perturbed ones.
+        shapes: of the K clean and then of the K perturbed tensors.
+        dtypes: of the same.
+        devices: of the same.
         index: the number of each layer's token index, -1 for none.
 
     Raises:
         TypeError: for integer tensors.
         ValueError: for shapes or devices that differ, and for scalars.
     """
+    looks, count = list(zip(shapes, dtypes, devices, strict=True)), len(index)
     known: dict[tuple[Look, Look, int], int] = {}
     first: list[int] = []
     of_layer = []
-    for layer, key in enumerate(zip(clean, perturbed, index, strict=True)):
+    for layer, key in enumerate(zip(looks[:count], looks[count:], index, strict=True)):
         if key not in known:
             _check_layer(layer, *key[:2])
             known[key] = len(known)
             first.append(layer)
         of_layer.append(known[key])
-    shapes = [h[0] for h, _, _ in known]
+    seen = [h[0] for h, _, _ in known]
     return Kinds(
         of_layer=tuple(of_layer),
         first=tuple(first),
         looks=tuple((h[0], h[1], h_prime[1]) for h, h_prime, _ in known),
         index=tuple(number for _, _, number in known),
-        positions=tuple(prod(shape[:-1]) for shape in shapes),
-        hidden=tuple(shape[-1] for shape in shapes),
+        positions=tuple(prod(shape[:-1]) for shape in seen),
+        hidden=tuple(shape[-1] for shape in seen),
         dtype=torch.float64 if any(torch.float64 in (h[1], p[1]) for h, p, _ in known) else torch.float32,
         devices=tuple(dict.fromkeys(h[2] for h, _, _ in known)),
     )

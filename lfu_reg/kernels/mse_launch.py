@@ -6,7 +6,6 @@ Which kernels is up to the launcher: Triton's on GPUs (`mse_gpu`), compiled C++ 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
 from operator import attrgetter
 from typing import Any, Protocol
 
@@ -16,7 +15,8 @@ from torch.autograd.function import once_differentiable
 
 from lfu_reg.kernels.mse_layout import collapse
 from lfu_reg.kernels.mse_problem import Problem
-from lfu_reg.kernels.mse_table import Table, build_table
+from lfu_reg.kernels.mse_rows import Strides
+from lfu_reg.kernels.mse_table import Table, build_table, strides_of
 
 _REQUIRES_GRAD = attrgetter("requires_grad")
 
@@ -45,17 +45,21 @@ class Launcher(Protocol):
 def run(problem: Problem, launcher: Launcher) -> tuple[Tensor, Tensor]:
     """The loss and the per-layer distances of a checked problem."""
     clean, perturbed = problem.clean, problem.perturbed
-    if not all(map(Tensor.is_contiguous, chain(clean, perturbed))):
+    strides = strides_of(clean, perturbed)
+    if strides is not None:
         clean, perturbed = _describable(clean), _describable(perturbed)
-    wants = [False] * len(clean)
+        strides = strides_of(clean, perturbed)
+    wants = (False,) * len(clean)
     if problem.grad_perturbed:
-        wants = list(map(_REQUIRES_GRAD, perturbed))
+        wants = tuple(map(_REQUIRES_GRAD, perturbed))
     if problem.grad_clean:
-        wants = [w or h.requires_grad for w, h in zip(wants, clean, strict=True)]
+        wants = tuple(w or h.requires_grad for w, h in zip(wants, clean, strict=True))
     # Saved-tensor hooks may move the tensors away between the passes; a reference here would keep them.
     problem.clean, problem.perturbed = [], []
     inputs = (*(perturbed if problem.grad_perturbed else ()), *(clean if problem.grad_clean else ()))
-    loss, per_layer = _MSEOverLayers.apply(problem, launcher, clean, perturbed, wants, *inputs)  # type: ignore[no-untyped-call]
+    loss, per_layer = _MSEOverLayers.apply(  # type: ignore[no-untyped-call]
+        problem, launcher, clean, perturbed, wants, strides, *inputs
+    )
     return loss, per_layer
 
 
@@ -69,11 +73,12 @@ class _MSEOverLayers(torch.autograd.Function):
         launcher: Launcher,
         clean: list[Tensor],
         perturbed: list[Tensor],
-        wants: list[bool],
+        wants: tuple[bool, ...],
+        strides: tuple[Strides, Strides] | None,
         *_: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """One look at every selected position of every layer."""
-        table = build_table(problem, clean, perturbed, wants)
+        table = build_table(problem, clean, perturbed, wants, strides)
         loss, per_layer = launcher.forward(problem, table)
         if problem.grad_clean or problem.grad_perturbed:
             if True in problem.overwrite:
@@ -104,10 +109,10 @@ class _MSEOverLayers(torch.autograd.Function):
         table: Table = ctx.table
         if not table.points_to(clean, kept):  # saved-tensor hooks have put them elsewhere
             perturbed = [h if h_prime is None else h_prime for h, h_prime in zip(clean, kept, strict=True)]
-            table = build_table(problem, clean, perturbed, ctx.wants)
+            table = build_table(problem, clean, perturbed, ctx.wants, strides_of(clean, perturbed))
         to_perturbed, to_clean = ctx.launcher.backward(problem, table, upstream, clean)
         return (
-            *(None,) * 5,
+            *(None,) * 6,
             *(to_perturbed if problem.grad_perturbed else ()),
             *(to_clean if problem.grad_clean else ()),
         )

@@ -4,7 +4,7 @@
     loss = sum_l w_l d_l                                   (w_l = 1/K unless given)
 
 On CUDA and ROCm a Triton kernel does it in one launch forward and one backward (`mse_triton`), anywhere else
-plain torch operations do (`mse_torch`). This file imports torch only.
+plain torch operations do (`mse_torch`), or on request a C++ kernel (`mse_native`). This file imports torch only.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Sequence
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
-from lfu_reg.kernels import mse_torch
+from lfu_reg.kernels import mse_native, mse_torch, mse_trial
 from lfu_reg.kernels.mse_problem import Problem, describe_problems
 
 Reduction: TypeAlias = Literal["mean", "sum"]
 StopGradient: TypeAlias = Literal["clean", "perturbed", "none"]
-Impl: TypeAlias = Literal["auto", "torch", "triton"]
+Impl: TypeAlias = Literal["auto", "torch", "triton", "native"]
 
 _EXTRA = "pip install 'lfu_reg[triton]'"
 
@@ -54,8 +54,9 @@ def mse_over_layers(
             constants: no gradient flows to them.
         reduction: "mean" divides by positions and hidden size, "sum" by positions only.
         stop_gradient: the side that gets no gradient: "clean" (default), "perturbed", or "none".
-        impl: "triton", "torch", or "auto": triton for float16, bfloat16 and float32 tensors on CUDA and ROCm when
-            the package is there, torch otherwise.
+        impl: "torch", "triton", "native", or "auto": triton for float16, bfloat16 and float32 tensors on CUDA and
+            ROCm when the package is there and a trial on a tiny problem succeeds, torch otherwise. "native" is, for
+            tensors on the CPU, a C++ kernel that the system's compiler makes at its first use, and "auto" elsewhere.
         overwrite_clean: allows writing h' - h over the `clean` tensors and handing them out as gradients of
             `perturbed`, so that no gradient memory is allocated. Only for tensors that nobody else reads any more;
             afterwards their values are undefined and the loss can be backpropagated once. Layers where it is not
@@ -87,24 +88,31 @@ def mse_over_layers(
 
 
 def _solve(problem: Problem, impl: str) -> tuple[Tensor, Tensor]:
-    if _use_triton(problem, impl):
-        # The name is put together here so that no import of triton happens before it is needed.
-        launcher = importlib.import_module("lfu_reg.kernels.mse_gpu")
-        loss, per_layer = launcher.run(problem)
-    else:
-        loss, per_layer = mse_torch.run(problem)
-    return loss, per_layer
+    if impl == "native" and problem.device.type == "cpu":
+        trusted = mse_trial.passes("C++", mse_native.run, problem)
+        return mse_native.run(problem) if trusted else mse_torch.run(problem)
+    if not _use_triton(problem, impl):
+        return mse_torch.run(problem)
+    # Whoever insists on it is told what goes wrong.
+    trusted = impl == "triton" or mse_trial.passes("Triton", _by_triton, problem)
+    return _by_triton(problem) if trusted else mse_torch.run(problem)
+
+
+def _by_triton(problem: Problem) -> tuple[Tensor, Tensor]:
+    # Imported by name, so that no import of triton happens before it is needed.
+    found: tuple[Tensor, Tensor] = importlib.import_module("lfu_reg.kernels.mse_gpu").run(problem)
+    return found
 
 
 def _use_triton(problem: Problem, impl: str) -> bool:
     if impl == "torch":
         return False
-    if impl not in ("auto", "triton"):
-        raise ValueError(f"impl={impl!r}; allowed are 'auto', 'torch' and 'triton'.")
+    if impl not in get_args(Impl):
+        raise ValueError(f"impl={impl!r}; allowed are {', '.join(map(repr, get_args(Impl)))}.")
     on_gpu = problem.device.type == "cuda"  # ROCm builds of torch call their devices "cuda" as well
     has_double = problem.dtype == torch.float64
-    if impl == "auto":
-        return on_gpu and not has_double and _triton_installed()
+    if impl != "triton":
+        return on_gpu and not has_double and not _other_dtypes(problem) and _triton_installed()
     if not _triton_installed():
         raise ValueError(f"impl='triton' needs the triton package: {_EXTRA}, or use impl='torch'.")
     if has_double:
@@ -116,6 +124,11 @@ def _use_triton(problem: Problem, impl: str) -> bool:
             f"({_EXTRA} brings the package, not the device); use impl='auto' or impl='torch'."
         )
     return True
+
+
+def _other_dtypes(problem: Problem) -> bool:
+    known = (torch.float16, torch.bfloat16, torch.float32)
+    return any(dtype not in known for _, *dtypes in problem.kinds.looks for dtype in dtypes)
 
 
 @functools.cache

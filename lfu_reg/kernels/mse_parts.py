@@ -62,6 +62,50 @@ class Scratch:
         return self._last
 
 
+class Layer:
+    """One layer by itself; see `mse_torch.Entry`.
+
+    Args:
+        layers: its number in the problem, as a range.
+        clean: [..., hidden].
+        perturbed: the same shape.
+        selection: the positions that count.
+        overwrite: whether h' - h may be written over `clean`.
+    """
+
+    def __init__(self, layers: range, clean: Tensor, perturbed: Tensor, selection: Selection, overwrite: bool) -> None:
+        self.layers = layers
+        self.clean: Tensor | None = clean
+        self.perturbed: Tensor | None = perturbed
+        self.selection = selection
+        self.overwrite = overwrite
+
+    def forward(self, scratch: Scratch) -> tuple[list[float | Tensor], tuple[Tensor, Tensor | None]]:
+        """Its squared sum, and references to its tensors."""
+        h, h_prime = self.clean, self.perturbed
+        assert h is not None
+        assert h_prime is not None
+        self.clean = self.perturbed = None
+        total = squared_sum(h, h_prime, self.selection, self.overwrite, scratch)
+        # Where the difference took the place of h, nothing of h' is needed any more.
+        return [total], (h, None if self.overwrite else h_prime)
+
+    def backward(
+        self, saved: Sequence[Tensor], factors: Sequence[Factor], wanted: tuple[bool, bool], scratch: Scratch
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The scaled difference and its negative."""
+        h, h_prime = saved
+        (factor,) = factors
+        if self.overwrite:
+            return finish(h, self.selection, factor), None
+        positive = gradient(h_prime, h, self.selection, factor, scratch) if wanted[0] else None
+        if not wanted[1]:
+            return positive, None
+        if positive is not None and positive.dtype == h.dtype:
+            return positive, positive.neg()
+        return positive, gradient(h, h_prime, self.selection, factor, scratch)
+
+
 def select(states: Tensor, index: Tensor | None) -> Selection:
     """Cut the positions of a layer [..., hidden] into parts.
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from lfu_reg.kernels.mse_kinds import Kinds, sort_layers
 
-_LOOK = attrgetter("shape", "dtype", "device")
-_T = TypeVar("_T")
+_SHAPE, _DTYPE, _DEVICE = attrgetter("shape"), attrgetter("dtype"), attrgetter("device")
 
 
 @dataclass(slots=True)
@@ -93,8 +91,7 @@ def describe_problems(
         raise ValueError(f"stop_gradient={stop_gradient!r}; allowed are 'clean', 'perturbed' and 'none'.")
     numbers, distinct = _number_indices(token_index, count)
     factors = _weights(weights, count)
-    looks, looks_perturbed = tuple(map(_LOOK, clean)), tuple(map(_LOOK, perturbed))
-    kinds = sort_layers(looks, looks_perturbed, numbers)
+    kinds = _sort([*clean, *perturbed], numbers)
     for kind, number in enumerate(kinds.index):
         if number >= 0:
             _check_index(kinds.first[kind], distinct[number], kinds.positions[kind])
@@ -103,12 +100,13 @@ def describe_problems(
     for device in kinds.devices:
         layers, part = list(range(count)), kinds
         if len(kinds.devices) > 1:
-            layers = [layer for layer in layers if looks[layer][2] == device]
-            part = sort_layers(_pick(looks, layers), _pick(looks_perturbed, layers), _pick(numbers, layers))
-        index = [distinct[n].to(device, non_blocking=True) if n >= 0 else None for n in part.index]
+            layers = [layer for layer in layers if clean[layer].device == device]
+        h, h_prime = [clean[i] for i in layers], [perturbed[i] for i in layers]
+        if len(kinds.devices) > 1:
+            part = _sort([*h, *h_prime], tuple(numbers[i] for i in layers))
+        index = [_readable(distinct[n], device) if n >= 0 else None for n in part.index]
         selected = [len(i) if i is not None else n for i, n in zip(index, part.positions, strict=True)]
         scale = [_scale(*sizes, reduction) for sizes in zip(selected, part.hidden, strict=True)]
-        h, h_prime = [clean[i] for i in layers], [perturbed[i] for i in layers]
         grad_clean = stop_gradient != "clean" and any(t.requires_grad for t in h)
         grad_perturbed = stop_gradient != "perturbed" and any(t.requires_grad for t in h_prime)
         may_overwrite = overwrite_clean and grad_perturbed and not grad_clean and torch.is_grad_enabled()
@@ -153,8 +151,8 @@ def overwritable(clean: Sequence[Tensor], perturbed: Sequence[Tensor]) -> list[b
     ]
 
 
-def _pick(values: Sequence[_T], numbers: Sequence[int]) -> tuple[_T, ...]:
-    return tuple(values[number] for number in numbers)
+def _sort(both: list[Tensor], numbers: tuple[int, ...]) -> Kinds:
+    return sort_layers(tuple(map(_SHAPE, both)), tuple(map(_DTYPE, both)), tuple(map(_DEVICE, both)), numbers)
 
 
 def _check_index(layer: int, index: Tensor, positions: int) -> None:
@@ -201,6 +199,11 @@ def _number_indices(
             distinct.append(entry)
         numbers.append(number)
     return tuple(numbers), distinct
+
+
+def _readable(index: Tensor, device: torch.device) -> Tensor:
+    """On the device and contiguous, as kernels read it by its address."""
+    return index.to(device, non_blocking=True).contiguous()
 
 
 def _weights(weights: Tensor | Sequence[float] | None, count: int) -> list[float] | Tensor:

@@ -6,6 +6,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
+from itertools import chain
 from operator import or_
 from typing import TypeVar
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from lfu_reg.kernels.mse_layout import FIELDS, WIDTH
 from lfu_reg.kernels.mse_problem import Problem
-from lfu_reg.kernels.mse_rows import Rows, lay_out
+from lfu_reg.kernels.mse_rows import Rows, Strides, lay_out
 
 _T = TypeVar("_T")
 _COLUMN = {name: slice(number, None, WIDTH) for number, name in enumerate(FIELDS)}
@@ -48,7 +49,20 @@ class Table:
         return all(tensor is None or tensor.data_ptr() == address for tensor, address in pairs)
 
 
-def build_table(problem: Problem, clean: Sequence[Tensor], perturbed: Sequence[Tensor], wants: Sequence[bool]) -> Table:
+def strides_of(clean: Sequence[Tensor], perturbed: Sequence[Tensor]) -> tuple[Strides, Strides] | None:
+    """The strides of every tensor, or None if all are contiguous."""
+    if all(map(Tensor.is_contiguous, chain(clean, perturbed))):
+        return None
+    return tuple(map(Tensor.stride, clean)), tuple(map(Tensor.stride, perturbed))
+
+
+def build_table(
+    problem: Problem,
+    clean: Sequence[Tensor],
+    perturbed: Sequence[Tensor],
+    wants: tuple[bool, ...],
+    strides: tuple[Strides, Strides] | None,
+) -> Table:
     """Describe the layers of a problem to the kernels: one copy to the device, without waiting for it.
 
     Args:
@@ -56,14 +70,11 @@ def build_table(problem: Problem, clean: Sequence[Tensor], perturbed: Sequence[T
         clean: K tensors whose leading dimensions `collapse` can describe.
         perturbed: the same. Of layers that are overwritten, the clean tensor may stand in for it.
         wants: whether the layer gets a gradient, on any side.
+        strides: see `strides_of`.
     """
-    both = [*clean, *perturbed]
-    addresses = list(map(Tensor.data_ptr, both))
-    strides = None
-    if not all(map(Tensor.is_contiguous, both)):
-        strides = tuple(map(Tensor.stride, clean)), tuple(map(Tensor.stride, perturbed))
+    addresses = list(map(Tensor.data_ptr, chain(clean, perturbed)))
     aligned = reduce(or_, addresses) % 16 == 0
-    rows = lay_out(problem.kinds, strides, tuple(wants), tuple(problem.overwrite), aligned)
+    rows = lay_out(problem.kinds, strides, wants, tuple(problem.overwrite), aligned)
 
     values = rows.template[:]
     count = len(clean)

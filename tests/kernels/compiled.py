@@ -20,7 +20,7 @@ from triton.compiler import ASTSource
 from lfu_reg.kernels import mse_gpu, mse_triton
 from lfu_reg.kernels.mse_problem import describe_problems
 from lfu_reg.kernels.mse_rows import Group
-from lfu_reg.kernels.mse_table import build_table
+from lfu_reg.kernels.mse_table import build_table, strides_of
 
 with suppress(ImportError):  # triton 3.2
     from triton.backends.compiler import AttrsDescriptor
@@ -35,7 +35,8 @@ def group_of(shape: tuple[int, ...], clean: torch.dtype, perturbed: torch.dtype,
     if strided:
         h = h.transpose(0, 1).contiguous().transpose(0, 1)
     (problem,) = describe_problems([h] * 2, [h_prime] * 2, None, None, "mean", "clean", False)
-    (group,) = build_table(problem, problem.clean, problem.perturbed, [True, True]).rows.groups
+    sides = problem.clean, problem.perturbed
+    (group,) = build_table(problem, *sides, (True, True), strides_of(*sides)).rows.groups
     return group
 
 
