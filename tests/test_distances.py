@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lfu_reg import LfURegularizer, SteeringVectors
-from tests.compare import close
+from lfu_reg import MSE, LfURegularizer, PerLayerDistance, SteeringVectors
+from lfu_reg.kernels import mse_over_layers as entry
+from tests.compare import GRADIENT_TOLERANCE, close, gradients_of, mismatch
 from tests.harness import auxiliary, run_pair
 from tests.models import CNN, LLAMA, SWIN, T5, TINY
 
@@ -143,3 +144,72 @@ def test_autocast_around_the_call_does_not_reach_the_distance(distance: str) -> 
         values.append(reg.metrics["consistency_loss"])
     assert values[0].dtype is torch.float32
     assert torch.equal(*values)
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"reduction": "sum"},
+    {"stop_gradient": "perturbed"},
+    {"stop_gradient": "none"},
+    {"batch_fraction": 0.5},
+]
+
+
+@pytest.mark.parametrize("impl", ["auto", "native"])
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("case", [LLAMA, T5, SWIN, CNN], ids=["llama", "t5", "swin", "cnn"])
+def test_fused_and_layer_by_layer_agree(case: Any, settings: dict[str, Any], impl: Any) -> None:
+    """In float64: the value, the metrics of each layer, and every gradient."""
+    if case in (SWIN, CNN) and "batch_fraction" in settings:
+        pytest.skip("windows and batch norm mix the samples")
+
+    class LayerByLayer(MSE):
+        __call__ = PerLayerDistance.__call__
+
+    results = []
+    for distance in (MSE(impl), LayerByLayer()):
+        model = case.make()
+        reg = LfURegularizer(model, "steering", alpha=0.05, lam=1.0, distance=distance, seed=0, **settings)
+        reg(model, case.batch(), case.loss).backward()
+        values = {k: float(v) for k, v in reg.metrics.items() if k.startswith(("consistency", "distance/"))}
+        results.append((values, gradients_of(model)))
+    (values, found), (expected_values, expected) = results
+    assert values == pytest.approx(expected_values, rel=1e-10)
+    assert mismatch(found, expected)[0] < GRADIENT_TOLERANCE
+
+
+def test_mse_takes_the_fused_operation(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    solve = entry._solve
+    monkeypatch.setattr(
+        entry, "_solve", lambda problem, impl: calls.append(len(problem.layers)) or solve(problem, impl)
+    )
+    run_pair(LLAMA, "steering").check()
+    assert calls == [4], "one call for all layers"
+
+
+def test_mse_leaves_tensor_subclasses_to_their_own_operations() -> None:
+    class Odd(Tensor):
+        pass
+
+    h, h_prime = torch.randn(2, 3, 4).as_subclass(Odd), torch.randn(2, 3, 4).as_subclass(Odd).requires_grad_()
+    loss, per_layer = MSE()([h], [h_prime], [None], "mean")
+    plain, _ = MSE()([h.as_subclass(Tensor)], [h_prime.as_subclass(Tensor)], [None], "mean")
+    assert isinstance(loss, Odd)
+    assert loss.item() == pytest.approx(plain.item())
+    assert len(per_layer) == 1
+
+
+def test_mse_inside_of_a_compiled_region() -> None:
+    h, h_prime = torch.randn(2, 3, 4), torch.randn(2, 3, 4, requires_grad=True)
+
+    def step(h: Tensor, h_prime: Tensor) -> Tensor:
+        return MSE()([h], [h_prime], [None], "mean")[0]
+
+    compiled = torch.compile(step, backend="eager", fullgraph=True)
+    assert compiled(h, h_prime).item() == pytest.approx(step(h, h_prime).item())
+
+
+def test_mse_with_an_unknown_kernel() -> None:
+    with pytest.raises(ValueError, match="impl='cuda'; allowed are 'auto', 'torch', 'triton', 'native'"):
+        MSE(impl="cuda")  # type: ignore[arg-type]

@@ -12,12 +12,14 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import get_args
 
+import torch
 from torch import Tensor, nn
 
 from lfu_reg.distances.base import PerLayerDistance, Reduction
 from lfu_reg.kernels.mse_over_layers import Impl, mse_over_layers
 
-# Kernels read memory by its address, which subclasses (distributed tensors, ...) need not have.
+# Kernels read memory by its address, which subclasses (distributed tensors, ...) need not have; the compiler's tensors
+# have none either, and it fuses the plain operations itself.
 _PLAIN = {Tensor, nn.Parameter}
 
 
@@ -46,7 +48,7 @@ class MSE(PerLayerDistance):
         reduction: Reduction,
     ) -> tuple[Tensor, Tensor]:
         """Mean over layers; see `Distance`."""
-        if not set(map(type, chain(clean, perturbed))) <= _PLAIN:
+        if torch.compiler.is_compiling() or not set(map(type, chain(clean, perturbed))) <= _PLAIN:
             return super().__call__(clean, perturbed, token_index, reduction)
         # The states come detached where they are to have no gradient, so both sides are open here.
         return mse_over_layers(clean, perturbed, token_index, reduction=reduction, stop_gradient="none", impl=self.impl)

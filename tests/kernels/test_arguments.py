@@ -13,6 +13,7 @@ import torch
 
 from lfu_reg.kernels import mse_over_layers as entry
 from lfu_reg.kernels.mse_over_layers import mse_over_layers
+from lfu_reg.kernels.mse_problem import describe_problems
 from tests.kernels.reference import make
 
 H = torch.zeros(2, 3, 4)
@@ -39,7 +40,7 @@ H = torch.zeros(2, 3, 4)
         (([H], [H], None, torch.ones(1, requires_grad=True)), {}, ValueError, "detach"),
         (([H], [H], None), {"reduction": "none"}, ValueError, "'mean' and 'sum'"),
         (([H], [H], None), {"stop_gradient": "both"}, ValueError, "'clean', 'perturbed' and 'none'"),
-        (([H], [H], None), {"impl": "cuda"}, ValueError, "'auto', 'torch' and 'triton'"),
+        (([H], [H], None), {"impl": "cuda"}, ValueError, "allowed are 'auto', 'torch', 'triton', 'native'"),
     ],
 )
 def test_refused(arguments: Any, options: dict[str, Any], error: type[Exception], words: str) -> None:
@@ -78,3 +79,30 @@ def test_weights_are_used_as_given() -> None:
 def test_importing_the_entry_does_not_import_triton() -> None:
     code = "import sys, lfu_reg.kernels.mse_over_layers; sys.exit('triton' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=False).returncode == 0
+
+
+def test_layers_are_split_by_device() -> None:
+    """The meta device stands for a second GPU: only descriptions are made here."""
+    here, there = torch.zeros(2, 3, 4), torch.zeros(5, 4, device="meta")
+    indices = [torch.tensor([1, 2]), None, torch.tensor([4]), None]
+    lists = [here, there, here, there], [t.clone().requires_grad_() for t in (here, there, here, there)]
+    for weights in ([1.0, 2.0, 3.0, 4.0], torch.tensor([1.0, 2.0, 3.0, 4.0])):
+        first, second = describe_problems(*lists, indices, weights, "mean", "clean", False)
+        assert (first.layers, second.layers) == ([0, 2], [1, 3])
+        assert (first.device.type, second.device.type) == ("cpu", "meta")
+        assert first.scales == [1 / 8, 1 / 4]
+        assert second.scales == [1 / 20, 1 / 20]
+        assert second.kinds.of_layer == (0, 0)
+        assert [float(w) for w in first.weights] == [1.0, 3.0]
+        assert len(second.weights) == 2
+        assert all(t.device == problem.device for problem in (first, second) for t in problem.clean)
+
+
+def test_what_follows_from_shapes_is_worked_out_once() -> None:
+    clean, perturbed = make([(2, 3, 4)] * 3)
+    first, second = (describe_problems(clean, perturbed, i, None, "mean", "clean", False)[0] for i in (None, None))
+    assert first.kinds is second.kinds
+    lengths = [torch.arange(n) for n in (2, 5)]  # as many as there are tokens in a response: new at every step
+    first, second = (describe_problems(clean, perturbed, i, None, "mean", "clean", False)[0] for i in lengths)
+    assert first.kinds is second.kinds
+    assert (first.scales[0], second.scales[0]) == (1 / 8, 1 / 20)

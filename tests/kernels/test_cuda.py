@@ -20,7 +20,7 @@ pytestmark = [
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_on_gpu(name: str) -> None:
-    CHECKS[name]("cuda:0")
+    CHECKS[name]("cuda:0", "triton")
 
 
 def test_no_synchronisation() -> None:

@@ -17,7 +17,15 @@ from tests.kernels.reference import compare, gradients, make
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 # Small layers are stacked, large ones walked in parts.
-SHAPES = [[(1, 1, 1)], [(3, 5, 257)] * 3, [(5, 7, 1271)], [(2, 3, 8), (4, 9), (17,), (2, 1, 3, 6)], [(64, 3, 300)] * 2]
+SHAPES = [
+    [(1, 1, 1)],
+    [(1, 1, 1)] * 128,
+    [(3, 5, 257)] * 3,
+    [(5, 7, 1271)],
+    [(4, 401, 1271)],
+    [(2, 3, 8), (4, 9), (17,), (2, 1, 3, 6)],
+    [(64, 3, 300)] * 2,
+]
 
 
 @pytest.mark.parametrize("shapes", SHAPES, ids=str)
