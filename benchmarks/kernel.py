@@ -1,9 +1,13 @@
 """The squared difference over layers against its opponents: time, memory, and bandwidth on a GPU.
 
-    python benchmarks/kernel.py                       # CPU, one thread: twin, eager, stacked, foreach, compiled
-    python benchmarks/kernel.py --device cuda         # adds the Triton kernel and the share of copy bandwidth
+    python benchmarks/kernel.py                       # CPU, one thread: twin, native, eager, stacked, foreach, compiled
+    python benchmarks/kernel.py --device cuda         # on a GPU: the Triton kernel, and its share of copy bandwidth
     python benchmarks/kernel.py --device cuda --sweep # tile sizes and shares, for the headline shape only
+    python benchmarks/kernel.py --host                # only the host's part of a call, launches replaced by nothing
     python benchmarks/kernel.py --plot                # only draws the saved results
+
+The results go to benchmarks/results/kernel_{cpu,gpu}.csv and .png, from which docs/kernel.md gets its tables
+(`kernel_page.py`).
 
 Providers run interleaved, round after round, and each round's order is rotated, so that a busy machine or a changing
 clock hits all of them alike; the CSV has the median and the 20th and 80th percentile. On the CPU the clock is the
@@ -25,6 +29,8 @@ from statistics import median, quantiles
 from typing import Any
 
 import torch
+from kernel_host import measure_host
+from kernel_page import write_page
 from kernel_plot import plot
 from kernel_providers import leads, providers
 from torch import Tensor
@@ -217,7 +223,7 @@ def row(shape: tuple[int, int, int, float], dtype: torch.dtype, name: str, mode:
 
 def sweep(rounds: int) -> None:
     """Tile sizes, warps and shares of the Triton kernel at the headline shape."""
-    from lfu_reg.kernels import mse_layout, mse_table
+    from lfu_reg.kernels import mse_layout, mse_rows
 
     shape, clock = (32, 2048, 4096, 1.0), Clock("cuda")
     clean, perturbed = states(shape, torch.bfloat16, "cuda")
@@ -225,8 +231,9 @@ def sweep(rounds: int) -> None:
     for tile in (2048, 4096, 8192):
         for warps in (4, 8):
             for share in (1, 2, 4, 8, 16):
-                mse_layout.TILE = mse_table.TILE = tile
+                mse_layout.TILE = tile
                 mse_layout.WARPS = warps
+                mse_rows.lay_out.cache_clear()
                 mse_layout.SHARE_FORWARD = mse_layout.SHARE_BACKWARD = share
                 forward, backward = [], []
                 for _ in range(rounds):
@@ -251,6 +258,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--shapes", type=int, default=None, help="only the first so many shapes")
     parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--host", action="store_true")
     parser.add_argument("--plot", action="store_true")
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
@@ -259,6 +267,12 @@ def main() -> None:
         sweep(arguments.rounds)
         return
     kind = "cpu" if device == "cpu" else "gpu"
+    if arguments.host:
+        torch.set_num_threads(1)
+        about = environment("cpu")
+        save(arguments.output / "kernel_host.csv", [line | about for line in measure_host()])
+        write_page()
+        return
     if not arguments.plot:
         if device == "cpu":
             torch.set_num_threads(1)
@@ -286,6 +300,7 @@ def main() -> None:
         if lead_rows:
             save(arguments.output / "kernel_leads_cpu.csv", lead_rows)
     plot(arguments.output / f"kernel_{kind}.csv", arguments.output / f"kernel_{kind}.png")
+    write_page()
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def eager_float32(clean: list[Tensor], perturbed: list[Tensor], index: Tensor | 
 
 
 def stacked(clean: list[Tensor], perturbed: list[Tensor], index: Tensor | None) -> Tensor:
-    """All layers in one tensor."""
+    """All layers in one tensor: the least calls; no distance of a single layer comes out."""
     c, p = torch.stack(clean), torch.stack(perturbed)
     if index is not None:
         c, p = c[:, index], p[:, index]
@@ -68,6 +68,7 @@ def providers(device: str) -> dict[str, Provider]:
     return found | {
         "twin": ours("torch"),
         "twin, overwrite": ours("torch", overwrite=True),
+        **({"native": ours("native")} if device == "cpu" else {}),
         "eager": eager,
         "eager float32": eager_float32,
         "stacked": stacked,

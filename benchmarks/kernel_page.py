@@ -1,0 +1,154 @@
+"""Fills the tables of docs/kernel.md from the result files, so that no number is typed by hand.
+
+python benchmarks/kernel_page.py
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "kernel.md"
+RESULTS = ROOT / "benchmarks" / "results"
+OURS = ("twin", "twin, overwrite", "native", "triton", "triton, overwrite")
+EAGER = ("eager", "eager float32", "stacked", "foreach")
+
+Row = dict[str, str]
+
+
+def write_page() -> None:
+    """Replace what stands between `<!-- name -->` and `<!-- /name -->` by the table of that name."""
+    page = PAGE.read_text()
+    for name, make in TABLES.items():
+        page = re.sub(
+            f"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m, make=make: m[1] + make() + m[2], page, flags=re.S
+        )
+    PAGE.write_text(page)
+
+
+def cpu() -> str:
+    """Twin and native against the best of plain torch and torch.compile."""
+    rows = _read("kernel_cpu.csv")
+    about = rows[0]
+    lines = [
+        f"{_about(about)}; {about['rounds']} rounds, forward and backward.",
+        "",
+        "| layers x tokens x hidden | dtype | selected | twin, ms | twin, overwrite | native | best eager | compiled |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for case, found in _cases(rows, "both").items():
+        twin = found["twin"]
+        base = float(twin["median_us"])
+        best = min((found[name] for name in EAGER), key=lambda r: float(r["median_us"]))
+        cells = [_ratio(found[name], base) for name in ("twin, overwrite", "native")]
+        cells += [f"{_ratio(best, base)} ({best['provider']})", _ratio(found["compiled"], base)]
+        spread = f"{base / 1e3:.2f} ({float(twin['p20_us']) / 1e3:.2f} to {float(twin['p80_us']) / 1e3:.2f})"
+        lines.append("| " + " | ".join([*case, spread, *cells]) + " |")
+    return "\n".join([*lines, "", *_summary(rows), ""])
+
+
+def _summary(rows: list[Row]) -> list[str]:
+    """In how many rows ours is slower than the best opponent, by how much at most."""
+    lines = []
+    for name in ("twin", "native"):
+        for mode in ("both", "forward", "backward"):
+            cases = _cases(rows, mode)
+            losses = {}
+            for case, found in cases.items():
+                best = min((found[other] for other in (*EAGER, "compiled")), key=lambda r: float(r["median_us"]))
+                ratio = float(found[name]["median_us"]) / float(best["median_us"])
+                if ratio > 1:
+                    losses[f"{case[0]} {case[1]}, {best['provider']}"] = ratio
+            worst = max(losses, key=lambda k: losses[k], default="")
+            text = f"at most {losses[worst]:.2f} times its time ({worst})" if losses else "never slower"
+            passes = "forward and backward" if mode == "both" else f"{mode} alone"
+            lines.append(
+                f"* {name}, {passes}: slower than the best opponent in {len(losses)} of {len(cases)} rows; {text}."
+            )
+    return lines
+
+
+def host() -> str:
+    """Host time of a call."""
+    rows = _read("kernel_host.csv")
+    about = rows[0]
+    lines = [
+        f"{about['layers']} layers, {_about(about)}; microseconds, least (median).",
+        "",
+        "| call | forward | forward and backward |",
+        "|---|---|---|",
+    ]
+    for name in dict.fromkeys(row["call"] for row in rows):
+        own = {row["mode"]: row for row in rows if row["call"] == name}
+        cells = [f"{float(own[m]['least_us']):.0f} ({float(own[m]['median_us']):.0f})" for m in ("forward", "both")]
+        lines.append(f"| {name} | {cells[0]} | {cells[1]} |")
+    return "\n".join([*lines, ""])
+
+
+def leads() -> str:
+    """The two leads, with another gradient flowing through the states."""
+    rows = _read("kernel_leads_cpu.csv")
+    names = list(dict.fromkeys(row["provider"] for row in rows))
+    lines = [
+        f"ms, median of {rows[0]['rounds']} rounds, commit {rows[0]['commit']}.",
+        "",
+        f"| layers x tokens x hidden | dtype | {' | '.join(names)} |",
+        "|---|---|" + "---|" * len(names),
+    ]
+    for case, found in _cases(rows, "both").items():
+        cells = [f"{float(found[name]['median_us']) / 1e3:.2f}" for name in names]
+        lines.append("| " + " | ".join([*case[:2], *cells]) + " |")
+    return "\n".join([*lines, ""])
+
+
+def gpu() -> str:
+    """The Triton kernel, if it was ever measured."""
+    if not (RESULTS / "kernel_gpu.csv").exists():
+        return "Not measured: no GPU was at hand. `python benchmarks/kernel.py --device cuda` fills this in.\n"
+    rows = _read("kernel_gpu.csv")
+    about = rows[0]
+    lines = [
+        f"{_about(about)}, triton {about['triton']}; forward and backward.",
+        "",
+        "| layers x tokens x hidden | dtype | selected | triton, ms | of copy bandwidth | best eager | compiled |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for case, found in _cases(rows, "both").items():
+        own = found["triton"]
+        base = float(own["median_us"])
+        best = min((found[name] for name in EAGER), key=lambda r: float(r["median_us"]))
+        cells = [f"{base / 1e3:.3f}", own["share_of_copy"], f"{_ratio(best, base)} ({best['provider']})"]
+        lines.append("| " + " | ".join([*case, *cells, _ratio(found["compiled"], base)]) + " |")
+    return "\n".join([*lines, ""])
+
+
+TABLES: dict[str, Any] = {"cpu": cpu, "host": host, "leads": leads, "gpu": gpu}
+
+
+def _about(row: Row) -> str:
+    return f"{row['device']}, torch {row['torch']}, {row['date']}, commit {row['commit']}"
+
+
+def _read(name: str) -> list[Row]:
+    with (RESULTS / name).open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _cases(rows: list[Row], mode: str) -> dict[tuple[str, str, str], dict[str, Row]]:
+    cases: dict[tuple[str, str, str], dict[str, Row]] = {}
+    for row in rows:
+        if row["mode"] == mode:
+            case = (f"{row['layers']}x{row['tokens']}x{row['hidden']}", row["dtype"], row["selected"])
+            cases.setdefault(case, {})[row["provider"]] = row
+    return cases
+
+
+def _ratio(row: Row, base: float) -> str:
+    return f"{float(row['median_us']) / base:.2f}"
+
+
+if __name__ == "__main__":
+    write_page()
