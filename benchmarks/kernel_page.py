@@ -6,6 +6,7 @@ python benchmarks/kernel_page.py
 from __future__ import annotations
 
 import csv
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,20 @@ def leads() -> str:
     return "\n".join([*lines, ""])
 
 
+def share() -> str:
+    """What the distance takes of a step, and what overwriting would save of it."""
+    found = _cases(_read("kernel_cpu.csv"), "both")["8x1024x256", "float32", "1.0"]
+    step = json.loads((RESULTS / "step_cpu_lora.json").read_text())
+    whole = next(row["ms"] for row in step["rows"] if row["method"] == "LfU LoRA")
+    twin, overwritten, native = (float(found[n]["median_us"]) / 1e3 for n in ("twin", "twin, overwrite", "native"))
+    lines = [
+        f"At 8x1024x256 in float32 the distance takes {twin:.2f} ms by the twin, {overwritten:.2f} ms overwriting,",
+        f"{native:.2f} ms by the C++ kernel; a step of that size {whole:.0f} ms ([What it costs](cost.md)). That is",
+        f"{100 * twin / whole:.2f} %, of which overwriting would save {100 * (twin - overwritten) / whole:.2f} %.",
+    ]
+    return "".join(f"  {line}\n" for line in lines)
+
+
 def gpu() -> str:
     """The Triton kernel, if it was ever measured."""
     if not (RESULTS / "kernel_gpu.csv").exists():
@@ -125,7 +140,7 @@ def gpu() -> str:
     return "\n".join([*lines, ""])
 
 
-TABLES: dict[str, Any] = {"cpu": cpu, "host": host, "leads": leads, "gpu": gpu}
+TABLES: dict[str, Any] = {"cpu": cpu, "host": host, "leads": leads, "share": share, "gpu": gpu}
 
 
 def _about(row: Row) -> str:

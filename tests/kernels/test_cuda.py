@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from importlib.util import find_spec
 
 import pytest
 import torch
 
+from lfu_reg.kernels import mse_trial
 from lfu_reg.kernels.mse_over_layers import mse_over_layers
 from tests.kernels.checks import CHECKS
 from tests.kernels.reference import make
@@ -23,10 +25,20 @@ def test_on_gpu(name: str) -> None:
     CHECKS[name]("cuda:0", "triton")
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_the_trial_is_passed(dtype: torch.dtype) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for index in (None, torch.tensor([0, 2], device="cuda")):
+            mse_over_layers(*make([(2, 3, 64)], dtype, device="cuda"), index)
+    assert any(case[0] == "Triton" for case in mse_trial._verdicts)
+
+
 def test_no_synchronisation() -> None:
     """Neither pass waits for the device, index or not."""
     index = torch.arange(3, 40, device="cuda")
     clean, perturbed = make([(8, 16, 256)] * 4, torch.bfloat16, device="cuda")
+    mse_over_layers(clean, perturbed, index)  # the trial does wait
     for _ in range(2):  # the first round compiles
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
