@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,17 @@ Row = dict[str, str]
 
 
 def write_page() -> None:
-    """Replace what stands between `<!-- name -->` and `<!-- /name -->` by the table of that name."""
-    page = PAGE.read_text()
+    """Bring the tables up to date."""
+    PAGE.write_text(filled(PAGE.read_text()))
+
+
+def filled(page: str) -> str:
+    """The page with the table of each name between `<!-- name -->` and `<!-- /name -->`."""
     for name, make in TABLES.items():
-        page = re.sub(
-            f"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m, make=make: m[1] + make() + m[2], page, flags=re.S
-        )
-    PAGE.write_text(page)
+        start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+        before, rest = page.split(start)
+        page = before + start + make() + end + rest.split(end)[1]
+    return page
 
 
 def cpu() -> str:
