@@ -21,10 +21,11 @@ import torch.utils.checkpoint
 Function: TypeAlias = Callable[..., Any]
 Surroundings: TypeAlias = Callable[[], AbstractContextManager[Any]]
 
-# What every non-reentrant checkpoint goes through, whoever calls it, and the modules that know it by name. Private:
-# where it is gone, checkpoints are refused.
+# What every non-reentrant checkpoint goes through, whoever calls it. Private: without it, checkpoints are refused.
 _ENTRANCE = "_checkpoint_without_reentrant_generator"
-_HOLDERS = ("torch.utils.checkpoint", "torch.distributed._composable.checkpoint_activation")
+# This module knows it by a name of its own, and what it makes can be repeated only once: for g, and no more for the
+# caller's backward.
+_ONCE = "torch.distributed._composable.checkpoint_activation"
 
 REFUSED = (
     "Activation checkpointing does not go with this graph, which is retained until the caller's backward: checkpointed "
@@ -90,11 +91,11 @@ def refused(reason: str) -> Iterator[None]:
 
 
 def _replace_entrances() -> None:
-    for name in _HOLDERS:
+    for name, enter in ((torch.utils.checkpoint.__name__, _enter), (_ONCE, _enter_once)):
         entrance = getattr(sys.modules.get(name), _ENTRANCE, None)
         if entrance is not None:
             _entrances[name] = entrance
-            setattr(sys.modules[name], _ENTRANCE, functools.partial(_enter, entrance))
+            setattr(sys.modules[name], _ENTRANCE, functools.partial(enter, entrance))
 
 
 def _put_entrances_back() -> None:
@@ -106,15 +107,19 @@ def _put_entrances_back() -> None:
 def _enter(entrance: Function, function: Function, *args: Any, **kwargs: Any) -> Any:
     surroundings = _surroundings.get(threading.get_ident())
     # The forward itself calls the function directly: what is handed on here is called for repeats only.
-    return entrance(function if surroundings is None else _Repeat(function, surroundings), *args, **kwargs)
+    return entrance(function if surroundings is None else _repeating_in(surroundings, function), *args, **kwargs)
 
 
-class _Repeat:
-    """Calls `function` again in the surroundings of its pass; checkpoints inside of it do the same in their turn."""
+def _enter_once(entrance: Function, *args: Any, **kwargs: Any) -> Any:
+    if threading.get_ident() in _surroundings:
+        raise RuntimeError(REFUSED.format(reason=f"{_ONCE} repeats a block only once"))
+    return entrance(*args, **kwargs)
 
-    def __init__(self, function: Function, surroundings: Surroundings) -> None:
-        self._function, self._surroundings = function, surroundings
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with _repeating, self._surroundings(), repeated_in(self._surroundings):
-            return self._function(*args, **kwargs)
+def _repeating_in(surroundings: Surroundings, function: Function) -> Function:
+    # Checkpoints inside of the function need nothing here: those that will be repeated were entered in the pass itself.
+    def again(*args: Any, **kwargs: Any) -> Any:
+        with _repeating, surroundings():
+            return function(*args, **kwargs)
+
+    return again
