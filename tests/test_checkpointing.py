@@ -149,3 +149,16 @@ def test_reentrant_in_transformers_is_refused(name: str) -> None:
     with pytest.raises(RuntimeError, match="use_reentrant=False"):
         reg(model, LLAMA.batch(), LLAMA.loss)
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("head", [True, False], ids=["head-trained", "head-frozen"])
+@pytest.mark.parametrize("name", AUXILIARIES)
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_reentrant_without_an_input_that_requires_gradients(name: str, head: bool) -> None:
+    """The checkpoint is not even in the graph."""
+    model = seeded(ReentrantLM)
+    for part in (model.embed, *(() if head else (model.norm, model.head))):
+        part.requires_grad_(False)
+    reg = LfURegularizer(model, name if name == "random" else auxiliary(name))
+    with pytest.raises((RuntimeError, ValueError), match="use_reentrant=False"):
+        reg(model, TINY.batch(), TINY.loss)
