@@ -46,8 +46,9 @@ def ascend(gradients: Sequence[Tensor], alpha: float, *, per_group: Sequence[int
         usable = torch.isfinite(norm) & (norm > 0)
         factor = torch.where(usable, alpha / norm, torch.zeros_like(norm))
         for i in members:
-            scaled = gradients[i] * factor.to(gradients[i].device, gradients[i].dtype)
-            step[i] = torch.where(usable.to(scaled.device), scaled, torch.zeros_like(scaled))
+            # In at least float32, as the norm: alpha / ||g|| of a small gradient is infinite in float16.
+            scaled = gradients[i].to(norm.dtype) * factor.to(gradients[i].device)
+            step[i] = torch.where(usable.to(scaled.device), scaled, torch.zeros_like(scaled)).to(gradients[i].dtype)
     return step
 
 

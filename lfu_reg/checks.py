@@ -14,7 +14,8 @@ from lfu_reg.trunk import is_cache
 
 NOTHING_TRAINABLE = (
     "sft_loss_fn returned a loss that does not depend on anything trainable (requires_grad is False). Do not detach it "
-    "or compute it under torch.no_grad(), and make sure that some parameters require gradients."
+    "or compute it under torch.no_grad(), and make sure that some parameters require gradients. Reentrant checkpoints "
+    "cut the graph where no input requires a gradient: use_reentrant=False."
 )
 NO_REPLICAS = (
     "torch.nn.DataParallel runs copies of the model in threads, whose hidden states would mix. Use "
@@ -121,8 +122,9 @@ def check_layers_ran(layers: Collection[str], ran: Collection[str], *, named: bo
         raise RuntimeError(
             "These layers returned nothing to the regularizer in the loss's forward pass: "
             f"{', '.join(silent[:10])}{f' and {len(silent) - 10} more' if len(silent) > 10 else ''}. Either "
-            "sft_loss_fn does not run them (or runs them without gradients), or they are run as layer.forward(x), "
-            "which bypasses hooks: call layer(x), or choose other layers."
+            "sft_loss_fn does not run them, or it runs them without gradients (as reentrant checkpoints do: "
+            "use_reentrant=False), or they are run as layer.forward(x), which bypasses hooks: call layer(x), or choose "
+            "other layers."
         )
 
 

@@ -12,36 +12,41 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 
-def graft(value: Tensor, gradients: Iterable[tuple[Tensor, Tensor | None]]) -> Tensor:
-    """Scalar equal to `value` with d(result)/d(leaf) = gradient for every pair.
+def graft(value: Tensor, gradients: Iterable[tuple[Tensor, Tensor | None]], scale: float = 1.0) -> Tensor:
+    """Scalar equal to `value` with d(result)/d(leaf) = gradient / scale for every pair.
 
     Args:
         value: scalar; its own graph is ignored.
         gradients: pairs of a leaf that requires gradients, and its gradient, shaped like it, or None if it gets none.
+        scale: what the gradients were multiplied by, so that float16 could hold them.
 
     Returns:
         Scalar tensor, differentiable once with respect to the leaves.
     """
     pairs = [(leaf, gradient) for leaf, gradient in gradients if gradient is not None]
     result: Tensor = _Graft.apply(  # type: ignore[no-untyped-call]
-        value.detach(), [gradient for _, gradient in pairs], *[leaf for leaf, _ in pairs]
+        value.detach(), [gradient for _, gradient in pairs], scale, *[leaf for leaf, _ in pairs]
     )
     return result
 
 
 class _Graft(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, value: Tensor, gradients: list[Tensor], *leaves: Tensor) -> Tensor:
+    def forward(ctx: Any, value: Tensor, gradients: list[Tensor], scale: float, *leaves: Tensor) -> Tensor:
         # Not save_for_backward: these are neither inputs nor outputs, and no saved-tensor hook should see them.
-        ctx.gradients = gradients  # type: ignore[attr-defined]
+        ctx.gradients, ctx.scale, ctx.dtypes = gradients, scale, [leaf.dtype for leaf in leaves]
         return value.clone()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "create_graph=True asks for second derivatives, and the loss of LfURegularizer is differentiable once: "
+                "the graphs of its passes are gone. Use strategy='retained', which keeps them, or leave out "
+                "create_graph=True."
+            )
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError(
@@ -51,5 +56,14 @@ class _Graft(torch.autograd.Function):
         return (
             None,
             None,
-            *(gradient * grad_output.to(gradient.device, gradient.dtype) for gradient in gradients),
+            None,
+            *(_handed_over(g, grad_output, ctx.scale, dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)),
         )
+
+
+def _handed_over(gradient: Tensor, grad_output: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    # In at least float32: the caller's scale and the own one may each be too much for float16, and meet here. In
+    # bfloat16 a divisor such as 1/3 would be off by 0.2 % for all gradients alike.
+    wide = torch.promote_types(gradient.dtype, torch.float32)
+    factor = grad_output.to(gradient.device, wide) / scale
+    return (gradient.to(wide) * factor).to(dtype)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
+from torch.autograd.graph import GradientEdge
 
 
 def leaves_of(loss: Tensor) -> list[Tensor]:
@@ -50,17 +51,31 @@ def leaves_of(loss: Tensor) -> list[Tensor]:
     return found
 
 
-def gradients_of(loss: Tensor, leaves: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-    """Gradients of `loss` with respect to `leaves`, None where there is none; frees the graph.
+def gradients_of(
+    loss: Tensor,
+    wanted: Sequence[Tensor | GradientEdge],
+    upstream: Tensor | None = None,
+    *,
+    keep_graph: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of `loss` with respect to leaves or edges of its graph, None where there is none; frees the graph.
 
     Tensor hooks of the leaves (users clip or mask gradients with them) stay quiet: they are to act once, on the
     gradient that the caller's backward accumulates.
+
+    Args:
+        loss: scalar with a graph.
+        wanted: leaves or edges.
+        upstream: scalar by which every gradient is multiplied, None for 1.
+        keep_graph: leave the graph for another backward.
     """
+    leaves = [leaf for leaf in wanted if isinstance(leaf, Tensor)]
     hooked = [(hooks, dict(hooks)) for leaf in leaves if (hooks := leaf._backward_hooks)]
     try:
         for hooks, _ in hooked:
             hooks.clear()  # the engine holds this very dictionary
-        return torch.autograd.grad(loss, leaves, allow_unused=True)
+        # It takes a mixture as well, whatever its annotation says.
+        return torch.autograd.grad(loss, wanted, upstream, retain_graph=keep_graph, allow_unused=True)  # type: ignore[arg-type]
     finally:
         for hooks, kept in hooked:
             hooks.update(kept)

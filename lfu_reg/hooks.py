@@ -7,7 +7,8 @@ once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,8 @@ from lfu_reg import outputs
 from lfu_reg.auxiliaries.base import Auxiliary, Call, GradientRule, Tokens
 from lfu_reg.graph import take_part
 from lfu_reg.layers import channels_first, is_encoder_layer
+from lfu_reg.repeats import Repeats
+from lfu_reg.substitution import Replacement, substituted
 from lfu_reg.tokens import TokenMasks
 
 
@@ -51,9 +54,15 @@ class State:
 
 @dataclass
 class Gate:
-    """All that a tap knows of its pass: a reference to the pass and its states would be a cycle through the graph."""
+    """All that a tap knows of its pass: a reference to the pass and its states would be a cycle through the graph.
+
+    Attributes:
+        is_open: while the backward of the pass may collect gradients.
+        finite: where it is asked for, whether each gradient collected is finite, as scalars that nobody has read.
+    """
 
     is_open: bool = True
+    finite: list[Tensor] | None = None
 
 
 @dataclass
@@ -72,6 +81,11 @@ class Pass:
         states: what was captured, in order of execution.
         taps: the edges of the graph at which taps wait for gradients.
         anchor: leaf on which taps depend that would otherwise not be part of the graph.
+        replaced: tensors that stand in the place of parameters during the pass.
+        buffers: what a repeat of checkpointed blocks writes to copies of.
+        outlives: whether the graph is backpropagated after the pass, so that checkpoints must bring the pass along.
+        float16: whether anything at the hooks ran in float16.
+        scale: what the loss, and so g, was multiplied by in the backward of this pass.
     """
 
     tokens: TokenMasks
@@ -84,6 +98,11 @@ class Pass:
     states: list[State] = field(default_factory=list)
     taps: list[GradientEdge] = field(default_factory=list)
     anchor: Tensor = field(default_factory=lambda: torch.zeros((), requires_grad=True))
+    replaced: Sequence[Replacement] = ()
+    buffers: list[tuple[nn.Module, str]] = field(default_factory=list)
+    outlives: bool = False
+    float16: bool = False
+    scale: float = 1.0
 
 
 class ModelHooks:
@@ -111,6 +130,7 @@ class ModelHooks:
         self._encoder = {name for name in layers if is_encoder_layer(name, layers)}
         modules = {**layers, **sites, **({"": head} if head is not None else {})}
         self._channels_first = {name: channels_first(module) for name, module in modules.items()}
+        self._repeats = Repeats(auxiliary)
         self._handles: list[RemovableHandle] = []
         for name, module in modules.items():
             self._handles.append(module.register_forward_hook(Hook(self.on_output, name), with_kwargs=True))
@@ -120,13 +140,15 @@ class ModelHooks:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._repeats.possible = False
 
     @contextmanager
     def run(self, this: Pass) -> Iterator[Pass]:
         """Let `this` be the running pass for the block, whatever happens in it."""
         before, self.running = self.running, this
         try:
-            yield this
+            with self._repeats.prepared(this), substituted(this.replaced):
+                yield this
         finally:
             this.recording = this.gate.is_open = False
             this.taps.clear()
@@ -134,7 +156,9 @@ class ModelHooks:
 
     def on_output(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """What the hook on `name` does; None leaves the output alone."""
-        this = self.running
+        this, auxiliary = self.running, self._auxiliary
+        if self._repeats.running:
+            this, auxiliary = self._repeats.running.get(threading.get_ident(), (this, auxiliary))
         # Parts of a model that run without gradients (frozen towers, a reference model's pass) have none to offer.
         if this is None or output is None or not torch.is_grad_enabled():
             return None
@@ -145,21 +169,23 @@ class ModelHooks:
                 "is no hidden state to compare or to steer. Choose other layers with layers=...."
             )
         y = outputs.get(output, path)
+        if not this.float16 and _in_float16(y):
+            this.float16 = True
         tokens = self._tokens(name, y, this)
-        changed = self._at_site(Call(name, module, _first_input(args, kwargs), y, tokens), this)
+        changed = self._at_site(Call(name, module, _first_input(args, kwargs), y, tokens), this, auxiliary)
         if name in self.captured and this.recording and this.capture is not None:
             self._keep(name, changed, tokens, this)
         return None if changed is y else outputs.replace(output, path, changed)
 
-    def _at_site(self, call: Call, this: Pass) -> Tensor:
+    def _at_site(self, call: Call, this: Pass, auxiliary: Auxiliary) -> Tensor:
         if call.name not in self._sites or not (this.apply or this.observe):
             return call.y
         with without_autocast(call.y.device.type):
             if this.apply:
-                return self._auxiliary.apply_at(call)
+                return auxiliary.apply_at(call)
             y = call.y if call.y.requires_grad else take_part(call.y, this.anchor)
             if this.recording:
-                y.register_hook(_tap(self._auxiliary.observe(call), this.gate))  # type: ignore[no-untyped-call]
+                y.register_hook(_tap(auxiliary.observe(call), this.gate))  # type: ignore[no-untyped-call]
                 this.taps.append(get_gradient_edge(y))
             return y
 
@@ -214,13 +240,22 @@ def attached_already(model: nn.Module) -> bool:
 def _tap(rule: GradientRule | None, gate: Gate) -> Callable[[Tensor], None]:
     def tap(grad_y: Tensor) -> None:
         if gate.is_open and rule is not None:
-            rule(grad_y)
+            collected = rule(grad_y)
+            if gate.finite is not None:
+                gate.finite += [torch.isfinite(c).all() for c in collected if c is not None]
 
     return tap
 
 
 def _first_input(args: Any, kwargs: Any) -> Tensor | None:
     return next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point()), None)
+
+
+def _in_float16(tensor: Tensor) -> bool:
+    device = tensor.device.type
+    return tensor.dtype is torch.float16 or (
+        torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) is torch.float16
+    )
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:

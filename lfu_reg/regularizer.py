@@ -28,6 +28,7 @@ from lfu_reg.distances.base import Reduction
 from lfu_reg.graph import leaves_of
 from lfu_reg.hooks import ModelHooks, Pass, State
 from lfu_reg.layers import LayerChoice, choose_layers
+from lfu_reg.loss_scale import LossScales, float16_in_play
 from lfu_reg.randomness import RandomState, StepDraws
 from lfu_reg.replays import Replays
 from lfu_reg.schedules import Schedule, check_schedule, value_at
@@ -143,6 +144,7 @@ class LfURegularizer:
         self._diagnostics = Diagnostics()
         self._steps = self._empty_steps = 0
         self._disabled = False
+        self._scales = LossScales()
         sites = self.auxiliary.sites(model, chosen)
         on_logits = self.distance.measures == "logits"
         self._hooks = ModelHooks(chosen, sites, self.auxiliary, head=model if on_logits else None)
@@ -206,26 +208,29 @@ class LfURegularizer:
             tokens,
             observe=undesirable is None,
             capture="detached" if self.stop_gradient == "clean" else "cloned",
+            outlives=strategy.keeps_graph,
         )
         with self._hooks.run(clean):
-            with self._trunk.recording(), strategy.checkpoints():
+            with self._trunk.recording():
                 sft_loss = checks.check_loss(sft_loss_fn(model, batch), first=step == 0)
             clean.recording = False
+            clean.buffers += watch.changed()
             leaves = leaves_of(sft_loss)
             checks.check_trainable(leaves, clean.anchor)
             checks.check_layers_ran(self._hooks.captured, {state.name for state in clean.states}, named=self._named)
             checks.check_token_mask(tokens, [state.hidden for state in clean.states])
             # ... and one backward gives d l_SFT / d theta and g = d l_SFT / d theta_aux.
-            strategy.backward_clean(sft_loss, leaves, clean, self.auxiliary)
-        sft_loss = sft_loss.detach()
+            with on_copies(clean.buffers):
+                strategy.backward_clean(sft_loss, leaves, clean, self.auxiliary)
+        sft_loss, scale = sft_loss.detach(), clean.scale
 
-        with on_copies(watch.changed()), self._random_state_kept():
+        with on_copies(clean.buffers), self._random_state_kept():
             # Ascent: theta_aux <- theta_aux + alpha * g / ||g|| (Eq. 2).
             ascent_batch = again if undesirable is None else undesirable
             if undesirable is not None:
                 random_start.restore()
-                self._gradient_here(model, copy.copy(ascent_batch), sft_loss_fn)
-            gradient_norm = self.auxiliary.ascend(alpha)
+                scale = self._gradient_here(model, copy.copy(ascent_batch), sft_loss_fn)
+            gradient_norm = self.auxiliary.ascend(alpha) / scale
             for _ in range(1, self.ascent_steps):
                 random_start.restore()
                 self._gradient_here(model, copy.copy(ascent_batch), sft_loss_fn)
@@ -242,10 +247,15 @@ class LfURegularizer:
 
             part_tokens = tokens if samples is None else tokens.select(samples)
             self._replays.prepare(step, model, clean, part_tokens, samples, loss_function)
-            with (
-                self.auxiliary.in_place(),
-                self._replays.running(Pass(part_tokens, apply=True, capture="attached")) as perturbed,
-            ):
+            undesirable_self = Pass(
+                part_tokens,
+                apply=True,
+                capture="attached",
+                replaced=list(self.auxiliary.replacements()),
+                buffers=clean.buffers,
+                outlives=strategy.keeps_graph,
+            )
+            with self._replays.running(undesirable_self) as perturbed:
                 checks.check_same_layers([s.name for s in clean.states], [s.name for s in perturbed.states])
                 l_cons, per_layer = consistency(
                     self.distance,
@@ -278,18 +288,26 @@ class LfURegularizer:
         }
         return loss
 
-    def _gradient_here(self, model: Any, batch: Any, sft_loss_fn: LossFunction) -> None:
-        """The gradient g at the present theta_aux by a pass of its own: for other data, and for later ascent steps."""
+    def _gradient_here(self, model: Any, batch: Any, sft_loss_fn: LossFunction) -> float:
+        """The gradient g at the present theta_aux by a pass of its own: for other data, and for later ascent steps.
+
+        Returns:
+            What g is multiplied by (see `loss_scale.py`).
+        """
         checks.check_batch(batch)
-        this = Pass(TokenMasks(batch, self.token_mask), apply=True, capture=None)
         self.auxiliary.require_gradients(True)
-        with self.auxiliary.in_place(), self._hooks.run(this):
+        moved = list(self.auxiliary.replacements())
+        this = Pass(TokenMasks(batch, self.token_mask), apply=True, capture=None, replaced=moved)
+        with self._hooks.run(this):
             loss = checks.check_loss(sft_loss_fn(model, batch), first=self._steps == 0)
             this.recording = False
             leaves = self.auxiliary.leaves()
-            gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
+            gradients, scale = self._scales.ascent.gradients(
+                loss, leaves, float16=float16_in_play(this, [loss, *leaves])
+            )
         self.auxiliary.gradient_from(leaves, gradients)
         self.auxiliary.require_gradients(False)
+        return scale
 
     @contextmanager
     def _random_state_kept(self) -> Iterator[None]:
@@ -306,10 +324,10 @@ class LfURegularizer:
 
     def _new_strategy(self, model: nn.Module) -> Strategy:
         if self.strategy == "released":
-            return Released()
+            return Released(self._scales)
         if self.strategy == "retained" or self.stop_gradient != "clean" or is_sharded(model):
-            return Retained()
-        return Released()
+            return Retained(self._scales)
+        return Released(self._scales)
 
     def _is_active(self, attached: nn.Module) -> bool:
         if self._disabled or not torch.is_grad_enabled() or torch.is_inference_mode_enabled():

@@ -4,39 +4,21 @@ from __future__ import annotations
 
 import copy
 import threading
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from lfu_reg import LfURegularizer
 from tests.cases import Case, seeded
+from tests.checkpointed import CheckpointedLM, GroupedLM, InnerLM, NestedLM, PlainLM, ReentrantLM, call_checkpointed
 from tests.compare import assert_same_gradients, gradients_of
 from tests.harness import auxiliary
 from tests.models import BERT, GPT2, LLAMA, PEFT, T5, TINY
-from tests.plain_models import TinyLM
 
 AUXILIARIES = ("lora", "steering", "weights", "random")
-
-
-class CheckpointedLM(TinyLM):
-    """Every block is run by hand through checkpoint, so that all hooks in and on it are inside the region."""
-
-    use_reentrant = False
-
-    def body(self, hidden: Tensor) -> Tensor:
-        for block in self.blocks:
-            hidden = checkpoint(block, hidden, use_reentrant=self.use_reentrant)
-        return self.norm(hidden.flatten(0, 1)).view_as(hidden)
-
-
-class PlainLM(CheckpointedLM):
-    def body(self, hidden: Tensor) -> Tensor:
-        for block in self.blocks:
-            hidden = block(hidden)
-        return self.norm(hidden.flatten(0, 1)).view_as(hidden)
 
 
 def gradients(model: nn.Module, case: Case, name: str, **options: Any) -> tuple[Tensor, dict[str, Tensor | None]]:
@@ -76,17 +58,63 @@ def test_checkpointing_by_hand(name: str, steps: int, dropout: float) -> None:
     assert_same_gradients(got, want)
 
 
-@pytest.mark.parametrize("options", [{"strategy": "retained"}, {"stop_gradient": "none"}], ids=["retained", "none"])
+WAYS = (CheckpointedLM, GroupedLM, NestedLM, InnerLM)
+
+
+@pytest.mark.parametrize("early_stop", [True, False], ids=["early-stop", "no-early-stop"])
+@pytest.mark.parametrize("strategy", ["released", "retained"])
+@pytest.mark.parametrize("make", WAYS)
 @pytest.mark.parametrize("name", AUXILIARIES)
-def test_a_retained_graph_under_checkpointing_is_right_or_refused(name: str, options: Any) -> None:
-    """The user's backward recomputes blocks when the step is long over: never silently wrong."""
-    _, want = gradients(seeded(PlainLM), TINY, name, **options)
-    try:
-        _, got = gradients(seeded(CheckpointedLM), TINY, name, **options)
-    except (RuntimeError, ValueError) as error:
-        assert "checkpoint" in str(error).lower()  # noqa: PT017
-    else:
-        assert_same_gradients(got, want)
+def test_ways_to_checkpoint(name: str, make: type[nn.Module], strategy: str, early_stop: bool) -> None:
+    """Hooks inside, outside and in the middle of regions; the last of them leaves pass 2 inside of one."""
+    with set_checkpoint_early_stop(early_stop):
+        _, got = gradients(seeded(make), TINY, name, strategy=strategy)
+    _, want = gradients(seeded(PlainLM), TINY, name, strategy=strategy)
+    assert_same_gradients(got, want)
+
+
+@pytest.mark.parametrize("strategy", ["released", "retained"])
+@pytest.mark.parametrize("name", AUXILIARIES)
+def test_transformers_that_checkpoint_the_call(name: str, strategy: str) -> None:
+    """Older versions checkpoint a layer's `__call__`, with its hooks in it, newer ones its `forward`."""
+    _, got = gradients(call_checkpointed(LLAMA.make()), LLAMA, name, strategy=strategy)
+    _, want = gradients(LLAMA.make(), LLAMA, name, strategy=strategy)
+    assert_same_gradients(got, want)
+
+
+@pytest.mark.parametrize("strategy", ["released", "retained"])
+@pytest.mark.parametrize("name", AUXILIARIES)
+def test_bfloat16_autocast(name: str, strategy: str) -> None:
+    """A repeat runs in the autocast of the pass: bit for bit the gradients without checkpoints."""
+
+    class Autocast:
+        def batch(self) -> Any:
+            return TINY.batch()
+
+        def loss(self, model: Any, batch: Any) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                return TINY.loss(model, batch).float()
+
+    found = [
+        gradients(seeded(make).float(), cast(Case, Autocast()), name, strategy=strategy)[1]
+        for make in (CheckpointedLM, PlainLM)
+    ]
+    for key, gradient in found[0].items():
+        assert torch.equal(gradient, found[1][key]), key
+
+
+@pytest.mark.parametrize("strategy", ["released", "retained"])
+@pytest.mark.parametrize("name", ["steering", "weights"])
+def test_batch_norm_counts_one_step(name: str, strategy: str) -> None:
+    """Blocks run up to four times; the statistics are those of one forward."""
+    found = []
+    for make in (GroupedLM, PlainLM):
+        model = seeded(lambda make=make: make(batch_norm=True))
+        _, got = gradients(model, TINY, name, strategy=strategy)
+        found.append((got, dict(model.named_buffers())))
+    assert_same_gradients(found[0][0], found[1][0])
+    for key, buffer in found[0][1].items():
+        assert torch.equal(buffer, found[1][1][key]), key
 
 
 @pytest.mark.parametrize("name", AUXILIARIES)
@@ -101,10 +129,6 @@ def test_backward_in_another_thread(name: str) -> None:
     worker.join()
     _, want = gradients(seeded(PlainLM), TINY, name)
     assert_same_gradients(gradients_of(model), want)
-
-
-class ReentrantLM(CheckpointedLM):
-    use_reentrant = True
 
 
 @pytest.mark.parametrize("strategy", ["auto", "released", "retained"])
@@ -125,3 +149,16 @@ def test_reentrant_in_transformers_is_refused(name: str) -> None:
     with pytest.raises(RuntimeError, match="use_reentrant=False"):
         reg(model, LLAMA.batch(), LLAMA.loss)
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("head", [True, False], ids=["head-trained", "head-frozen"])
+@pytest.mark.parametrize("name", AUXILIARIES)
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_reentrant_without_an_input_that_requires_gradients(name: str, head: bool) -> None:
+    """The checkpoint is not even in the graph."""
+    model = seeded(ReentrantLM)
+    for part in (model.embed, *(() if head else (model.norm, model.head))):
+        part.requires_grad_(False)
+    reg = LfURegularizer(model, name if name == "random" else auxiliary(name))
+    with pytest.raises((RuntimeError, ValueError), match="use_reentrant=False"):
+        reg(model, TINY.batch(), TINY.loss)

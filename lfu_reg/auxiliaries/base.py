@@ -24,9 +24,9 @@ what some modules return; a new one says where (`sites`), with what (`start`) an
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from lfu_reg.ascent import ascend, gradient_norm
+from lfu_reg.substitution import Replacement
 
 Components: TypeAlias = tuple[Tensor, ...]
 GradientRule: TypeAlias = Callable[[Tensor], Sequence[Tensor | None]]
@@ -129,9 +130,20 @@ class Auxiliary(ABC):
     def require_gradients(self, required: bool) -> None:  # noqa: B027  nothing to do where leaves are parameters
         """Whether components are to be leaves that require gradients, for an explicit gradient at the current point."""
 
-    def in_place(self) -> AbstractContextManager[None]:
-        """Context in which components that are no hook's business (the weights themselves) are in place."""
-        return nullcontext()
+    def replacements(self) -> Iterable[Replacement]:
+        """What stands in the place of parameters in pass 2, for components that are no hook's business."""
+        return ()
+
+    def forget_gradient(self) -> None:
+        """Drop what was collected of g: the backward that gave it is repeated."""
+        self.ascend(0.0)
+
+    def frozen(self) -> Auxiliary | None:
+        """A twin that keeps the present components, whatever becomes of this one, for checkpoints of retained graphs.
+
+        None, the default, says that there is none; such checkpoints are then refused.
+        """
+        return None
 
 
 class OutputAuxiliary(Auxiliary):
@@ -217,6 +229,14 @@ class OutputAuxiliary(Auxiliary):
         by_leaf = {id(leaf): gradient for leaf, gradient in zip(leaves, gradients, strict=True)}
         for name, components in self._components.items():
             self._collect(name, [by_leaf.get(id(component)) for component in components])
+
+    def forget_gradient(self) -> None:
+        """Drop what was collected of g."""
+        self._gradients = {}
+
+    def frozen(self) -> OutputAuxiliary:
+        """A shallow copy: `reset` binds new dictionaries and leaves those of earlier steps alone."""
+        return copy.copy(self)
 
     def ascend(self, alpha: float) -> Tensor:
         """Eq. 2 over all components that got a gradient."""

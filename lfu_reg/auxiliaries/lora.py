@@ -15,8 +15,7 @@ than hidden units, which `_pays` decides at each site. Half-precision weights ar
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 
 from lfu_reg.auxiliaries.base import Call, Components, Generators, GradientRule, OutputAuxiliary, master_dtype
 from lfu_reg.linears import TargetModules, find_linears, linear_sizes
-from lfu_reg.substitution import substituted
+from lfu_reg.substitution import Replacement
 from lfu_reg.tokens import rows
 
 
@@ -118,9 +117,9 @@ class LoRADeltas(OutputAuxiliary):
         """As `apply`, or nothing where the delta is in the weight."""
         return call.y if self._in_weights(call.name) else super().apply_at(call)
 
-    def in_place(self) -> AbstractContextManager[None]:
+    def replacements(self) -> Iterable[Replacement]:
         """W + s B A instead of W, at the sites where that is cheaper."""
-        return substituted(
+        return (
             (weight.holder, "weight", self._merge(weight, *self._components[name]))
             for name, weight in self._merged.items()
             if self._in_weights(name)

@@ -9,8 +9,8 @@ themselves are put back whatever happens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lfu_reg.ascent import ascend, gradient_norm
 from lfu_reg.auxiliaries.base import Auxiliary, Call, Generators, GradientRule
-from lfu_reg.substitution import substituted
+from lfu_reg.substitution import Replacement
 
 
 class WeightDeltas(Auxiliary):
@@ -89,12 +89,16 @@ class WeightDeltas(Auxiliary):
         """Parameter name to delta."""
         return dict(self._deltas)
 
-    def in_place(self) -> AbstractContextManager[None]:
+    def frozen(self) -> WeightDeltas:
+        """A shallow copy; it is not asked for anything, as the moved weights are kept with the pass."""
+        return copy.copy(self)
+
+    def replacements(self) -> Iterable[Replacement]:
         """Parameter + delta instead of every parameter, in every module that holds it (tied weights)."""
         if self._model is None:
-            return nullcontext()
+            return ()
         moved = {id(self._parameters[name]): self._parameters[name] + delta for name, delta in self._deltas.items()}
-        return substituted(
+        return (
             (module, name, moved[id(parameter)])
             for module in self._model.modules()
             for name, parameter in module._parameters.items()
