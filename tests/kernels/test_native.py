@@ -78,6 +78,15 @@ def test_half_precision_rounds_to_the_nearest_and_keeps_nan() -> None:
 
 
 @needs_compiler
+def test_a_nan_whose_bits_would_round_to_a_number() -> None:
+    clean = torch.zeros(1, 20, dtype=torch.bfloat16, requires_grad=True)
+    perturbed = torch.zeros(1, 20)
+    perturbed.view(torch.int32)[0, [0, 19]] = 0x7FFFFFFF
+    loss, _ = mse_over_layers([clean], [perturbed], None, stop_gradient="perturbed", impl="native")
+    assert gradients(loss, [clean])[0].isnan().nonzero().tolist() == [[0, 0], [0, 19]]
+
+
+@needs_compiler
 @pytest.mark.parametrize("wrong", [-1, 4, 2**40])
 def test_index_outside_of_the_layer(wrong: int) -> None:
     with pytest.raises(IndexError, match="positions 0 to 3"):
