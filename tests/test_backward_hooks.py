@@ -77,7 +77,12 @@ def test_create_graph_is_refused_with_the_cure(name: str) -> None:
 def test_second_derivatives_with_the_cure() -> None:
     """A Hessian-vector product through the retained graph, against the formula with the perturbation held fixed."""
     model, batch, vector = TINY.make(), TINY.batch(), 0.1
-    reg = attach(model, "steering", "retained")
+    with (
+        attach(model, "steering", "retained") as reg,
+        pytest.raises(RuntimeError, match=r"create_graph=True.*distance=lambda"),
+    ):
+        torch.autograd.grad(reg(model, batch, TINY.loss), list(model.parameters()), create_graph=True)
+    reg = attach(model, "steering", "retained", distance=lambda clean, perturbed: (perturbed - clean).square().mean())
     loss = reg(model, batch, TINY.loss)
     parameters = [p for name, p in model.named_parameters() if "head" not in name]
     deltas = reg.perturbation

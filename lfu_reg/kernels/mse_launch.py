@@ -11,12 +11,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lfu_reg.kernels.mse_layout import collapse
 from lfu_reg.kernels.mse_problem import Problem
 from lfu_reg.kernels.mse_rows import Strides
 from lfu_reg.kernels.mse_table import Table, build_table, strides_of
+from lfu_reg.kernels.once import once
 
 _REQUIRES_GRAD = attrgetter("requires_grad")
 
@@ -96,7 +96,7 @@ class _MSEOverLayers(torch.autograd.Function):
         return loss, per_layer
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, upstream: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
         """Writes every element of every gradient once, without looking at a value on a GPU from the host."""
         if upstream is None:

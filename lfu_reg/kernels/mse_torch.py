@@ -14,11 +14,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lfu_reg.kernels.mse_parts import Factor, Layer, Scratch, Selection, select
 from lfu_reg.kernels.mse_problem import Problem
 from lfu_reg.kernels.mse_stack import Stack
+from lfu_reg.kernels.once import once
 
 # Up to this many elements a layer's calls cost more than its arithmetic, and stacking pays (measured) ...
 _SMALL = 1 << 13
@@ -109,7 +109,7 @@ class _MSEOverLayers(torch.autograd.Function):
         return loss, per_layer
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, upstream: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
         """Scaled differences, zero at positions that were not selected."""
         if upstream is None:

@@ -142,14 +142,6 @@ MUTANTS = (
         "tests/test_exactness_leaves.py::test_hooks_on_parameters_act_once",
     ),
     Mutant(
-        36,
-        "components run in the dtype of the activation, not in that of autocast",
-        "hooks.py",
-        "    if torch.is_autocast_enabled(device_type):\n        return torch.autocast(device_type, enabled=False)\n",
-        "",
-        "tests/test_amp.py::test_components_are_float32_and_outputs_keep_their_dtype",
-    ),
-    Mutant(
         37,
         "second derivatives are refused with the cure",
         "graft.py",
