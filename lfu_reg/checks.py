@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lfu_reg.hooks import attached_already
+from lfu_reg.listeners import attached_already
 from lfu_reg.tokens import TokenMasks
 from lfu_reg.trunk import is_cache
 
@@ -35,6 +35,16 @@ def check_model(model: object) -> None:
             f"{type(model).__name__} already has an LfURegularizer attached, and two would perturb each other's "
             "passes. Call remove() on the first one, or use it as a context manager."
         )
+
+
+def check_no_scripts(layers: Mapping[str, nn.Module]) -> None:
+    """Raise if a layer is a program of TorchScript, whose modules are not called in Python."""
+    for name, layer in layers.items():
+        if any(isinstance(module, torch.jit.ScriptModule) for module in layer.modules()):
+            raise ValueError(
+                f"Layer {name!r} holds a torch.jit.ScriptModule (script or trace), inside of which no hooks run. "
+                "Attach the regularizer to the model as it was before, and use torch.compile for speed."
+            )
 
 
 def check_is_attached(model: object, attached: nn.Module) -> None:

@@ -8,6 +8,7 @@ once.
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -20,11 +21,18 @@ from torch.utils.hooks import RemovableHandle
 
 from lfu_reg import outputs
 from lfu_reg.auxiliaries.base import Auxiliary, Call, GradientRule, Tokens
+from lfu_reg.compiled import forget_graphs
 from lfu_reg.graph import take_part
 from lfu_reg.layers import channels_first, is_encoder_layer
 from lfu_reg.repeats import Repeats
 from lfu_reg.substitution import Replacement, substituted
+from lfu_reg.listeners import Hook
 from lfu_reg.tokens import TokenMasks
+
+TRANSFORMED = (
+    "The model ran inside of a torch.func transform (vmap, grad, jvp), whose tensors do not live beyond it: no hidden "
+    "state can be kept for the second pass. Call the model outside of the transform in sft_loss_fn."
+)
 
 
 class EarlyExit(BaseException):
@@ -79,6 +87,8 @@ class Pass:
         recording: False once the forward is over: hooks then run only to repeat it (activation checkpointing).
         gate: open while the backward of a tapped pass may collect gradients.
         states: what was captured, in order of execution.
+        fired: how often each hooked module ran with gradients.
+        compiled: whether any of them ran in a region of torch.compile.
         taps: the edges of the graph at which taps wait for gradients.
         anchor: leaf on which taps depend that would otherwise not be part of the graph.
         replaced: tensors that stand in the place of parameters during the pass.
@@ -96,6 +106,8 @@ class Pass:
     recording: bool = True
     gate: Gate = field(default_factory=Gate)
     states: list[State] = field(default_factory=list)
+    fired: Counter[str] = field(default_factory=Counter)
+    compiled: bool = False
     taps: list[GradientEdge] = field(default_factory=list)
     anchor: Tensor = field(default_factory=lambda: torch.zeros((), requires_grad=True))
     replaced: Sequence[Replacement] = ()
@@ -109,6 +121,7 @@ class ModelHooks:
     """The hooks of one regularizer on one model.
 
     Args:
+        model: the attached model.
         layers: the chosen layers by name; their hidden states are captured.
         sites: where the auxiliary acts, by name.
         auxiliary: theta_aux.
@@ -117,11 +130,13 @@ class ModelHooks:
 
     def __init__(
         self,
+        model: nn.Module,
         layers: Mapping[str, nn.Module],
         sites: Mapping[str, nn.Module],
         auxiliary: Auxiliary,
         head: nn.Module | None = None,
     ) -> None:
+        self.listening = False
         self.running: Pass | None = None
         self.overwritten: set[str] = set()  # layers whose outputs the model changes in place: these need a copy
         self._auxiliary = auxiliary
@@ -130,10 +145,17 @@ class ModelHooks:
         self._encoder = {name for name in layers if is_encoder_layer(name, layers)}
         modules = {**layers, **sites, **({"": head} if head is not None else {})}
         self._channels_first = {name: channels_first(module) for name, module in modules.items()}
-        self._repeats = Repeats(auxiliary)
+        self._repeats = Repeats(auxiliary, self._look)
         self._handles: list[RemovableHandle] = []
         for name, module in modules.items():
-            self._handles.append(module.register_forward_hook(Hook(self.on_output, name), with_kwargs=True))
+            self._handles.append(module.register_forward_hook(Hook(self, name), with_kwargs=True))
+        # A compiled block shares its graphs with its siblings, and torch tells a module with hooks from one without
+        # only where both have some. So every other module of the same classes gets an idle one.
+        classes, hooked = {type(module) for module in modules.values()}, set(modules.values())
+        for module in model.modules():
+            if type(module) in classes and module not in hooked:
+                self._handles.append(module.register_forward_hook(Hook(None, ""), with_kwargs=True))
+        forget_graphs()
 
     def remove(self) -> None:
         """Take every hook off again."""
@@ -146,6 +168,7 @@ class ModelHooks:
     def run(self, this: Pass) -> Iterator[Pass]:
         """Let `this` be the running pass for the block, whatever happens in it."""
         before, self.running = self.running, this
+        self._look()
         try:
             with self._repeats.prepared(this), substituted(this.replaced):
                 yield this
@@ -153,8 +176,12 @@ class ModelHooks:
             this.recording = this.gate.is_open = False
             this.taps.clear()
             self.running = before
+            self._look()
 
-    def on_output(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    def _look(self) -> None:
+        self.listening = self.running is not None or bool(self._repeats.running)
+
+    def on_call(self, name: str, compiled: bool, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """What the hook on `name` does; None leaves the output alone."""
         this, auxiliary = self.running, self._auxiliary
         if self._repeats.running:
@@ -162,6 +189,11 @@ class ModelHooks:
         # Parts of a model that run without gradients (frozen towers, a reference model's pass) have none to offer.
         if this is None or output is None or not torch.is_grad_enabled():
             return None
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            raise RuntimeError(TRANSFORMED)
+        if this.recording:
+            this.fired[name] += 1
+            this.compiled |= compiled
         path = outputs.locate(output, outputs.HIDDEN_STATE if name else outputs.LOGITS)
         if path is None:
             raise ValueError(
@@ -201,40 +233,6 @@ class ModelHooks:
         axis = 1 if self._channels_first[name](y) else -1
         mask, index = this.tokens.match(y, axis, encoder=name in self._encoder)
         return Tokens(mask, index, axis)
-
-
-class Hook:
-    """What is registered on a module: hands every call on, with the module's name first.
-
-    Copies and pickles of the model carry it along without effect.
-
-    Args:
-        handler: is called in turn; None does nothing.
-        name: of the module.
-    """
-
-    def __init__(self, handler: Callable[..., Any] | None, name: str) -> None:
-        self.handler = handler
-        self.name = name
-
-    def __call__(self, *call: Any) -> Any:
-        """Pass the call on."""
-        return None if self.handler is None else self.handler(self.name, *call)
-
-    def __deepcopy__(self, memo: Any) -> Hook:
-        return Hook(None, self.name)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Hook, (None, self.name)
-
-
-def attached_already(model: nn.Module) -> bool:
-    """Whether a regularizer's hooks are on any module of `model`."""
-    return any(
-        isinstance(hook, Hook) and hook.handler is not None
-        for module in model.modules()
-        for hook in module._forward_hooks.values()
-    )
 
 
 def _tap(rule: GradientRule | None, gate: Gate) -> Callable[[Tensor], None]:

@@ -21,10 +21,12 @@ from torch import Tensor, nn
 from lfu_reg import checks
 from lfu_reg.auxiliaries import Auxiliary, make_auxiliary
 from lfu_reg.buffers import BufferWatch, on_copies
+from lfu_reg.compiled import failures_explained, graphs_for_two_backwards, unwrapped
 from lfu_reg.consistency import consistency, relative_distance
 from lfu_reg.diagnostics import Diagnostics
 from lfu_reg.distances import DistanceChoice, make_distance
 from lfu_reg.distances.base import Reduction
+from lfu_reg.firing import Firing
 from lfu_reg.graph import leaves_of
 from lfu_reg.hooks import ModelHooks, Pass, State
 from lfu_reg.layers import LayerChoice, choose_layers
@@ -129,6 +131,7 @@ class LfURegularizer:
                 f"strategy='released' frees the graph of the clean pass, through which stop_gradient={stop_gradient!r} "
                 "sends gradients. Use strategy='auto' or 'retained'."
             )
+        model = unwrapped(model)
         checks.check_model(model)
         self.reduction, self.stop_gradient, self.token_mask = reduction, stop_gradient, token_mask
         self.ascent_steps, self.every, self.batch_fraction = ascent_steps, every, batch_fraction
@@ -137,6 +140,7 @@ class LfURegularizer:
         self.metrics: Mapping[str, Any] = {}
 
         chosen = choose_layers(model, layers)
+        checks.check_no_scripts(chosen)
         self.layers = tuple(chosen)
         self._named = not isinstance(layers, str) or layers not in ("all", "early", "middle", "late")
         self._model: nn.Module | None = model
@@ -147,9 +151,10 @@ class LfURegularizer:
         self._scales = LossScales()
         sites = self.auxiliary.sites(model, chosen)
         on_logits = self.distance.measures == "logits"
-        self._hooks = ModelHooks(chosen, sites, self.auxiliary, head=model if on_logits else None)
+        self._hooks = ModelHooks(model, chosen, sites, self.auxiliary, head=model if on_logits else None)
         self._trunk = Trunk(model, [] if on_logits else self.layers, self._devices)
         self._replays = Replays(self._hooks, self._trunk, self._diagnostics)
+        self._firing = Firing(self.layers, sites, self._diagnostics)
 
     # ------------------------------------------------------------------ the step
 
@@ -183,7 +188,8 @@ class LfURegularizer:
             self.metrics = {"loss": loss.detach(), "sft_loss": loss.detach(), "alpha": alpha, "lam": lam}
         else:
             try:
-                loss = self._regularized(model, batch, sft_loss_fn, undesirable, alpha, lam)
+                with failures_explained():
+                    loss = self._regularized(model, batch, sft_loss_fn, undesirable, alpha, lam)
             except BaseException:
                 self.auxiliary.reset(torch.Generator)
                 raise
@@ -211,13 +217,14 @@ class LfURegularizer:
             outlives=strategy.keeps_graph,
         )
         with self._hooks.run(clean):
-            with self._trunk.recording():
+            with self._trunk.recording(), graphs_for_two_backwards(strategy.keeps_graph):
                 sft_loss = checks.check_loss(sft_loss_fn(model, batch), first=step == 0)
             clean.recording = False
             clean.buffers += watch.changed()
             leaves = leaves_of(sft_loss)
             checks.check_trainable(leaves, clean.anchor)
             checks.check_layers_ran(self._hooks.captured, {state.name for state in clean.states}, named=self._named)
+            self._firing.check(clean, model)
             checks.check_token_mask(tokens, [state.hidden for state in clean.states])
             # ... and one backward gives d l_SFT / d theta and g = d l_SFT / d theta_aux.
             with on_copies(clean.buffers):
@@ -257,6 +264,8 @@ class LfURegularizer:
             )
             with self._replays.running(undesirable_self) as perturbed:
                 checks.check_same_layers([s.name for s in clean.states], [s.name for s in perturbed.states])
+                if samples is None:
+                    self._firing.compare(clean, perturbed)
                 l_cons, per_layer = consistency(
                     self.distance,
                     clean.states,

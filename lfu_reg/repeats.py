@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -28,17 +28,18 @@ class Repeats:
 
     Args:
         auxiliary: theta_aux.
+        changed: called after every change of `running`.
 
     Attributes:
         running: by thread, the pass whose block is running again there, and the components that it had.
         possible: False once the hooks are off the model.
     """
 
-    def __init__(self, auxiliary: Auxiliary) -> None:
+    def __init__(self, auxiliary: Auxiliary, changed: Callable[[], None]) -> None:
         # Not thread-local: a hook has to see at a glance, also when it is compiled, that there is nothing to look up.
         self.running: dict[int, tuple[Pass, Auxiliary]] = {}
         self.possible = True
-        self._auxiliary = auxiliary
+        self._auxiliary, self._changed = auxiliary, changed
 
     def prepared(self, this: Pass) -> AbstractContextManager[None]:
         """Context of a pass, in which checkpoints are told what they belong to if the graph outlives it.
@@ -65,6 +66,7 @@ class Repeats:
         thread = threading.get_ident()
         before = self.running.get(thread)
         self.running[thread] = this, frozen
+        self._changed()
         try:
             with substituted(this.replaced), on_copies(this.buffers):
                 yield
@@ -73,3 +75,4 @@ class Repeats:
                 del self.running[thread]
             else:
                 self.running[thread] = before
+            self._changed()

@@ -69,7 +69,8 @@ class Replays:
         self._hooks.overwritten |= overwritten
         batch_size = clean.states[0].hidden.shape[0]
         candidates: list[tuple[str, Callable[[], None]]] = [
-            (name or "the model", partial(replay, calls, samples, batch_size)) for name, calls in self._trunk.replays()
+            (name or "the model", partial(replay, calls, samples, batch_size))
+            for name, calls in self._trunk.replays(model)
         ]
         candidates.append((LOSS_FUNCTION, loss_function))
         candidates = [c for c in candidates if c[0] not in self._wrong]
@@ -117,11 +118,9 @@ class Replays:
 
 
 def early_exit_is_safe(model: nn.Module) -> bool:
-    """Whether a forward may be left by an exception: sharded engines and compiled modules keep track of its end."""
-    for module in model.modules():
-        kind = type(module).__name__
-        if kind in ("FullyShardedDataParallel", "OptimizedModule") or getattr(module, "_compiled_call_impl", None):
-            return False
+    """Whether a forward may be left by an exception: sharded engines keep track of its end."""
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        return False
     return not any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 

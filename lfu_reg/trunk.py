@@ -10,14 +10,16 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lfu_reg.hooks import EarlyExit, Hook
+from lfu_reg.compiled import entrances
+from lfu_reg.hooks import EarlyExit
+from lfu_reg.listeners import Hook
 from lfu_reg.randomness import RandomState
 
 # Arguments that hold per-position vectors without a batch dimension.
@@ -40,13 +42,17 @@ class Autocast:
 
 @dataclass(frozen=True)
 class RecordedCall:
-    """One call of one module of the trunk, with the surroundings that it depends on."""
+    """One call of one module of the trunk, with the surroundings that it depends on.
+
+    `compiled`: it took place in a region of torch.compile.
+    """
 
     module: nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     random_state: RandomState
     autocast: tuple[Autocast, ...]
+    compiled: bool = False
 
     def can_be_repeated(self) -> bool:
         """Whether no input has a history in pass 1's graph, which is gone, and none is a KV cache, which grows."""
@@ -81,11 +87,11 @@ class Trunk:
     def __init__(self, model: nn.Module, layers: Iterable[str], devices: Callable[[], list[torch.device]]) -> None:
         self._devices = devices
         self._calls: dict[str, list[RecordedCall]] = {}
-        self._recording = False
+        self.listening = False
         self._handles: list[RemovableHandle] = []
         self.names = [name for name in _common_ancestors(list(layers)) if _is_called(model.get_submodule(name))]
         for name in self.names:
-            module, hook = model.get_submodule(name), Hook(self.on_call, name)
+            module, hook = model.get_submodule(name), Hook(self, name)
             self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True))
 
     def remove(self) -> None:
@@ -97,27 +103,37 @@ class Trunk:
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Record every call in the block that runs with gradients; forget the calls recorded before."""
-        self._calls, self._recording = {}, True
+        self._calls, self.listening = {}, True
         try:
             yield
         finally:
-            self._recording = False
+            self.listening = False
 
     def forget(self) -> None:
         """Let go of the recorded inputs."""
         self._calls = {}
 
-    def replays(self) -> list[tuple[str, list[RecordedCall]]]:
-        """What can be replayed, by module name, the deepest module first."""
-        return [
-            (name, calls)
-            for name in reversed(self.names)
-            if (calls := self._calls.get(name)) and all(call.can_be_repeated() for call in calls)
-        ]
+    def replays(self, model: nn.Module) -> list[tuple[str, list[RecordedCall]]]:
+        """What can be replayed, by module name, the deepest module first.
 
-    def on_call(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        Args:
+            model: what the user trains, the attached module or a wrapper of it.
+        """
+        compiled = entrances(model)
+        found = []
+        for name in reversed(self.names):
+            calls = self._calls.get(name)
+            if not calls or not all(call.can_be_repeated() for call in calls):
+                continue
+            # Only through the entrance of its region would a compiled call run as it did in pass 1.
+            calls = [replace(c, module=compiled.get(c.module, c.module)) if c.compiled else c for c in calls]
+            if all(not c.compiled or c.module in compiled.values() for c in calls):
+                found.append((name, calls))
+        return found
+
+    def on_call(self, name: str, compiled: bool, module: nn.Module, args: Any, kwargs: Any) -> None:
         """What the hook on `name` does."""
-        if not self._recording or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
             return
         devices = self._devices()
         types = dict.fromkeys(["cpu", *(device.type for device in devices)])
@@ -128,6 +144,7 @@ class Trunk:
                 dict(kwargs),
                 RandomState.capture(devices),
                 tuple(Autocast.current(t) for t in types),
+                compiled,
             )
         )
 
