@@ -134,7 +134,9 @@ def check_layers_ran(layers: Collection[str], ran: Collection[str], *, named: bo
             f"{', '.join(silent[:10])}{f' and {len(silent) - 10} more' if len(silent) > 10 else ''}. Either "
             "sft_loss_fn does not run them, or it runs them without gradients (as reentrant checkpoints do: "
             "use_reentrant=False), or they are run as layer.forward(x), which bypasses hooks: call layer(x), or choose "
-            "other layers."
+            "other layers. Or torch.compile ran a graph of another model of the same classes, which has no hooks: set "
+            "torch._dynamo.config.skip_nnmodule_hook_guards = False before the models first run, or call "
+            "torch.compiler.reset() after attaching."
         )
 
 

@@ -15,7 +15,7 @@ from tests.architectures import bert, gpt2, llama, t5
 from tests.cases import Case, seeded
 from tests.compare import assert_same_gradients, close, gradients_of
 from tests.harness import a_matrices_of, auxiliary, drawn_a_matrices, run_pair
-from tests.models import BERT, ENCODER, FROZEN, GPT2, LLAMA, PEFT, T5, TINY
+from tests.models import BERT, ENCODER, FROZEN, GPT2, LENT_WEIGHTS, LLAMA, PEFT, T5, TINY
 from tests.plain_models import EncoderClassifier, TinyLM
 
 AUXILIARIES = ("lora", "steering", "weights")
@@ -161,6 +161,7 @@ RANDOM = {
 }
 
 
+@pytest.mark.filterwarnings(LENT_WEIGHTS)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("name", AUXILIARIES)
 @pytest.mark.parametrize("model", RANDOM)

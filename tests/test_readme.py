@@ -17,7 +17,7 @@ from tests.plain_models import TinyLM
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md", "docs/recipes/compile.md"])
 @pytest.mark.filterwarnings("ignore::lfu_reg.LfUWarning")
 def test_examples_run(page: str) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
@@ -28,6 +28,7 @@ def test_examples_run(page: str) -> None:
         "model": model,
         "loader": [token_batch(seed) for seed in range(2)],
         "sft_loss_fn": plain_loss,
+        "backend": "eager",
         "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
     }
     for block in blocks:

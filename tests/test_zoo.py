@@ -13,10 +13,12 @@ from lfu_reg import LfURegularizer
 from tests.cases import Case, seeded
 from tests.compare import gradients_of
 from tests.harness import auxiliary, run_pair
-from tests.models import ALBERT, CNN, MIXTRAL, SWIN, TINY, ZOO, images
+from tests.models import ALBERT, CNN, LENT_WEIGHTS, MIXTRAL, SWIN, TINY, ZOO, images
 from tests.oracle_parts import linear_maps
 from tests.plain_models import TinyLM
 from tests.snapshots import Snapshot, buffers_of, differing
+
+pytestmark = pytest.mark.filterwarnings(LENT_WEIGHTS)
 
 PAIRS = [(case, name) for case in ZOO for name in case.auxiliaries]
 
