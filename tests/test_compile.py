@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from lfu_reg import LfURegularizer
-from tests.cases import Case, seeded
+from tests.cases import Case, seeded, token_batch
 from tests.compare import assert_same_gradients, close
 from tests.harness import auxiliary
-from tests.models import LLAMA, PEFT, TINY, llm_batch
+from tests.models import LLAMA, PEFT, TINY
 from tests.plain_models import TinyLM
 from tests.refusals import says
 from tests.snapshots import Snapshot
@@ -156,7 +156,7 @@ def test_aot_autograd(name: str, way: str) -> None:
 
 @pytest.mark.parametrize(
     ("case", "name", "way"),
-    [(LLAMA, "lora", "whole"), (PEFT, "weights", "regional"), (PEFT, "steering", "whole")],
+    [(LLAMA, "weights", "regional"), (PEFT, "steering", "whole")],
     ids=lambda v: getattr(v, "name", v),
 )
 def test_transformers(case: Case, name: str, way: str) -> None:
@@ -181,18 +181,15 @@ def test_other_settings(way: str, options: dict[str, Any]) -> None:
     Run(TINY, "lora", way, **options).steps(2).equals(Run(TINY, "lora", **options).steps(2))
 
 
-@pytest.mark.parametrize("name", AUXILIARIES)
-@pytest.mark.parametrize("way", ["whole", "in place", "regional"])
-def test_recompilations(name: str, way: str) -> None:
-    """Over 20 steps, an evaluation after every fifth, and lengths that change."""
+@pytest.mark.parametrize("dynamic", [None, True], ids=["fixed", "dynamic"])
+@pytest.mark.parametrize(("name", "way"), [("lora", "whole"), ("steering", "in place"), ("weights", "regional")])
+def test_recompilations(name: str, way: str, dynamic: bool | None) -> None:
+    """Over 20 steps, with an evaluation after every fifth; lengths of the batches change where shapes are dynamic."""
 
     def batch(step: int) -> Any:
-        return llm_batch(step, shape=(3, 7 + step % 4))
+        return token_batch(step, shape=(3, 7 + step % 4 if dynamic else 7))
 
-    case = Case("tiny", lambda: seeded(lambda: TinyLM(vocab=64)), llm_batch, TINY.loss, TINY.mask, TINY.layers, 6)
-    run = Run(case, name, way, compile_options={"dynamic": True}).steps(20, 5, batch)
-    assert run.graphs[-1] - run.graphs[0] <= 3, run.graphs
-    run = Run(TINY, name, way).steps(20, 5)
+    run = Run(TINY, name, way, compile_options={"dynamic": dynamic}).steps(20, 5, batch)
     assert run.graphs[-1] - run.graphs[0] <= 3, run.graphs
 
 
