@@ -24,9 +24,9 @@ from lfu_reg.auxiliaries.base import Auxiliary, Call, GradientRule, Tokens
 from lfu_reg.compiled import forget_graphs
 from lfu_reg.graph import take_part
 from lfu_reg.layers import channels_first, is_encoder_layer
+from lfu_reg.listeners import Hook
 from lfu_reg.repeats import Repeats
 from lfu_reg.substitution import Replacement, substituted
-from lfu_reg.listeners import Hook
 from lfu_reg.tokens import TokenMasks
 
 TRANSFORMED = (
