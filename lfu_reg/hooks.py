@@ -133,7 +133,9 @@ class ModelHooks:
         self._repeats = Repeats(auxiliary)
         self._handles: list[RemovableHandle] = []
         for name, module in modules.items():
-            self._handles.append(module.register_forward_hook(Hook(self.on_output, name), with_kwargs=True))
+            # First of all hooks, whenever the others came: what they capture or change is then downstream of ours.
+            hook = Hook(self.on_output, name)
+            self._handles.append(module.register_forward_hook(hook, with_kwargs=True, prepend=True))
 
     def remove(self) -> None:
         """Take every hook off again."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lfu_reg import adapters
 from lfu_reg.hooks import EarlyExit, Hook
 from lfu_reg.randomness import RandomState
 
@@ -54,6 +55,11 @@ class RecordedCall:
             value.requires_grad and not value.is_leaf if isinstance(value, Tensor) else is_cache(value)
             for value in _flatten((self.args, self.kwargs))
         )
+
+    @property
+    def enters_a_context(self) -> bool:
+        """Whether the call sets up more than its arguments say, until it returns."""
+        return adapters.enters_a_context(self.module, self.kwargs)
 
     def repeat(self, samples: Tensor | None = None, batch_size: int | None = None) -> None:
         """Call the module again, with the same random draws, for some samples of the batch or for all."""
@@ -103,17 +109,27 @@ class Trunk:
         finally:
             self._recording = False
 
+    def arguments(self) -> list[dict[str, Any]]:
+        """Keyword arguments of the recorded calls of the outermost module that was called."""
+        for name in self.names:
+            if calls := self._calls.get(name):
+                return [call.kwargs for call in calls]
+        return []
+
     def forget(self) -> None:
         """Let go of the recorded inputs."""
         self._calls = {}
 
     def replays(self) -> list[tuple[str, list[RecordedCall]]]:
         """What can be replayed, by module name, the deepest module first."""
-        return [
-            (name, calls)
-            for name in reversed(self.names)
-            if (calls := self._calls.get(name)) and all(call.can_be_repeated() for call in calls)
-        ]
+        found = []
+        for name in reversed(self.names):
+            calls = self._calls.get(name, [])
+            if calls and all(call.can_be_repeated() for call in calls):
+                found.append((name, calls))
+            if any(call.enters_a_context for call in calls):
+                found = found[-1:] if found and found[-1][0] == name else []  # what is inside of it lacks the context
+        return found
 
     def on_call(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         """What the hook on `name` does."""
