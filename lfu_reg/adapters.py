@@ -59,4 +59,3 @@ def enters_a_context(module: nn.Module, kwargs: dict[str, Any]) -> bool:
         return True
     configs = getattr(module, "peft_config", None) if "special_peft_forward_args" in vars(module) else None
     return any(getattr(config, "alora_invocation_tokens", None) for config in (configs or {}).values())
-

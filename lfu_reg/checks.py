@@ -25,9 +25,9 @@ NO_REPLICAS = (
 
 
 EVERY_POSITION_COUNTS = (
-    "Every position counts in the consistency term, padding and prompts too: no mask of the batch fits the hidden states "
-    "(shapes {shapes}), {offered}. Give token_mask=..., a callable of the batch that returns a mask shaped like the "
-    "tokens that the layers see."
+    "Every position counts in the consistency term, padding and prompts too: no mask of the batch fits the hidden "
+    "states (shapes {shapes}), {offered}. Give token_mask=..., a callable of the batch that returns a mask shaped like "
+    "the tokens that the layers see."
 )
 
 
@@ -127,6 +127,18 @@ def check_trainable(leaves: Sequence[Tensor], anchor: Tensor) -> None:
     """Raise unless something besides the regularizer's own anchor is trained by the loss."""
     if all(leaf is anchor for leaf in leaves):
         raise ValueError(NOTHING_TRAINABLE)
+
+
+def check_resident(model: nn.Module) -> None:
+    """Raise if parameters that are to be trained are offloaded: they exist only while their module runs."""
+    offloaded = [name for name, p in model.named_parameters() if p.requires_grad and p.device.type == "meta"]
+    if offloaded:
+        raise ValueError(
+            f"{len(offloaded)} trainable parameters are on the meta device, {offloaded[0]!r} first: offloaded to the "
+            "CPU or disk (device_map, cpu_offload, disk_offload), where gradients are lost, with LfU or without. Keep what "
+            "is trained on a device: train adapters on resident layers, use a device_map without 'cpu' or 'disk', or "
+            "freeze them with requires_grad_(False)."
+        )
 
 
 def check_layers_ran(layers: Collection[str], ran: Collection[str], *, named: bool) -> None:

@@ -31,9 +31,9 @@ def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
         assert isinstance(module.weight, Tensor)
         return module.weight.shape[0], module.weight.shape[1]
     for names in _SIZES:
-        sizes = [getattr(module, name, None) for name in names]
-        if all(isinstance(size, int) for size in sizes):
-            return sizes[0], sizes[1]
+        n_in, n_out = (getattr(module, name, None) for name in names)
+        if isinstance(n_in, int) and isinstance(n_out, int):
+            return n_in, n_out
     return None
 
 

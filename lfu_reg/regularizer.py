@@ -31,7 +31,7 @@ from lfu_reg.hooks import ModelHooks, Pass, State
 from lfu_reg.layers import LayerChoice, choose_layers
 from lfu_reg.loss_scale import LossScales, float16_in_play
 from lfu_reg.places import Places
-from lfu_reg.randomness import RandomState, StepDraws
+from lfu_reg.randomness import RandomState, StepDraws, devices_of
 from lfu_reg.replays import Replays
 from lfu_reg.schedules import Schedule, check_schedule, value_at
 from lfu_reg.strategies import Released, Retained, Strategy, is_sharded
@@ -210,6 +210,8 @@ class LfURegularizer:
         self, model: Any, batch: Any, sft_loss_fn: LossFunction, undesirable: Any, alpha: float, lam: float
     ) -> Tensor:
         attached, step = self._attached(), self._steps
+        if step == 0:
+            checks.check_resident(attached)
         strategy = self._new_strategy(attached)
         tokens = self._token_masks(model, batch)
         again = copy.copy(batch)  # the loss function may take entries out of the batch
@@ -341,8 +343,7 @@ class LfURegularizer:
             after_clean.restore()
 
     def _devices(self) -> list[torch.device]:
-        firsts = (next(module.parameters(), None) for module in self._modules.values())
-        return list(dict.fromkeys(first.device for first in firsts if first is not None))
+        return devices_of(self._modules.values())
 
     def _new_strategy(self, model: nn.Module) -> Strategy:
         if self.strategy == "released":

@@ -38,7 +38,7 @@ class TokenMasks:
         token_mask: overrides them: a tensor shaped like the token dimensions (nonzero counts), or a callable of the
             batch.
         virtual_tokens: positions that the model puts in front of the batch's own (PEFT's prompt tuning). Where no mask
-            fits as it is, these are added to it as PEFT adds them: attended to, but not a label, nor chosen by the user.
+            fits as it is, they are added to it as PEFT adds them: attended to, but not a label, nor chosen by the user.
 
     Raises:
         TypeError: if `token_mask` gives something else than a tensor.

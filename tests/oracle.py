@@ -162,7 +162,7 @@ class _Runner:
         if self.seed is not None:
             torch.manual_seed(self.seed)
         with ExitStack() as stack:
-            # In front of all other hooks (transformers answers output_hidden_states by some), insertions before captures.
+            # In front of all other hooks (transformers answers output_hidden_states by some); insertions come last.
             for name in self.layers:
                 hook = self._capture(name, states)
                 stack.callback(self.model.get_submodule(name).register_forward_hook(hook, prepend=True).remove)

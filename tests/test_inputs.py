@@ -57,9 +57,7 @@ def test_more_padding_on_the_left_changes_nothing(name: str, labelled: bool) -> 
     def loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
         labels = batch["input_ids"].masked_fill(batch["attention_mask"].cumsum(1) <= 1, -100)
         positions = (batch["attention_mask"].cumsum(1) - 1).clamp_min(0)
-        out = model(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], position_ids=positions
-        )
+        out = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], position_ids=positions)
         return next_token_loss(out.logits, labels)
 
     same(*(outcome(LLAMA.make(), name, padded(width), loss) for width in (1, 5)), tolerance=1e-8)

@@ -129,7 +129,9 @@ def test_disable_adapter_around_the_call_leaves_the_deltas_on(name: str) -> None
     with model.disable_adapter():
         got = outcome(reg, model)
     plain = LLAMA.make()
-    weights = {key.replace(".base_layer", "").removeprefix("base_model.model."): v for key, v in model.named_parameters()}
+    weights = {
+        key.replace(".base_layer", "").removeprefix("base_model.model."): v for key, v in model.named_parameters()
+    }
     plain.load_state_dict({key: value for key, value in weights.items() if "lora_" not in key})
     norms_only(plain)
     setup = oracle.Setup(name, alpha=0.05, lam=0.7)
@@ -269,9 +271,7 @@ def test_a_mixed_batch_among_plain_ones() -> None:
     for _ in range(3):
         reg(model, llm_batch(), PEFT.loss)
     got = outcome(reg, model, mixed)
-    want = oracle.step(
-        two_adapters(), llm_batch(), mixed, PEFT.layers, oracle.Setup(alpha=0.05, lam=0.7), PEFT.mask
-    )
+    want = oracle.step(two_adapters(), llm_batch(), mixed, PEFT.layers, oracle.Setup(alpha=0.05, lam=0.7), PEFT.mask)
     close(got[0], want.loss)
     assert_same_gradients(got[1], want.gradients)
 

@@ -104,7 +104,9 @@ def quantised_by_torchao() -> nn.Module:
     torchao = pytest.importorskip("torchao.quantization")
     torch.manual_seed(1)
     model = llama().train()
-    torchao.quantize_(model, torchao.Int8WeightOnlyConfig(), lambda m, name: isinstance(m, nn.Linear) and "layers" in name)
+    torchao.quantize_(
+        model, torchao.Int8WeightOnlyConfig(), lambda m, name: isinstance(m, nn.Linear) and "layers" in name
+    )
     torch.manual_seed(3)
     return peft.get_peft_model(model, lora_config(task_type="CAUSAL_LM"))
 

@@ -114,7 +114,11 @@ def test_the_projectors_gradient_has_both_terms(name: str) -> None:
 def test_both_stacks(name: str) -> None:
     """layers="all" takes the vision tower's blocks as well; transformers reads one of them by a hook of its own."""
     pair = run_pair(case(llava), name)
-    assert sum("vision" in layer for layer in pair.reg.layers) == sum("language" in layer for layer in pair.reg.layers) == 3
+    assert (
+        sum("vision" in layer for layer in pair.reg.layers)
+        == sum("language" in layer for layer in pair.reg.layers)
+        == 3
+    )
     pair.check()
 
 

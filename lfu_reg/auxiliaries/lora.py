@@ -165,9 +165,7 @@ class _Weight:
 def _plain_weight(module: nn.Module) -> _Weight | None:
     """The weight into which a delta could be merged; None where it is packed, parametrised, sharded or compiled."""
     holder = adapters.innermost(module)
-    if holder is not module and not (
-        adapters.base_layer(module) is holder and adapters.adds_to_its_base_layer(module)
-    ):
+    if holder is not module and not (adapters.base_layer(module) is holder and adapters.adds_to_its_base_layer(module)):
         return None
     # A forward of the instance's own (accelerate's offloading) may bring another weight.
     if getattr(holder, "_compiled_call_impl", None) is not None or "forward" in vars(holder):
