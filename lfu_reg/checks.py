@@ -135,9 +135,9 @@ def check_resident(model: nn.Module) -> None:
     if offloaded:
         raise ValueError(
             f"{len(offloaded)} trainable parameters are on the meta device, {offloaded[0]!r} first: offloaded to the "
-            "CPU or disk (device_map, cpu_offload, disk_offload), where gradients are lost, with LfU or without. Keep what "
-            "is trained on a device: train adapters on resident layers, use a device_map without 'cpu' or 'disk', or "
-            "freeze them with requires_grad_(False)."
+            "CPU or disk (device_map, cpu_offload, disk_offload), where gradients are lost, with LfU or without. Keep "
+            "what is trained on a device: train adapters on resident layers, use a device_map without 'cpu' or 'disk', "
+            "or freeze them with requires_grad_(False)."
         )
 
 

@@ -265,7 +265,7 @@ def test_calls_that_hook_pefts_layers(kind: str, name: str) -> None:
 
 
 def test_a_mixed_batch_among_plain_ones() -> None:
-    """The replay that was right for the plain batches leaves the adapters' names out, and nothing is due to check it."""
+    """The replay that was right for plain batches would leave the adapters' names out, unchecked at this step."""
     model = two_adapters()
     reg = attached(model, "steering")
     for _ in range(3):

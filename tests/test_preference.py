@@ -1,4 +1,4 @@
-"""Preference losses: two calls of the policy or one, and a reference without gradients from a frozen copy or disabled adapters."""
+"""Preference losses: one call of the policy or two, and a reference without gradients: frozen copy or disabled adapter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Packed and quantised linear maps: only sizes and activations are read, and gradients are those of the unpacked model."""
+"""Packed and quantised linear maps: only sizes and activations are read; gradients are those of the unpacked model."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def outcome(model: nn.Module, name: str, batch: Any, **options: Any) -> tuple[fl
 @pytest.mark.parametrize("shape", ["short", "long"])
 @pytest.mark.parametrize("name", AUXILIARIES)
 def test_packed_linear_maps(name: str, shape: str) -> None:
-    """Embeddings, norms and head are trained; what is packed carries no gradient. Long: where deltas would be merged."""
+    """Embeddings, norms and head are trained, what is packed is not. Long: where deltas would be merged."""
     batch = llm_batch(**(LONG if shape == "long" else {}))
     packed = pack(LLAMA.make())
     plain = unpack(copy.deepcopy(packed))
@@ -80,7 +80,7 @@ def test_sizes_that_do_not_fit_the_activations() -> None:
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("name", AUXILIARIES)
 def test_a_compute_dtype_that_is_not_the_activations(name: str, autocast: bool) -> None:
-    """Half-precision products between float32 activations: the deltas follow the activations, outputs keep their dtype."""
+    """Half-precision products between float32 activations: deltas follow the activations, outputs keep their dtype."""
     model = pack(llama().train(), lambda linear: PackedLinear(linear, compute=torch.bfloat16))
     seen: set[torch.dtype] = set()
     for module in model.modules():
