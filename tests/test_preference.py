@@ -1,4 +1,4 @@
-"""Preference losses: one call of the policy or two, and a reference without gradients: frozen copy or disabled adapter."""
+"""Preference losses: the policy called once or twice; a reference without gradients from a copy or a disabled adapter."""
 
 from __future__ import annotations
 
