@@ -62,7 +62,7 @@ class LfURegularizer:
         reg.remove()
 
     Args:
-        model: any module; forward hooks are registered on it. Wrap it (DDP, FSDP, compile) before or after.
+        model: any module; forward hooks are registered on it. Wrap it (PEFT, DDP, FSDP, compile) before or after.
         auxiliary: theta_aux: "lora", "steering", "weights", "random" or an `Auxiliary` object.
         layers: K, the layers whose hidden states are compared and (but for "weights") perturbed; see `choose_layers`.
         alpha: length of the ascent step (Eq. 2), or a callable of the step number. None: the paper's value.
@@ -75,7 +75,7 @@ class LfURegularizer:
             "none".
         token_mask: tensor shaped like the token dimensions (nonzero counts), or a callable of the batch that returns
             one. None: `labels != -100` where the batch has labels of that shape, else `attention_mask`, else every
-            position.
+            position, with a warning if that counts what one of the masks leaves out.
         ascent_steps: steps of length alpha toward the undesirable. Each one after the first evaluates the gradient
             again, at the perturbed point, for one more call of `sft_loss_fn` and its backward.
         every: apply the regularizer at every k-th step only.

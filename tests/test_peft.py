@@ -47,7 +47,7 @@ def test_an_adapter_layer_is_hooked_as_a_whole(kind: str) -> None:
     moved = {name for name, (_, b) in reg.perturbation.items() if bool(b.any())}
     assert moved == set(linear_maps(model, case.layers))
     assert len(moved) == case.linears
-    assert not any("lora_" in name or "base_layer" in name or "modules_to_save" in name for name in moved)
+    assert set(reg._hooks._sites) == moved  # nothing inside of an adapter layer, not even what is never called
 
 
 def test_an_adapter_on_an_embedding_is_no_linear_map() -> None:
@@ -92,6 +92,18 @@ def test_a_token_mask_without_the_virtual_tokens() -> None:
     given = PROMPTS["prompt"]
     run_pair(given, "steering", reg_options={"token_mask": lambda batch: batch["labels"] != -100}).check()
     run_pair(given, "lora", reg_options={"token_mask": lambda batch: behind_the_prompt(batch, "")}).check()
+
+
+def test_virtual_tokens_in_later_ascent_steps_and_in_parts_of_the_batch() -> None:
+    case = PROMPTS["prompt"]
+    run_pair(case, "steering", ascent_steps=2).check()
+    found = []
+    for options in ({}, {"token_mask": lambda batch: behind_the_prompt(batch, "")}):
+        model = case.make()
+        reg = LfURegularizer(model, "steering", alpha=0.05, lam=0.7, seed=3, batch_fraction=2 / 3, **options)
+        reg(model, case.batch(), case.loss).backward()
+        found.append(gradients_of(model))
+    assert_same_gradients(*found, 0.0)
 
 
 @pytest.mark.parametrize("kind", ["dora", "modules-to-save", "upper-layers", "ia3"])

@@ -1,4 +1,4 @@
-"""Preference losses: the policy called once or twice; a reference without gradients from a copy or a disabled adapter."""
+"""Preference losses: the policy called once or twice; a reference without gradients, copied or by disabled adapter."""
 
 from __future__ import annotations
 
