@@ -41,15 +41,14 @@ def adds_to_its_base_layer(module: nn.Module) -> bool:
 
 
 def virtual_tokens(model: nn.Module) -> int:
-    """How many virtual tokens PEFT puts in front of the batch's own (prompt tuning, P-tuning).
+    """How many virtual tokens PEFT may put in front of the batch's own (prompt tuning, P-tuning); 0 without PEFT.
 
-    Prefix tuning gives 0: its tokens are keys and values, and have no hidden states.
+    Those of prefix tuning are counted as well, but are keys and values: its hidden states are no longer than the batch.
     """
     for module in model.modules():
         if vars(module).get("_is_prompt_learning"):
             config: Any = getattr(module, "active_peft_config", None)
-            kind = str(getattr(config, "peft_type", "")).rsplit(".", 1)[-1]
-            return 0 if kind in ("PREFIX_TUNING", "CARTRIDGE") else int(getattr(config, "num_virtual_tokens", 0) or 0)
+            return int(getattr(config, "num_virtual_tokens", 0) or 0)
     return 0
 
 

@@ -16,7 +16,7 @@ from tests.architectures import VOCAB, WIDTH
 from tests.cases import Case, next_token_loss
 from tests.compare import assert_same_gradients, close, gradients_of
 from tests.harness import auxiliary, run_pair
-from tests.models import LLAMA, MIXTRAL, PEFT, llm_batch
+from tests.models import FROZEN, LLAMA, MIXTRAL, llm_batch
 from tests.refusals import says
 
 AUXILIARIES = ("lora", "steering", "weights")
@@ -227,16 +227,29 @@ def test_a_cache_that_the_loss_function_makes() -> None:
 
     same(outcome(LLAMA.make(), "lora", llm_batch(), loss), outcome(LLAMA.make(), "lora", llm_batch()), 1e-9)
     assert len(calls) == 3  # pass 1, the check of the first step, pass 2
+    # Also at a step whose replay is not checked, because the one before it could be repeated.
+    model, plain = LLAMA.make(), LLAMA.make()
+    found = []
+    for one, second in ((model, loss), (plain, LLAMA.loss)):
+        reg = LfURegularizer(one, auxiliary("lora"), alpha=0.05, lam=0.7, seed=3)
+        reg(one, llm_batch(), LLAMA.loss)
+        value = reg(one, llm_batch(), second)
+        value.backward()
+        found.append((float(value.detach()), gradients_of(one)))
+    same(*found)
 
 
 # ------------------------------------------------------------------ hidden states in the loss
 
 
 @pytest.mark.parametrize("strategy", ["released", "retained"])
-@pytest.mark.parametrize("case", [LLAMA, PEFT], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [LLAMA, FROZEN], ids=lambda case: case.name)
 @pytest.mark.parametrize("name", AUXILIARIES)
 def test_output_hidden_states_in_the_loss(name: str, case: Case, strategy: str) -> None:
-    """transformers answers with forward hooks of its own, which it leaves on the blocks: no matter whose came first."""
+    """transformers answers with forward hooks of its own, which it leaves on the blocks: no matter whose came first.
+
+    Frozen lower layers return what requires no gradient, and the regularizer returns something else in its place.
+    """
 
     def loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
         out = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], output_hidden_states=True)
