@@ -39,16 +39,17 @@ def logits_of(output: Any) -> Tensor:
 
 def linear_maps(model: nn.Module, layers: Sequence[str]) -> dict[str, tuple[int, int]]:
     """(in, out) of every linear map in the layers. A PEFT layer is one map, and what it wraps is none."""
-    from peft.tuners.lora.layer import ParamWrapper
+    from peft.tuners.lora import layer as lora_layer
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import ModulesToSaveWrapper
     from transformers.pytorch_utils import Conv1D
 
     found: dict[str, tuple[int, int]] = {}
+    wrapper_of_a_parameter = getattr(lora_layer, "ParamWrapper", ())  # since PEFT 0.17
 
     def visit(module: nn.Module, name: str) -> None:
         inner = module
-        if isinstance(module, ParamWrapper):  # adapts a parameter of whatever is inside, which goes on as it was
+        if isinstance(module, wrapper_of_a_parameter):  # what is inside goes on as it was
             return visit(module.base_layer, f"{name}.base_layer")
         if isinstance(module, BaseTunerLayer):
             inner = module.get_base_layer()

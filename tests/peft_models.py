@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -72,6 +73,10 @@ def prompted_loss(model: Any, batch: Mapping[str, Any]) -> Tensor:
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     return next_token_loss(logits[:, VIRTUAL:], batch["labels"])
 
+
+# Older releases of PEFT have no adapters on single parameters, and none that are activated by a token.
+FIELDS = {field.name for field in dataclasses.fields(peft.LoraConfig)}
+WITH_EXPERTS = {**ADAPTERS, **({"experts": EXPERTS} if "target_parameters" in FIELDS else {})}
 
 PROMPT_LAYERS = tuple(f"base_model.model.layers.{i}" for i in range(4))
 PROMPTS = {

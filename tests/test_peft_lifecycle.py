@@ -17,7 +17,7 @@ from tests.compare import assert_same_gradients, close, gradients_of
 from tests.harness import a_matrices_of, auxiliary
 from tests.models import LLAMA, PEFT, llm_batch
 from tests.oracle_parts import linear_maps
-from tests.peft_models import ADAPTERS, lora_config
+from tests.peft_models import ADAPTERS, FIELDS, lora_config
 from tests.refusals import says
 from tests.snapshots import hook_counts
 
@@ -243,7 +243,7 @@ def invoked(model: Any, batch: Mapping[str, Any]) -> Tensor:
 
 CONTEXTS: dict[str, tuple[Callable[[], peft.PeftModel], Any]] = {
     "mixed batch": (two_adapters, mixed),
-    "activated LoRA": (activated, invoked),
+    **({"activated LoRA": (activated, invoked)} if "alora_invocation_tokens" in FIELDS else {}),
 }
 
 
