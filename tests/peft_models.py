@@ -18,6 +18,11 @@ from tests.models import PEFT, llm_batch
 VIRTUAL = 3
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
+# Newer releases approximate the rotation's inverse by default.
+EXACT_ROTATION = {
+    field.name: False for field in dataclasses.fields(peft.OFTConfig) if field.name == "use_cayley_neumann"
+}
+
 
 def lora_config(**changes: Any) -> peft.LoraConfig:
     settings = {"r": 2, "lora_alpha": 4, "target_modules": TARGETS, "init_lora_weights": False}
@@ -37,7 +42,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "loha": lambda: peft.LoHaConfig(r=2, target_modules=TARGETS, init_weights=False),
     "adalora": lambda: peft.AdaLoraConfig(init_r=2, target_r=1, total_step=9, target_modules=TARGETS),
     "oft": lambda: peft.OFTConfig(
-        r=0, oft_block_size=4, target_modules=["q_proj", "down_proj"], init_weights=False, use_cayley_neumann=False
+        r=0, oft_block_size=4, target_modules=["q_proj", "down_proj"], init_weights=False, **EXACT_ROTATION
     ),
 }
 
