@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,13 @@ NO_REPLICAS = (
     "torch.nn.DataParallel runs copies of the model in threads, whose hidden states would mix. Use "
     "torch.nn.parallel.DistributedDataParallel with one process per GPU (torchrun), or hide the other GPUs with "
     "CUDA_VISIBLE_DEVICES (transformers' Trainer wraps in DataParallel when it sees several)."
+)
+
+
+EVERY_POSITION_COUNTS = (
+    "Every position counts in the consistency term, padding and prompts too: no mask of the batch fits the hidden "
+    "states (shapes {shapes}), {offered}. Give token_mask=..., a callable of the batch that returns a mask shaped like "
+    "the tokens that the layers see."
 )
 
 
@@ -83,14 +90,21 @@ def check_fraction(name: str, value: object) -> None:
 
 def check_batch(batch: Any) -> None:
     """Raise if the batch holds a key/value cache, which each pass would grow and the next attend to."""
-    entries = batch.items() if isinstance(batch, Mapping) else ()
-    for key, value in entries:
+    for key, value in _entries(batch):
         if value is not None and (key in ("past_key_values", "cache_params") or is_cache(value)):
             raise ValueError(
-                f"The batch holds a KV cache (batch[{key!r}] is a {type(value).__name__}). LfU runs the model twice on "
-                "the batch, and the second pass would attend to what the first one added: train without a cache, "
+                f"The batch holds a KV cache (its entry {key!r} is a {type(value).__name__}). LfU runs the model twice "
+                "on the batch, and the second pass would attend to what the first one added: train without a cache, "
                 "use_cache=False."
             )
+
+
+def _entries(batch: Any) -> Iterable[tuple[Any, Any]]:
+    if isinstance(batch, Mapping):
+        return batch.items()
+    if isinstance(batch, (tuple, list)):
+        return enumerate(batch)
+    return getattr(batch, "__dict__", {}).items()
 
 
 def check_loss(loss: object, *, first: bool) -> Tensor:
@@ -123,6 +137,18 @@ def check_trainable(leaves: Sequence[Tensor], anchor: Tensor) -> None:
     """Raise unless something besides the regularizer's own anchor is trained by the loss."""
     if all(leaf is anchor for leaf in leaves):
         raise ValueError(NOTHING_TRAINABLE)
+
+
+def check_resident(model: nn.Module) -> None:
+    """Raise if parameters that are to be trained are offloaded: they exist only while their module runs."""
+    offloaded = [name for name, p in model.named_parameters() if p.requires_grad and p.device.type == "meta"]
+    if offloaded:
+        raise ValueError(
+            f"{len(offloaded)} trainable parameters are on the meta device, {offloaded[0]!r} first: offloaded to the "
+            "CPU or disk (device_map, cpu_offload, disk_offload), where gradients are lost, with LfU or without. Keep "
+            "what is trained on a device: train adapters on resident layers, use a device_map without 'cpu' or 'disk', "
+            "or freeze them with requires_grad_(False)."
+        )
 
 
 def check_layers_ran(layers: Collection[str], ran: Collection[str], *, named: bool) -> None:
@@ -159,3 +185,25 @@ def check_token_mask(tokens: TokenMasks, hidden_states: Sequence[Tensor]) -> Non
             f"token_mask has shape {list(tokens.given.shape)}, which fits no hidden state (shapes {shapes}). It has to "
             "be shaped like their token dimensions, for example [batch, tokens] for [batch, tokens, hidden]."
         )
+
+
+def masks_without_effect(
+    tokens: TokenMasks, hidden_states: Sequence[Tensor], calls: Iterable[Mapping[str, Any]]
+) -> str | None:
+    """What to tell the user if every position counts although somebody said that some do not. Waits for the device.
+
+    Args:
+        tokens: the batch's masks, after they were matched.
+        hidden_states: what they were matched to.
+        calls: keyword arguments of the attached model's calls.
+    """
+    if tokens.matched:
+        return None
+    if tokens.leave_something_out():
+        offered = "not its labels or attention_mask either"
+    elif any(TokenMasks(kwargs).leave_something_out() for kwargs in calls):
+        offered = "but the model was called with labels or an attention_mask that leave some out"
+    else:
+        return None
+    shapes = ", ".join(dict.fromkeys(str(list(hidden.shape)) for hidden in hidden_states))
+    return EVERY_POSITION_COUNTS.format(shapes=shapes, offered=offered)

@@ -148,7 +148,8 @@ class ModelHooks:
         self._repeats = Repeats(auxiliary, self._look)
         self._handles: list[RemovableHandle] = []
         for name, module in modules.items():
-            self._handles.append(module.register_forward_hook(Hook(self, name), with_kwargs=True))
+            # First of all hooks, whenever the others came: what they capture or change is then downstream of ours.
+            self._handles.append(module.register_forward_hook(Hook(self, name), with_kwargs=True, prepend=True))
         # A compiled block shares its graphs with its siblings, and torch tells a module with hooks from one without
         # only where both have some. So every other module of the same classes gets an idle one.
         classes, hooked = {type(module) for module in modules.values()}, set(modules.values())

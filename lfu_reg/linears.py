@@ -11,17 +11,29 @@ from typing import TypeAlias
 
 from torch import Tensor, nn
 
+from lfu_reg import adapters
+
 TargetModules: TypeAlias = str | Sequence[str]
 
 
+# What libraries call the sizes of a linear map; the second pair is that of the first GPTQ kernels.
+_SIZES = (("in_features", "out_features"), ("infeatures", "outfeatures"))
+
+
 def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
-    """(in, out) of a linear map y = W x + b over the last dimension; None for every other module."""
+    """(in, out) of a linear map y = W x + b over the last dimension; None for every other module.
+
+    An adapter layer has the sizes of what it wraps: PEFT's own `in_features` also stand for embeddings, convolutions
+    and single parameters.
+    """
+    module = adapters.innermost(module)
     if type(module).__name__ == "Conv1D":  # transformers' transposed Linear; nx is missing before 4.46
         assert isinstance(module.weight, Tensor)
         return module.weight.shape[0], module.weight.shape[1]
-    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    if isinstance(sizes[0], int) and isinstance(sizes[1], int):
-        return sizes[0], sizes[1]
+    for names in _SIZES:
+        n_in, n_out = (getattr(module, name, None) for name in names)
+        if isinstance(n_in, int) and isinstance(n_out, int):
+            return n_in, n_out
     return None
 
 
@@ -59,6 +71,9 @@ def find_linears(layers: Mapping[str, nn.Module], target_modules: TargetModules 
 def _collect(module: nn.Module, name: str, found: dict[str, nn.Module]) -> None:
     if linear_sizes(module) is not None and module not in found.values():
         found[name] = module
+        return
+    if (inner := adapters.base_layer(module)) is not None:  # what else is in an adapter layer is the adapter's
+        _collect(inner, f"{name}.base_layer", found)
         return
     for child_name, child in module.named_children():
         _collect(child, f"{name}.{child_name}", found)

@@ -14,7 +14,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+
+def devices_of(modules: Iterable[nn.Module]) -> list[torch.device]:
+    """The devices that modules compute on.
+
+    Offloaded weights are on the meta device between the calls, which says nothing of where they are brought to: then
+    every accelerator counts.
+    """
+    firsts = [next(module.parameters(), None) for module in modules]
+    found = dict.fromkeys(first.device for first in firsts if first is not None)
+    if torch.device("meta") in found:
+        del found[torch.device("meta")]
+        kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        if kind is not None:
+            found |= dict.fromkeys(torch.device(kind.type, i) for i in range(torch.accelerator.device_count()))
+    return list(found)
 
 
 @dataclass(frozen=True)
@@ -35,7 +51,7 @@ class RandomState:
             devices=tuple(
                 (device, torch.get_device_module(device).get_rng_state(device))
                 for device in devices
-                if device.type not in ("cpu", "meta")
+                if device.type != "cpu"
             ),
             python=random.getstate(),
             numpy=numpy.random.get_state() if numpy is not None else None,

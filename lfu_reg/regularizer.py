@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lfu_reg import checks
+from lfu_reg.adapters import virtual_tokens
 from lfu_reg.auxiliaries import Auxiliary, make_auxiliary
 from lfu_reg.buffers import BufferWatch, on_copies
 from lfu_reg.compiled import failures_explained, graphs_for_two_backwards, unwrapped
@@ -31,7 +32,8 @@ from lfu_reg.graph import leaves_of
 from lfu_reg.hooks import ModelHooks, Pass, State
 from lfu_reg.layers import LayerChoice, choose_layers
 from lfu_reg.loss_scale import LossScales, float16_in_play
-from lfu_reg.randomness import RandomState, StepDraws
+from lfu_reg.places import Places
+from lfu_reg.randomness import RandomState, StepDraws, devices_of
 from lfu_reg.replays import Replays
 from lfu_reg.schedules import Schedule, check_schedule, value_at
 from lfu_reg.strategies import Released, Retained, Strategy, is_sharded
@@ -62,7 +64,7 @@ class LfURegularizer:
         reg.remove()
 
     Args:
-        model: any module; forward hooks are registered on it. Wrap it (DDP, FSDP, compile) before or after.
+        model: any module; forward hooks are registered on it. Wrap it (PEFT, DDP, FSDP, compile) before or after.
         auxiliary: theta_aux: "lora", "steering", "weights", "random" or an `Auxiliary` object.
         layers: K, the layers whose hidden states are compared and (but for "weights") perturbed; see `choose_layers`.
         alpha: length of the ascent step (Eq. 2), or a callable of the step number. None: the paper's value.
@@ -75,7 +77,7 @@ class LfURegularizer:
             "none".
         token_mask: tensor shaped like the token dimensions (nonzero counts), or a callable of the batch that returns
             one. None: `labels != -100` where the batch has labels of that shape, else `attention_mask`, else every
-            position.
+            position, with a warning if that counts what one of the masks leaves out.
         ascent_steps: steps of length alpha toward the undesirable. Each one after the first evaluates the gradient
             again, at the perturbed point, for one more call of `sft_loss_fn` and its backward.
         every: apply the regularizer at every k-th step only.
@@ -139,22 +141,33 @@ class LfURegularizer:
         self.seed = torch.initial_seed() % 2**31 if seed is None else int(seed)
         self.metrics: Mapping[str, Any] = {}
 
-        chosen = choose_layers(model, layers)
-        checks.check_no_scripts(chosen)
-        self.layers = tuple(chosen)
+        self._choice = layers
         self._named = not isinstance(layers, str) or layers not in ("all", "early", "middle", "late")
         self._model: nn.Module | None = model
-        self._modules = chosen
         self._diagnostics = Diagnostics()
         self._steps = self._empty_steps = 0
         self._disabled = False
         self._scales = LossScales()
+        self._attach(model)
+
+    def _attach(self, model: nn.Module) -> None:
+        chosen = choose_layers(model, self._choice)
         sites = self.auxiliary.sites(model, chosen)
         on_logits = self.distance.measures == "logits"
+        checks.check_no_scripts(chosen)
+        self.layers, self._modules = tuple(chosen), chosen
         self._hooks = ModelHooks(model, chosen, sites, self.auxiliary, head=model if on_logits else None)
         self._trunk = Trunk(model, [] if on_logits else self.layers, self._devices)
         self._replays = Replays(self._hooks, self._trunk, self._diagnostics)
         self._firing = Firing(self.layers, sites, self._diagnostics)
+        self._places = Places(model, [*chosen, *sites, *self._trunk.names])
+
+    def _follow(self, model: nn.Module) -> None:
+        """Hook what is there now, where adapters were put around the hooked modules or merged into them."""
+        if self._places.are_taken():
+            self._hooks.remove()
+            self._trunk.remove()
+            self._attach(model)
 
     # ------------------------------------------------------------------ the step
 
@@ -181,6 +194,7 @@ class LfURegularizer:
         if not self._is_active(attached):
             return sft_loss_fn(model, batch)
         checks.check_batch(batch)
+        self._follow(attached)
         step = self._steps
         alpha, lam = value_at("alpha", self.alpha, step), value_at("lam", self.lam, step)
         if step % self.every or lam == 0:
@@ -202,8 +216,10 @@ class LfURegularizer:
         self, model: Any, batch: Any, sft_loss_fn: LossFunction, undesirable: Any, alpha: float, lam: float
     ) -> Tensor:
         attached, step = self._attached(), self._steps
+        if step == 0:
+            checks.check_resident(attached)
         strategy = self._new_strategy(attached)
-        tokens = TokenMasks(batch, self.token_mask)
+        tokens = self._token_masks(model, batch)
         again = copy.copy(batch)  # the loss function may take entries out of the batch
         draws = StepDraws(self.seed, step)
         self.auxiliary.reset(draws.generator)
@@ -225,7 +241,12 @@ class LfURegularizer:
             checks.check_trainable(leaves, clean.anchor)
             checks.check_layers_ran(self._hooks.captured, {state.name for state in clean.states}, named=self._named)
             self._firing.check(clean, model)
-            checks.check_token_mask(tokens, [state.hidden for state in clean.states])
+            hidden_states = [state.hidden for state in clean.states]
+            checks.check_token_mask(tokens, hidden_states)
+            if self._diagnostics.is_due(step) and (
+                message := checks.masks_without_effect(tokens, hidden_states, self._trunk.arguments())
+            ):
+                self._diagnostics.tell("no mask", message)
             # ... and one backward gives d l_SFT / d theta and g = d l_SFT / d theta_aux.
             with on_copies(clean.buffers):
                 strategy.backward_clean(sft_loss, leaves, clean, self.auxiliary)
@@ -306,7 +327,7 @@ class LfURegularizer:
         checks.check_batch(batch)
         self.auxiliary.require_gradients(True)
         moved = list(self.auxiliary.replacements())
-        this = Pass(TokenMasks(batch, self.token_mask), apply=True, capture=None, replaced=moved)
+        this = Pass(self._token_masks(model, batch), apply=True, capture=None, replaced=moved)
         with self._hooks.run(this):
             loss = checks.check_loss(sft_loss_fn(model, batch), first=self._steps == 0)
             this.recording = False
@@ -318,6 +339,9 @@ class LfURegularizer:
         self.auxiliary.require_gradients(False)
         return scale
 
+    def _token_masks(self, model: nn.Module, batch: Any) -> TokenMasks:
+        return TokenMasks(batch, self.token_mask, virtual_tokens(model))
+
     @contextmanager
     def _random_state_kept(self) -> Iterator[None]:
         """The caller's random stream goes on where pass 1 left it, whatever the block draws."""
@@ -328,8 +352,7 @@ class LfURegularizer:
             after_clean.restore()
 
     def _devices(self) -> list[torch.device]:
-        firsts = (next(module.parameters(), None) for module in self._modules.values())
-        return list(dict.fromkeys(first.device for first in firsts if first is not None))
+        return devices_of(self._modules.values())
 
     def _new_strategy(self, model: nn.Module) -> Strategy:
         if self.strategy == "released":

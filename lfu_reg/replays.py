@@ -68,18 +68,21 @@ class Replays:
         overwritten = {state.name for state in clean.states if state.hidden._version != state.version}
         self._hooks.overwritten |= overwritten
         batch_size = clean.states[0].hidden.shape[0]
-        candidates: list[tuple[str, Callable[[], None]]] = [
-            (name or "the model", partial(replay, calls, samples, batch_size))
+        candidates: list[tuple[str, Callable[[], None], bool]] = [
+            (
+                name or "the model",
+                partial(replay, calls, samples, batch_size),
+                not any(call.enters_a_context for call in calls),
+            )
             for name, calls in self._trunk.replays(model)
         ]
-        candidates.append((LOSS_FUNCTION, loss_function))
+        candidates.append((LOSS_FUNCTION, loss_function, False))  # the user's code runs to its end
         candidates = [c for c in candidates if c[0] not in self._wrong]
         due = str(step + 1).strip("0") == "1"
         if due or self._model_id != id(model):
             self._model_id, self._may_exit_early = id(model), early_exit_is_safe(model)
-        for name, run in candidates:
-            # The loss function is the user's code: it runs to its end.
-            self._stop_after = len(clean.states) if self._may_exit_early and name != LOSS_FUNCTION else None
+        for name, run, may_be_left in candidates:
+            self._stop_after = len(clean.states) if self._may_exit_early and may_be_left else None
             self._run = run
             if not (due or overwritten or name != self._checked):
                 return

@@ -37,12 +37,14 @@ class TokenMasks:
             them.
         token_mask: overrides them: a tensor shaped like the token dimensions (nonzero counts), or a callable of the
             batch.
+        virtual_tokens: positions that the model puts in front of the batch's own (PEFT's prompt tuning). Where no mask
+            fits as it is, they are added to it as PEFT adds them: attended to, but not a label, nor chosen by the user.
 
     Raises:
         TypeError: if `token_mask` gives something else than a tensor.
     """
 
-    def __init__(self, batch: Any, token_mask: TokenMask | None = None) -> None:
+    def __init__(self, batch: Any, token_mask: TokenMask | None = None, virtual_tokens: int = 0) -> None:
         labels, attention = _entry(batch, "labels"), _entry(batch, "attention_mask")
         self.given: Tensor | None = None
         if token_mask is not None:
@@ -57,8 +59,9 @@ class TokenMasks:
         self._labels = None if labels is None or not _is_integer(labels) else torch.ne(labels, IGNORED_LABEL)
         self._attention = _binary(attention)
         self._decoder_attention = _binary(_entry(batch, "decoder_attention_mask"))
+        self._virtual = virtual_tokens
         self._cache: dict[Any, tuple[Tensor | None, Tensor | None]] = {}
-        self.matched_given = False
+        self.matched_given = self.matched = False
 
     def match(self, hidden: Tensor, axis: int, *, encoder: bool) -> tuple[Tensor | None, Tensor | None]:
         """The positions of a hidden state that count.
@@ -89,22 +92,36 @@ class TokenMasks:
     def select(self, chosen: Tensor) -> TokenMasks:
         """The masks of the given samples (numbers along the batch dimension) only."""
         part = object.__new__(TokenMasks)
-        part._cache, part.matched_given = {}, False
+        part._cache, part._virtual, part.matched_given, part.matched = {}, self._virtual, False, False
         for name in ("given", "_labels", "_attention", "_decoder_attention"):
             mask = getattr(self, name)
             setattr(part, name, None if mask is None else mask.index_select(0, chosen.to(mask.device)))
         return part
 
+    def leave_something_out(self) -> bool:
+        """Whether a mask over tokens is there and does not count all of them. Waits for the device."""
+        masks = (self._labels, self._decoder_attention, self._attention)
+        return any(mask is not None and mask.dim() == 2 and not bool(mask.all()) for mask in masks)
+
     def _match(self, dims: tuple[int, ...], encoder: bool) -> Tensor | None:
         # The encoder of a sequence-to-sequence model sees the prompt: the labels are the decoder's tokens.
-        own = [self._attention] if encoder else [self._labels, self._decoder_attention, self._attention]
-        if self.given is not None and (fitted := _fit(self.given, dims)) is not None:
-            self.matched_given = True
-            return fitted
-        for candidate in own:
-            if candidate is not None and (fitted := _fit(candidate, dims)) is not None:
+        own = [(self._decoder_attention, True), (self._attention, True)]
+        own = own[1:] if encoder else [(self._labels, False), *own]
+        for virtual in (0, self._virtual) if self._virtual else (0,):
+            for candidate, counted in ((self.given, False), *own):
+                if candidate is None or (fitted := _fit(_prepended(candidate, virtual, counted), dims)) is None:
+                    continue
+                self.matched = True
+                self.matched_given = self.matched_given or candidate is self.given
                 return fitted
         return None
+
+
+def _prepended(mask: Tensor, virtual: int, counted: bool) -> Tensor:
+    """`mask` [batch, tokens] with `virtual` more tokens in front, which all count or do not."""
+    if not virtual or mask.dim() != 2:
+        return mask
+    return torch.cat([mask.new_full((len(mask), virtual), counted), mask], 1)
 
 
 def _fit(mask: Tensor, dims: tuple[int, ...]) -> Tensor | None:

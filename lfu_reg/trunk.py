@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lfu_reg import adapters
 from lfu_reg.compiled import entrances
 from lfu_reg.hooks import EarlyExit
 from lfu_reg.listeners import Hook
@@ -60,6 +61,11 @@ class RecordedCall:
             value.requires_grad and not value.is_leaf if isinstance(value, Tensor) else is_cache(value)
             for value in _flatten((self.args, self.kwargs))
         )
+
+    @property
+    def enters_a_context(self) -> bool:
+        """Whether the call sets up more than its arguments say, until it returns."""
+        return adapters.enters_a_context(self.module, self.kwargs)
 
     def repeat(self, samples: Tensor | None = None, batch_size: int | None = None) -> None:
         """Call the module again, with the same random draws, for some samples of the batch or for all."""
@@ -109,6 +115,13 @@ class Trunk:
         finally:
             self.listening = False
 
+    def arguments(self) -> list[dict[str, Any]]:
+        """Keyword arguments of the recorded calls of the outermost module that was called."""
+        for name in self.names:
+            if calls := self._calls.get(name):
+                return [call.kwargs for call in calls]
+        return []
+
     def forget(self) -> None:
         """Let go of the recorded inputs."""
         self._calls = {}
@@ -120,15 +133,17 @@ class Trunk:
             model: what the user trains, the attached module or a wrapper of it.
         """
         compiled = entrances(model)
-        found = []
+        found: list[tuple[str, list[RecordedCall]]] = []
         for name in reversed(self.names):
-            calls = self._calls.get(name)
-            if not calls or not all(call.can_be_repeated() for call in calls):
-                continue
+            recorded = self._calls.get(name, [])
             # Only through the entrance of its region would a compiled call run as it did in pass 1.
-            calls = [replace(c, module=compiled.get(c.module, c.module)) if c.compiled else c for c in calls]
-            if all(not c.compiled or c.module in compiled.values() for c in calls):
+            calls = [replace(c, module=compiled.get(c.module, c.module)) if c.compiled else c for c in recorded]
+            reachable = all(not c.compiled or c.module in compiled.values() for c in calls)
+            repeatable = bool(calls) and reachable and all(call.can_be_repeated() for call in calls)
+            if repeatable:
                 found.append((name, calls))
+            if any(call.enters_a_context for call in recorded):
+                found = found[-1:] if repeatable else []  # what is inside of it lacks the context
         return found
 
     def on_call(self, name: str, compiled: bool, module: nn.Module, args: Any, kwargs: Any) -> None:

@@ -162,11 +162,12 @@ class _Runner:
         if self.seed is not None:
             torch.manual_seed(self.seed)
         with ExitStack() as stack:
-            if point is not None:
-                stack.enter_context(self._inserted(point, batch))
+            # In front of all other hooks (transformers answers output_hidden_states by some); insertions come last.
             for name in self.layers:
                 hook = self._capture(name, states)
-                stack.callback(self.model.get_submodule(name).register_forward_hook(hook).remove)
+                stack.callback(self.model.get_submodule(name).register_forward_hook(hook, prepend=True).remove)
+            if point is not None:
+                stack.enter_context(self._inserted(point, batch))
             root = self.model.register_forward_hook(lambda m, a, out: logits.append(parts.logits_of(out)))
             stack.callback(root.remove)
             loss = self.loss_fn(self.model, dict(batch))
@@ -192,7 +193,7 @@ class _Runner:
                         x = args[0] if args else next(iter(kwargs.values()))
                         return y + setup.scale * ((x @ a.T) @ b.T)
 
-                    handle = module.register_forward_hook(hook, with_kwargs=True)
+                    handle = module.register_forward_hook(hook, with_kwargs=True, prepend=True)
                 else:
                     counts = None if setup.tokens == "all" else self.mask(batch, name)
 
@@ -200,6 +201,6 @@ class _Runner:
                         h = parts.hidden_of(out)
                         return parts.with_hidden(out, parts.steered(h, d, counts, setup))
 
-                    handle = module.register_forward_hook(steer)
+                    handle = module.register_forward_hook(steer, prepend=True)
                 stack.callback(handle.remove)
             yield

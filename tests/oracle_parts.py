@@ -39,19 +39,31 @@ def logits_of(output: Any) -> Tensor:
 
 def linear_maps(model: nn.Module, layers: Sequence[str]) -> dict[str, tuple[int, int]]:
     """(in, out) of every linear map in the layers. A PEFT layer is one map, and what it wraps is none."""
-    from peft.tuners.lora import Linear as PeftLinear
+    from peft.tuners.lora import layer as lora_layer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import ModulesToSaveWrapper
     from transformers.pytorch_utils import Conv1D
 
     found: dict[str, tuple[int, int]] = {}
+    wrapper_of_a_parameter = getattr(lora_layer, "ParamWrapper", ())  # since PEFT 0.17
 
     def visit(module: nn.Module, name: str) -> None:
-        if isinstance(module, (PeftLinear, nn.Linear)):
-            found[name] = (module.in_features, module.out_features)
-        elif isinstance(module, Conv1D):
-            found[name] = (module.weight.shape[0], module.weight.shape[1])
+        inner = module
+        if isinstance(module, wrapper_of_a_parameter):  # what is inside goes on as it was
+            return visit(module.base_layer, f"{name}.base_layer")
+        if isinstance(module, BaseTunerLayer):
+            inner = module.get_base_layer()
+        elif isinstance(module, ModulesToSaveWrapper):
+            inner = module.original_module
+        if isinstance(inner, Conv1D):
+            found[name] = (inner.weight.shape[0], inner.weight.shape[1])
+        elif hasattr(inner, "in_features") and hasattr(inner, "out_features"):
+            found[name] = (inner.in_features, inner.out_features)
         else:
+            assert inner is module
             for child_name, child in module.named_children():
                 visit(child, f"{name}.{child_name}")
+        return None
 
     for layer in layers:
         visit(model.get_submodule(layer), layer)

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lfu_reg import adapters
 from lfu_reg.auxiliaries.base import Call, Components, Generators, GradientRule, OutputAuxiliary, master_dtype
 from lfu_reg.linears import TargetModules, find_linears, linear_sizes
 from lfu_reg.substitution import Replacement
@@ -163,11 +164,11 @@ class _Weight:
 
 def _plain_weight(module: nn.Module) -> _Weight | None:
     """The weight into which a delta could be merged; None where it is packed, parametrised, sharded or compiled."""
-    variants = getattr(module, "use_dora", None), getattr(module, "lora_variant", None)
-    if any(isinstance(v, dict) and any(v.values()) for v in variants):
-        return None  # DoRA normalises by the length of the weight, which a merged delta would change
-    holder = getattr(module, "base_layer", module)
-    if getattr(holder, "_compiled_call_impl", None) is not None:
+    holder = adapters.innermost(module)
+    if holder is not module and not (adapters.base_layer(module) is holder and adapters.adds_to_its_base_layer(module)):
+        return None
+    # A forward of the instance's own (accelerate's offloading) may bring another weight.
+    if getattr(holder, "_compiled_call_impl", None) is not None or "forward" in vars(holder):
         return None
     transposed = type(holder).__name__ == "Conv1D"
     if not (type(holder) is nn.Linear or transposed) or type(holder._parameters.get("weight")) is not nn.Parameter:

@@ -1,0 +1,53 @@
+"""Whether modules that carry our hooks are still where they were.
+
+PEFT puts an adapter layer in the place of a linear map, and `merge_and_unload` a linear map in the place of an adapter
+layer. Hooks stay with the module that was taken out: they never fire again, or fire inside of an adapter layer, where
+the output is not yet that of the map. Other wrappers (compiled, sharded, checkpointed modules) run what they wrap, and
+so its hooks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from lfu_reg import adapters
+
+
+class Places:
+    """Where some modules of a model are.
+
+    Args:
+        model: the root.
+        names: full names of modules in it.
+    """
+
+    def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
+        self._children: dict[tuple[int, str], tuple[nn.Module, str, nn.Module]] = {}
+        for name in names:
+            parent = model
+            for key in name.split(".") if name else ():
+                child = parent.get_submodule(key)
+                self._children[id(parent), key] = parent, key, child
+                parent = child
+
+    def are_taken(self) -> bool:
+        """Whether a module, or one above it, has been replaced by something that does not run it as it was."""
+        for place, (parent, key, child) in self._children.items():
+            now = parent._modules.get(key)
+            if now is child:
+                continue
+            if now is None or not _runs(now, child):
+                return True
+            self._children[place] = parent, key, now
+        return False
+
+
+def _runs(wrapper: nn.Module, inner: nn.Module) -> bool:
+    found = False
+    for module in wrapper.modules():
+        if adapters.base_layer(module) is inner:
+            return False
+        found = found or module is inner
+    return found
