@@ -28,7 +28,7 @@ class FixedDirection(RandomDirections):
         super().reset(lambda device: torch.Generator(device).manual_seed(3))
 
 
-FIXED = {"auxiliary": FixedDirection(), "alpha": 0.2, "lam": 30.0}
+FIXED = {"auxiliary": FixedDirection(), "alpha": 0.1, "lam": 100.0}
 
 
 def tiny_llama(**changes: Any) -> nn.Module:
