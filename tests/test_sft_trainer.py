@@ -83,8 +83,12 @@ def test_accumulation_changes_nothing(batch_size: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("layout", [{"packing": True, "max_length": 32}, {"padding_free": True}])
 def test_rows_without_padding(layout: dict[str, Any], tmp_path: Path) -> None:
     """All rows in one, each with positions of its own: the gradients of the padded batch."""
-    want = trained(tmp_path, data=UNEQUAL, lfu=FIXED)
-    got = trained(tmp_path, data=UNEQUAL, lfu=FIXED, **{"per_device_train_batch_size": 4, **layout})
+    without = {**FIXED, "lam": 0.0}
+    sft, flat_sft = trained(tmp_path, data=UNEQUAL, lfu=without), trained(tmp_path, data=UNEQUAL, lfu=without, **layout)
+    if mismatch(flat_sft, sft)[0] > 1e-4:
+        pytest.skip("this transformers attends across packed rows")
+    want, got = trained(tmp_path, data=UNEQUAL, lfu=FIXED), trained(tmp_path, data=UNEQUAL, lfu=FIXED, **layout)
+    assert mismatch(sft, want)[0] > 1e-2
     assert_same_gradients(got, want, 1e-4)
 
 
@@ -92,8 +96,7 @@ def test_rows_without_padding(layout: dict[str, Any], tmp_path: Path) -> None:
 def test_checkpointed_activations(auxiliary: str, tmp_path: Path) -> None:
     lfu = {**STEERING, "auxiliary": auxiliary}
     plain = trained(tmp_path, lfu=lfu)
-    checkpointed = sft_trainer(tmp_path, lfu=lfu)
-    checkpointed.args.gradient_checkpointing = checkpointed.args.activation_checkpointing = True
+    checkpointed = sft_trainer(tmp_path, lfu=lfu, gradient_checkpointing=True)
     before = values(checkpointed.model)
     checkpointed.train()
     assert checkpointed.model.is_gradient_checkpointing

@@ -77,19 +77,22 @@ ACCUMULATION = {
 }
 
 
-@pytest.mark.parametrize("kind", ACCUMULATION)
-@pytest.mark.parametrize("batch_size", [1, 2])
-def test_accumulation_changes_nothing(kind: str, batch_size: int, tmp_path: Path) -> None:
-    """Six rows in two optimizer steps, the second of which has fewer batches."""
+@pytest.mark.parametrize(
+    ("kind", "rows"), [*((kind, 4) for kind in ACCUMULATION), ("accepts", 2), ("loss function", 2)]
+)
+def test_accumulation_changes_nothing(kind: str, rows: int, tmp_path: Path) -> None:
+    """The consistency term's gradient; that of two rows where four would make a step, at the end of an epoch, too."""
     options, setup = ACCUMULATION[kind]
-    common = {"data": ROWS[:6], "lfu": FIXED, "setup": setup, "max_steps": 2, "learning_rate": 0.1, **options}
-    want, _ = trained(tmp_path, per_device_train_batch_size=4, **common)
-    got, _ = trained(
-        tmp_path, per_device_train_batch_size=batch_size, gradient_accumulation_steps=4 // batch_size, **common
-    )
-    assert_same_gradients(got, want, 1e-5)
-    without, _ = trained(tmp_path, per_device_train_batch_size=4, **{**common, "lfu": {**FIXED, "lam": 0.0}})
-    assert mismatch(without, want)[0] > 1e-2  # else the test could not tell
+
+    def consistency(batch_size: int) -> dict[str, Any]:
+        steps = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": 4 // batch_size}
+        common = {"data": ROWS[:rows], "setup": setup, **steps, **options}
+        (both, _), (sft, _) = (trained(tmp_path, lfu={**FIXED, "lam": lam}, **common) for lam in (FIXED["lam"], 0.0))
+        return {name: both[name] - sft[name] for name in both}
+
+    want = consistency(4)
+    for batch_size in (1, 2):
+        assert_same_gradients(consistency(batch_size), want, 1e-5)
 
 
 def test_gradient_direction_is_each_batchs_own(tmp_path: Path) -> None:
@@ -102,8 +105,12 @@ def test_gradient_direction_is_each_batchs_own(tmp_path: Path) -> None:
 
 def test_flattened_batches(tmp_path: Path) -> None:
     """Rows of several lengths in one row without padding: position_ids start anew."""
-    got, _ = trained(tmp_path, data=ROWS[:4], lfu=FIXED, data_collator=tf.DataCollatorWithFlattening())
+    flat = {"data_collator": tf.DataCollatorWithFlattening()}
+    got, _ = trained(tmp_path, data=ROWS[:4], lfu=FIXED, **flat)
     want, _ = trained(tmp_path, data=ROWS[:4], lfu=FIXED)
+    plain = [trained(tmp_path, data=ROWS[:4], lfu={"lam": 0.0}, **how)[0] for how in ({}, flat)]
+    if mismatch(*plain)[0] > 1e-4:
+        pytest.skip("this transformers attends across flattened rows")
     # The collator ignores the first label of every row, which is a prompt's here: the masks are the same.
     assert_same_gradients(got, want, 1e-5)
 
@@ -124,7 +131,7 @@ def test_bfloat16(tmp_path: Path) -> None:
                 return model(**batch).loss
 
         reg(model, as_batch(ROWS[:4]), loss).backward()
-    assert_same_gradients(got, gradients_of(model), 0.05)
+    assert_same_gradients(got, gradients_of(model), 1e-3)
     assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
 
 
