@@ -72,7 +72,7 @@ def _refuses_loss_kwargs(trainer: Any) -> None:
 ACCUMULATION = {
     "accepts": ({}, None),
     "refuses": ({}, _refuses_loss_kwargs),
-    "loss function": ({"compute_loss_func": summed_loss}, None),
+    "loss function": ({"compute_loss_func": summed_loss}, _refuses_loss_kwargs),
     "label smoothing": ({"label_smoothing_factor": 0.1}, None),
 }
 
