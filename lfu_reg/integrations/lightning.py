@@ -186,12 +186,15 @@ class LfUCallback(Callback):
         if not repeated:
             yield
             return
-        module: Any = self._pl_module
-        module.log = module.log_dict = lambda *args, **kwargs: None
+        attributes = vars(self._pl_module)
+        before = dict(attributes)
+        attributes["log"] = attributes["log_dict"] = lambda *args, **kwargs: None
         try:
             yield
         finally:
-            del module.log, module.log_dict
+            for name in ("log", "log_dict"):
+                del attributes[name]
+            attributes.update({name: before[name] for name in ("log", "log_dict") if name in before})
 
     def _log(self) -> None:
         if self.regularizer is None or self._pl_module is None:
