@@ -47,7 +47,7 @@ class Module(L.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         loss = plain_loss(self.model, batch)
         self.log("own", loss.detach())
-        self.losses.append(float(loss))
+        self.losses.append(float(loss.detach()))
         if self.returns == "none":
             return None
         return loss if self.returns == "tensor" else {"loss": loss, "extra": batch_idx}

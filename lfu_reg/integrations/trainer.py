@@ -141,7 +141,7 @@ class LfUTrainerMixin:
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         trainer: Any = super()
-        self._lfu_removed()  # by a run that is repeated with smaller batches
+        self._lfu_removed()  # where compute_loss was called outside of a run: steps count from its start
         try:
             return trainer._inner_training_loop(*args, **kwargs)
         finally:
