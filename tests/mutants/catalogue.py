@@ -6,6 +6,14 @@ from tests.mutants.run import Mutant
 
 MUTANTS = (
     Mutant(
+        2,
+        "the consistency term is divided as the Trainer's SFT loss is",
+        "integrations/trainer.py",
+        "(self._lfu_batches or this.args.gradient_accumulation_steps) if scaled else 1",
+        "1",
+        "tests/test_trainer.py::test_accumulation_changes_nothing",
+    ),
+    Mutant(
         3,
         "checkpoints in a retained graph are repeated under their pass",
         "repeats.py",
@@ -150,6 +158,14 @@ MUTANTS = (
         "tests/test_exceptions.py::test_an_exception_anywhere",
     ),
     Mutant(
+        10,
+        "the Trainer's regularizer is removed after an exception",
+        "integrations/trainer.py",
+        "        finally:\n            self._lfu_removed()\n",
+        "        finally:\n            pass\n",
+        "tests/test_trainer.py::test_nothing_is_left_after_an_exception",
+    ),
+    Mutant(
         11,
         "eval mode and no_grad return the plain loss",
         "regularizer.py",
@@ -212,6 +228,14 @@ MUTANTS = (
         "        if isinstance(module, nn.DataParallel):\n            raise ValueError(NO_REPLICAS)\n",
         "",
         "tests/test_bad_steps.py::test_data_parallel",
+    ),
+    Mutant(
+        30,
+        "a Trainer that sees several GPUs is refused",
+        "integrations/trainer.py",
+        "        if this.args.n_gpu > 1:\n",
+        "        if False:\n",
+        "tests/test_trainer.py::test_several_gpus_in_one_process_are_refused",
     ),
     Mutant(
         33,
