@@ -19,6 +19,8 @@ def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
     if type(module).__name__ == "Conv1D":  # transformers' transposed Linear; nx is missing before 4.46
         assert isinstance(module.weight, Tensor)
         return module.weight.shape[0], module.weight.shape[1]
+    if getattr(module, "n_groups", 1) != 1:  # block-diagonal (DeepSeek-V4): its sizes are those of no single map
+        return None
     sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
     if isinstance(sizes[0], int) and isinstance(sizes[1], int):
         return sizes[0], sizes[1]

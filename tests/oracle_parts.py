@@ -45,7 +45,7 @@ def linear_maps(model: nn.Module, layers: Sequence[str]) -> dict[str, tuple[int,
     found: dict[str, tuple[int, int]] = {}
 
     def visit(module: nn.Module, name: str) -> None:
-        if isinstance(module, (PeftLinear, nn.Linear)):
+        if isinstance(module, (PeftLinear, nn.Linear)) or type(module).__name__ == "QuantLinear":
             found[name] = (module.in_features, module.out_features)
         elif isinstance(module, Conv1D):
             found[name] = (module.weight.shape[0], module.weight.shape[1])
@@ -70,7 +70,7 @@ def no_change(
     if setup.auxiliary == "weights":
         return {name: (torch.zeros_like(p),) for name, p in model.named_parameters() if p.requires_grad}
     if setup.auxiliary == "steering":
-        return {name: (h.new_zeros(h.shape[setup.channel_axis]),) for name, h in clean}
+        return {name: (h.new_zeros(h.shape[setup.for_layer(name).channel_axis]),) for name, h in clean}
     assert a_matrices is not None
     point: Point = {}
     for name, (_, outputs) in linear_maps(model, layers).items():
@@ -107,7 +107,8 @@ def steered(h: Tensor, d: Tensor, mask: Tensor | None, setup: Setup) -> Tensor:
         changed = h_last + d
     if mask is not None:
         changed = torch.where(mask[..., None], changed, h_last)
-    return changed.movedim(-1, axis)
+    # Laid out in memory as before: dropout after it draws in the order of memory.
+    return torch.empty_like(h).copy_(changed.movedim(-1, axis))
 
 
 def stopped(clean: Tensor, perturbed: Tensor, setup: Setup) -> tuple[Tensor, Tensor]:
