@@ -97,7 +97,7 @@ class Diagnostics:
             self.tell(
                 "rounding",
                 "LfU has no direction: a step of length alpha along the gradient of the auxiliary components changes "
-                f"the SFT loss by less than its rounding (||g|| = {max(norms):.1e}), so the direction is rounding, too. "
+                f"the SFT loss by less than its rounding (||g|| = {max(norms):.1e}): the direction is rounding, too. "
                 "Something after the layers takes out what the components add (batch normalisation takes out steering "
                 'vectors): use auxiliary="lora" or "weights", or other layers; or raise alpha.',
             )

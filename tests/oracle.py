@@ -210,7 +210,9 @@ class _Runner:
 
                     own = setup.for_layer(name)
 
-                    def steer(m: Any, args: Any, out: Any, d: Any = components[0], counts: Any = counts, own: Any = own) -> Any:
+                    def steer(
+                        m: Any, args: Any, out: Any, d: Any = components[0], counts: Any = counts, own: Any = own
+                    ) -> Any:
                         if not torch.is_grad_enabled():
                             return out
                         h = parts.hidden_of(out)
@@ -219,3 +221,12 @@ class _Runner:
                     handle = module.register_forward_hook(steer)
                 stack.callback(handle.remove)
             yield
+
+    @staticmethod
+    def _steer(d: Tensor, counts: Tensor | None, setup: Setup) -> Callable[..., Any]:
+        def steer(module: Any, args: Any, output: Any) -> Any:
+            if not torch.is_grad_enabled():
+                return output
+            return parts.with_hidden(output, parts.steered(parts.hidden_of(output), d, counts, setup))
+
+        return steer

@@ -1,4 +1,4 @@
-"""Hundreds of steps with everything that a loop does besides: nothing grows, and a resumed run continues bit for bit."""
+"""Hundreds of steps with all that a loop does besides: nothing grows, and a resumed run continues bit for bit."""
 
 from __future__ import annotations
 

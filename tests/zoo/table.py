@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
 # Of every other task: all model types.
 SAMPLES: dict[str, tuple[str, ...]] = {
@@ -50,3 +51,52 @@ CHANNELS_FIRST: dict[tuple[str, str], str] = {
 def channel_axis(task: str, model_type: str, layer: str) -> int:
     """The hidden axis of a layer's output."""
     return 1 if re.fullmatch(CHANNELS_FIRST.get((task, model_type), r"(?!)"), layer) else -1
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What is expected of a species instead of exact gradients.
+
+    Attributes:
+        outcome: "refused" (a clear error of the library for every auxiliary), "partly" (for some), "warned" (an
+            LfUWarning), "not built" (it cannot be built or trained here at all), "wrong".
+        says: part of the message.
+        reason: for the reader.
+    """
+
+    outcome: str
+    says: str
+    reason: str
+
+
+_SHARED_CACHE = Expected("not built", "", "takes the key/value states of another model")
+_WITHOUT_GRADIENTS = Expected("refused", "runs them without gradients", "its blocks run without gradients")
+_NOT_CALLED = Expected("refused", "bypasses hooks", "calls `layer.forward(x)`, past all hooks")
+_NO_LINEAR = Expected("partly", "There is no linear map", "no linear map for LoRA: an error says so")
+_ONE_LARGE_STEP = Expected(
+    "warned", "collapses", "exact; the perturbation is larger than the states of so small a model, and it says so"
+)
+_NORMALISED = "batch normalisation takes out steering vectors, so that their gradient is rounding"
+
+EXCEPTIONS: dict[tuple[str, str], Expected] = {
+    ("causal", "gemma3n"): Expected("not built", "timm", "needs the package timm"),
+    ("causal", "gemma4_assistant"): _SHARED_CACHE,
+    ("causal", "gemma4_unified_assistant"): _SHARED_CACHE,
+    ("causal", "reformer"): _WITHOUT_GRADIENTS,
+    ("masked", "reformer"): _WITHOUT_GRADIENTS,
+    ("causal", "xlstm"): Expected("not built", "inplace", "its backward pass fails without its kernels"),
+    ("masked", "squeezebert"): _NOT_CALLED,
+    ("classification", "squeezebert"): _NOT_CALLED,
+    ("image", "bit"): _NO_LINEAR,
+    ("image", "poolformer"): _NO_LINEAR,
+    ("image", "regnet"): _NO_LINEAR,
+    ("image", "resnet"): _NO_LINEAR,
+    ("image", "levit"): Expected("warned", "no direction", f"{_NORMALISED}: a warning says so"),
+    ("image", "mobilevit"): Expected("warned", "no direction", f"{_NORMALISED}: a warning says so"),
+    ("image", "mobilenet_v2"): Expected("wrong", "l_cons is off", f"{_NORMALISED}; too large to be told apart"),
+}
+
+
+def exception_of(task: str, model_type: str) -> Expected | None:
+    """The exception for a species, None where it has to be exact."""
+    return EXCEPTIONS.get((task, model_type))
