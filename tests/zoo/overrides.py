@@ -135,16 +135,6 @@ CHANGES: dict[str, dict[str, Any]] = {
     "bit": {"embedding_size": 8, "hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 2, 1], "num_groups": 4},
     "convnext": {"hidden_sizes": [8, 12, 16, 20], "depths": [1, 2, 2, 1], "image_size": 64},
     "convnextv2": {"hidden_sizes": [8, 12, 16, 20], "depths": [1, 2, 2, 1], "image_size": 64},
-    "cvt": {
-        "embed_dim": [8, 12, 16],
-        "num_heads": [1, 2, 2],
-        "depth": [1, 2, 2],
-        "drop_rate": [0.0] * 3,
-        "drop_path_rate": [0.0] * 3,
-        "attention_drop_rate": [0.0] * 3,
-        "num_channels": 3,
-        "patch_sizes": [7, 3, 3],
-    },
     "focalnet": {
         "image_size": 16,
         "embed_dim": 8,
@@ -166,6 +156,8 @@ CHANGES: dict[str, dict[str, Any]] = {
         "query_stride": [2, 2],
         "masked_unit_attention": [True, True, False],
     },
+    "led": {"attention_window": 4},
+    "longformer": {"attention_window": 4},
     "levit": {
         "image_size": 64,
         "patch_size": 16,
