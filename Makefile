@@ -7,7 +7,7 @@ ARGS   ?=
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test mutants lint types docs clean
+.PHONY: help demo test mutants zoo lint types docs clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -28,6 +28,10 @@ test: $(VENV)/.stamp-dev  ## run the tests
 
 mutants: $(VENV)/.stamp-dev  ## take guards out, one at a time, and see their tests fail
 	$(BIN)/python -m tests.mutants
+
+zoo: $(VENV)/.stamp-dev  ## every model type of transformers against the oracle; goes on where it was stopped
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.zoo.run $(ARGS)
+	$(BIN)/python -m tests.zoo.page
 
 lint: $(VENV)/.stamp-dev  ## ruff: rules and format
 	$(BIN)/ruff check .

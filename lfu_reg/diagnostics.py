@@ -10,6 +10,7 @@ import math
 import warnings
 from statistics import fmean, median, pstdev
 
+import torch
 from torch import Tensor
 
 LOOK_EVERY = 50
@@ -70,18 +71,35 @@ class Diagnostics:
             return
         sft, consistency, norms = ([float(value) for value in column] for column in zip(*self._window, strict=True))
         self._window = []
-        self._no_effect(sft, consistency, norms, complete=len(sft) >= LOOK_EVERY - 1)
+        rounding = torch.finfo(torch.promote_types(sft_loss.dtype, torch.float32)).eps
+        self._no_effect(sft, consistency, norms, alpha, rounding, complete=len(sft) >= LOOK_EVERY - 1)
         if relative_distance is not None:
             self._collapse(consistency, float(relative_distance), alpha)
         self._oscillation(sft, consistency)
 
-    def _no_effect(self, sft: list[float], consistency: list[float], norms: list[float], complete: bool) -> None:
+    def _no_effect(
+        self,
+        sft: list[float],
+        consistency: list[float],
+        norms: list[float],
+        alpha: float,
+        rounding: float,
+        complete: bool,
+    ) -> None:
         if all(norm == 0 for norm in norms):
             self.tell(
                 "zero gradient",
                 "LfU has no effect: the gradient of the SFT loss with respect to the auxiliary components is exactly "
                 f"zero ({len(norms)} step(s)). No chosen layer influences the loss, or no token counts in it: check "
                 "layers=..., the labels, and that the loss comes from the attached model.",
+            )
+        elif alpha > 0 and all(alpha * norm < rounding * abs(s) for norm, s in zip(norms, sft, strict=True)):
+            self.tell(
+                "rounding",
+                "LfU has no direction: a step of length alpha along the gradient of the auxiliary components changes "
+                f"the SFT loss by less than its rounding (||g|| = {max(norms):.1e}): the direction is rounding, too. "
+                "Something after the layers takes out what the components add (batch normalisation takes out steering "
+                'vectors): use auxiliary="lora" or "weights", or other layers; or raise alpha.',
             )
         elif not all(map(math.isfinite, norms)):
             self.tell(

@@ -109,3 +109,31 @@ class _TakePart(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[None, Tensor]:
         return None, torch.zeros((), device=ctx.anchor_device)
+
+
+def no_view(tensor: Tensor) -> Tensor:
+    """The same values, memory and gradients, but no view of another tensor.
+
+    Hooks of a view are lost when the model writes into it, as an in-place activation after a linear map does: its
+    history is then written anew from its base on.
+
+    Args:
+        tensor: any tensor that requires a gradient.
+
+    Returns:
+        `tensor` itself where it is no view.
+    """
+    if torch.compiler.is_compiling() or not tensor._is_view():
+        return tensor
+    result: Tensor = _NoView.apply(tensor)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _NoView(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, tensor: Tensor) -> Tensor:
+        return tensor.data
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Tensor:
+        return grad_output

@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from lfu_reg import outputs
 from lfu_reg.auxiliaries.base import Auxiliary, Call, GradientRule, Tokens
 from lfu_reg.compiled import forget_graphs
-from lfu_reg.graph import take_part
+from lfu_reg.graph import no_view, take_part
 from lfu_reg.layers import channels_first, is_encoder_layer
 from lfu_reg.listeners import Hook
 from lfu_reg.repeats import Repeats
@@ -216,7 +216,7 @@ class ModelHooks:
         with without_autocast(call.y.device.type):
             if this.apply:
                 return auxiliary.apply_at(call)
-            y = call.y if call.y.requires_grad else take_part(call.y, this.anchor)
+            y = no_view(call.y) if call.y.requires_grad else take_part(call.y, this.anchor)
             if this.recording:
                 y.register_hook(_tap(auxiliary.observe(call), this.gate))  # type: ignore[no-untyped-call]
                 this.taps.append(get_gradient_edge(y))

@@ -30,6 +30,8 @@ def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
     if type(module).__name__ == "Conv1D":  # transformers' transposed Linear; nx is missing before 4.46
         assert isinstance(module.weight, Tensor)
         return module.weight.shape[0], module.weight.shape[1]
+    if getattr(module, "n_groups", 1) != 1:  # block-diagonal (DeepSeek-V4): its sizes are those of no single map
+        return None
     for names in _SIZES:
         n_in, n_out = (getattr(module, name, None) for name in names)
         if isinstance(n_in, int) and isinstance(n_out, int):

@@ -37,7 +37,7 @@ class Case:
     mask: Mask
     layers: tuple[str, ...]
     linears: int
-    channel_axis: int = -1
+    channel_axis: int | Callable[[str], int] = -1
     auxiliaries: tuple[str, ...] = field(default=("lora", "steering", "weights"))
 
 

@@ -8,7 +8,8 @@ the given classes see float64 where it asks for float32; models in other dtypes 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,6 +27,13 @@ class _NoFloat32(TorchFunctionMode):
         if func is Tensor.float:
             func = Tensor.double
         return func(*map(widen, args), **{k: widen(v) for k, v in (kwargs or {}).items()})
+
+
+@contextmanager
+def everywhere() -> Iterator[None]:
+    """Float64 instead of float32 in everything that runs in the block."""
+    with _NoFloat32():
+        yield
 
 
 def keep_float64(*classes: type[nn.Module]) -> None:

@@ -13,6 +13,7 @@ layer count is an argument: the tests say it by hand for every model.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -43,7 +44,12 @@ class Setup:
     relative: bool = False
     norm: str = "global"
     tokens: str = "masked"
-    channel_axis: int = -1
+    channel_axis: int | Callable[[str], int] = -1  # or of the layer's name, where layers differ
+
+    def for_layer(self, name: str) -> Setup:
+        """The same with the channel axis of one layer."""
+        axis = self.channel_axis
+        return self if isinstance(axis, int) else dataclasses.replace(self, channel_axis=axis(name))
 
 
 @dataclass(frozen=True)
@@ -121,7 +127,7 @@ def step(
         for (name, h), (name_perturbed, h_perturbed) in zip(clean, perturbed, strict=True):
             assert name == name_perturbed
             pair = parts.stopped(h, h_perturbed, setup)
-            distances.append(parts.layer_distance(*pair, mask(batch, name), setup))
+            distances.append(parts.layer_distance(*pair, mask(batch, name), setup.for_layer(name)))
     consistency = torch.stack(distances).mean()
     total = sft_loss + setup.lam * consistency
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -175,8 +181,12 @@ class _Runner:
 
     @staticmethod
     def _capture(name: str, states: list[tuple[str, Tensor]]) -> Callable[..., None]:
-        # A clone: what a later in-place operation does to the output is no longer the layer's output.
-        return lambda module, args, output: states.append((name, parts.hidden_of(output).clone()))
+        def capture(module: Any, args: Any, output: Any) -> None:
+            if torch.is_grad_enabled():  # a call without gradients belongs to something that is not trained
+                # A clone: what a later in-place operation does to the output is no longer the layer's output.
+                states.append((name, parts.hidden_of(output).clone()))
+
+        return capture
 
     @contextmanager
     def _inserted(self, point: Point, batch: Mapping[str, Any]) -> Iterator[None]:
@@ -189,18 +199,35 @@ class _Runner:
                 if setup.auxiliary == "lora":
                     a, b = components
 
-                    def hook(m: Any, args: Any, kwargs: Any, y: Tensor, a: Tensor = a, b: Tensor = b) -> Tensor:
+                    def hook(m: Any, args: Any, kwargs: Any, out: Any, a: Tensor = a, b: Tensor = b) -> Any:
+                        if not torch.is_grad_enabled():
+                            return out
                         x = args[0] if args else next(iter(kwargs.values()))
-                        return y + setup.scale * ((x @ a.T) @ b.T)
+                        return parts.with_hidden(out, parts.hidden_of(out) + setup.scale * ((x @ a.T) @ b.T))
 
                     handle = module.register_forward_hook(hook, with_kwargs=True, prepend=True)
                 else:
                     counts = None if setup.tokens == "all" else self.mask(batch, name)
 
-                    def steer(m: Any, args: Any, out: Any, d: Tensor = components[0], counts: Any = counts) -> Any:
+                    own = setup.for_layer(name)
+
+                    def steer(
+                        m: Any, args: Any, out: Any, d: Any = components[0], counts: Any = counts, own: Any = own
+                    ) -> Any:
+                        if not torch.is_grad_enabled():
+                            return out
                         h = parts.hidden_of(out)
-                        return parts.with_hidden(out, parts.steered(h, d, counts, setup))
+                        return parts.with_hidden(out, parts.steered(h, d, counts, own))
 
                     handle = module.register_forward_hook(steer, prepend=True)
                 stack.callback(handle.remove)
             yield
+
+    @staticmethod
+    def _steer(d: Tensor, counts: Tensor | None, setup: Setup) -> Callable[..., Any]:
+        def steer(module: Any, args: Any, output: Any) -> Any:
+            if not torch.is_grad_enabled():
+                return output
+            return parts.with_hidden(output, parts.steered(parts.hidden_of(output), d, counts, setup))
+
+        return steer

@@ -55,9 +55,10 @@ def linear_maps(model: nn.Module, layers: Sequence[str]) -> dict[str, tuple[int,
             inner = module.get_base_layer()
         elif isinstance(module, ModulesToSaveWrapper):
             inner = module.original_module
+        block_diagonal = getattr(inner, "n_groups", 1) != 1
         if isinstance(inner, Conv1D):
             found[name] = (inner.weight.shape[0], inner.weight.shape[1])
-        elif hasattr(inner, "in_features") and hasattr(inner, "out_features"):
+        elif hasattr(inner, "in_features") and hasattr(inner, "out_features") and not block_diagonal:
             found[name] = (inner.in_features, inner.out_features)
         else:
             assert inner is module
@@ -82,7 +83,7 @@ def no_change(
     if setup.auxiliary == "weights":
         return {name: (torch.zeros_like(p),) for name, p in model.named_parameters() if p.requires_grad}
     if setup.auxiliary == "steering":
-        return {name: (h.new_zeros(h.shape[setup.channel_axis]),) for name, h in clean}
+        return {name: (h.new_zeros(h.shape[setup.for_layer(name).channel_axis]),) for name, h in clean}
     assert a_matrices is not None
     point: Point = {}
     for name, (_, outputs) in linear_maps(model, layers).items():
@@ -119,7 +120,8 @@ def steered(h: Tensor, d: Tensor, mask: Tensor | None, setup: Setup) -> Tensor:
         changed = h_last + d
     if mask is not None:
         changed = torch.where(mask[..., None], changed, h_last)
-    return changed.movedim(-1, axis)
+    # Laid out in memory as before: dropout after it draws in the order of memory.
+    return torch.empty_like(h).copy_(changed.movedim(-1, axis))
 
 
 def stopped(clean: Tensor, perturbed: Tensor, setup: Setup) -> tuple[Tensor, Tensor]:

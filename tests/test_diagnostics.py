@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from lfu_reg import LfURegularizer, LfUWarning
+from lfu_reg import LfURegularizer, LfUWarning, SteeringVectors
+from tests.cases import seeded
 from tests.models import FROZEN, LLAMA, TINY
+from tests.plain_models import TinyLM
 
 STEPS = 120
 
@@ -42,6 +44,27 @@ def test_negligible_term() -> None:
     assert len(told) == 1
     assert "lam" in told[0]
     assert "alpha" in told[0]
+
+
+class NormalisedLM(TinyLM):
+    """Batch normalisation right after every block takes out a steering vector, whatever it is."""
+
+    def __init__(self) -> None:
+        super().__init__(batch_norm=True)
+
+    def body(self, hidden: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            hidden = self.batch_norms[0](block(hidden).flatten(0, 1)).view_as(hidden)
+        return hidden
+
+
+def test_a_gradient_of_rounding() -> None:
+    model = seeded(NormalisedLM)
+    whole = SteeringVectors(tokens="all")
+    told = warnings_of(LfURegularizer(model, whole, alpha=0.05), model, 2)
+    assert len(told) == 1
+    assert "rounding" in told[0]
+    assert "batch norm" in told[0]
 
 
 def test_zero_gradient() -> None:

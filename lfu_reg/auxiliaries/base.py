@@ -212,7 +212,7 @@ class OutputAuxiliary(Auxiliary):
 
     def apply_at(self, call: Call) -> Tensor:
         """`apply` with the components of the call's site."""
-        return self.apply(self._at(call), call)
+        return _laid_out_like(call.y, self.apply(self._at(call), call))
 
     def leaves(self) -> list[Tensor]:
         """The components."""
@@ -275,3 +275,8 @@ class OutputAuxiliary(Auxiliary):
             new if old is None else old if new is None else old + new
             for old, new in zip(collected, gradients, strict=True)
         ]
+
+
+def _laid_out_like(y: Tensor, changed: Tensor) -> Tensor:
+    """`changed` with the strides of `y`: dropout draws in the order of memory, so pass 2 would draw another mask."""
+    return changed if changed.stride() == y.stride() else torch.empty_like(y).copy_(changed)

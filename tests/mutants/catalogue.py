@@ -253,4 +253,20 @@ MUTANTS = (
         "if False:",
         "tests/test_backward_hooks.py::test_create_graph_is_refused_with_the_cure",
     ),
+    Mutant(
+        26,
+        "taps survive in-place operations on views",
+        "hooks.py",
+        "no_view(call.y) if call.y.requires_grad",
+        "call.y if call.y.requires_grad",
+        "tests/test_memory_layout.py::test_in_place_operations_on_views",
+    ),
+    Mutant(
+        8,
+        "moved outputs keep the memory layout by which dropout draws",
+        "auxiliaries/base.py",
+        "return changed if changed.stride() == y.stride() else torch.empty_like(y).copy_(changed)",
+        "return changed",
+        "tests/test_memory_layout.py::test_steering_keeps_the_strides_that_dropout_draws_by",
+    ),
 )
