@@ -64,6 +64,8 @@ def build(config: Any, dtype: str, device: str, *, layers: int | None = None, vo
     if vocab is not None:
         config.get_text_config().vocab_size = vocab
     config.use_cache = False
+    if getattr(config, "is_encoder_decoder", False) and getattr(config, "decoder_start_token_id", None) is None:
+        config.decoder_start_token_id = 0  # generation settings, which a bare configuration lacks
     setattr(config, "dtype" if hasattr(config, "dtype") else "torch_dtype", getattr(torch, dtype))
     for kind in _kinds(config):
         with torch.device(device), _default_dtype(getattr(torch, dtype)):

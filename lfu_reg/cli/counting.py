@@ -93,7 +93,7 @@ def count(setting: Setting, keys: tuple[str, ...] = ("sft", *LFU)) -> Counts:
         trainable=sum(p.numel() for p in trained),
         parameter_bytes=sum(p.nbytes for p in weights),
         gradient_bytes=sum(p.nbytes for p in trained),
-        steps=_steps(subject, keys) if depth <= DEEP else _extrapolated(setting, keys, depth),
+        steps=count_steps(subject, keys) if depth <= DEEP else _extrapolated(setting, keys, depth),
     )
 
 
@@ -101,7 +101,8 @@ def _extrapolated(setting: Setting, keys: tuple[str, ...], depth: int) -> dict[s
     """From two shallow models: operations and saved bytes grow linearly with the number of equal blocks."""
     shallow, deeper = DEEP // 2, DEEP
     one, two = (
-        _steps(make_subject(replace(setting, device="meta", compile=False, layers=n)), keys) for n in (shallow, deeper)
+        count_steps(make_subject(replace(setting, device="meta", compile=False, layers=n)), keys)
+        for n in (shallow, deeper)
     )
 
     def at_depth(low: int, high: int) -> int:
@@ -113,7 +114,8 @@ def _extrapolated(setting: Setting, keys: tuple[str, ...], depth: int) -> dict[s
     }
 
 
-def _steps(subject: Subject, keys: tuple[str, ...]) -> dict[str, Count]:
+def count_steps(subject: Subject, keys: tuple[str, ...]) -> dict[str, Count]:
+    """Count the steps of a subject that was made on the meta device; empty where its forward needs values."""
     with FakeTensorMode(), _without_values(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from lfu_reg.checks import check_loss
 from lfu_reg.cli.advice import PASS_2, Option, options_within
 from lfu_reg.cli.counting import Counts
 from lfu_reg.cli.errors import Unusable
@@ -63,10 +64,24 @@ def measure(
         Unusable: for a model that LfU cannot be attached to, or that does not fit into memory.
     """
     clock = Clock(setting.device)
+    check_subject(subject)
     # With random weights the warnings about the regularizer's effect mean nothing.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return _measured(setting, plan, subject, counts, tick, clock)
+
+
+def check_subject(subject: Subject) -> None:
+    """Raise unless LfU has something to do: blocks to compare, and a loss to go up.
+
+    Raises:
+        Unusable: with what is missing.
+    """
+    try:
+        choose_layers(subject.model, "all")
+        check_loss(subject.sft_loss(subject.model, subject.batch), first=True)
+    except (ValueError, TypeError) as error:
+        raise Unusable(f"LfU cannot train this model: {error}") from error
 
 
 def _measured(

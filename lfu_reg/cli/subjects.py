@@ -96,13 +96,13 @@ def make_subject(setting: Setting) -> Subject:
     return Subject(model.train(), batch, language_model_loss, depth if truncated else None)
 
 
-def with_adapter(model: nn.Module, device: str) -> nn.Module:
-    """PEFT's LoRA on all linear maps of the blocks, as in the paper: rank 8, scaled by 16 / 8."""
+def with_adapter(model: nn.Module, device: str, rank: int = 8) -> nn.Module:
+    """PEFT's LoRA on all linear maps of the blocks, as in the paper: rank 8, scaled by 16 / rank."""
     try:
         from peft import LoraConfig, get_peft_model
     except ModuleNotFoundError as error:
         raise Unusable("--tuning lora needs peft: pip install 'lfu_reg[cli]', or use --tuning full.") from error
-    adapter = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
+    adapter = LoraConfig(r=rank, lora_alpha=16, target_modules="all-linear")
     with torch.device(device):
         adapted: nn.Module = get_peft_model(model, adapter)
     return adapted
