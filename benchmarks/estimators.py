@@ -183,9 +183,10 @@ def of_one_step(auxiliary: str, draws: int, tick: Callable[[], object]) -> Itera
     yield compared(auxiliary, "batch_fraction=0.5, the library's", 0.5, estimates, exact)
     # Response tokens come last, so that a prefix holds few of them or none: it is compared where every token counts.
     everywhere = batch["attention_mask"].flatten() / (LAYERS * batch["attention_mask"].sum())
-    whole = gradient(model, batch, auxiliary, everywhere.expand(LAYERS, -1), plain=plain)
+    options = {"plain": plain, "token_mask": batch["attention_mask"]}
+    whole = gradient(model, batch, auxiliary, everywhere.expand(LAYERS, -1), **options)
     inside = everywhere * (place < tokens // 2)
-    half = gradient(model, batch, auxiliary, (inside / inside.sum() / LAYERS).expand(LAYERS, -1), plain=plain)
+    half = gradient(model, batch, auxiliary, (inside / inside.sum() / LAYERS).expand(LAYERS, -1), **options)
     yield compared(auxiliary, "prefix: half of the positions, all tokens count", 0.5, [half], whole)
 
 

@@ -226,12 +226,12 @@ def scaling(result: dict[str, Any]) -> str:
         "",
         "One sample, LoRA tuning, bfloat16. *Saved* is what autograd keeps for SFT's backward without checkpointing.",
         "",
-        "| model | tokens | weights GB | trained, MB of gradients | blocks' share | SFT TFLOP | steering | LoRA | weights | saved GB |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| model | tokens | weights GB | trained, MB of gradients | blocks' share | SFT TFLOP | steering | LoRA | saved GB |",
+        "|---|---|---|---|---|---|---|---|---|",
         *(
             f"| {m['model']} | {m['tokens']} | {m['parameter_gb']:.1f} | {m['gradient_mb']:.0f} | {m['blocks_share']:.3f} "
             f"| {m['sft_tflop']:.1f} | {m['ratio']['steering']:.2f} | {m['ratio']['lora']:.2f} "
-            f"| {m['ratio']['weights']:.2f} | {m['saved_gb']:.1f} |"
+            f"| {m['saved_gb']:.1f} |"
             for m in result["large"]
         ),
         "",

@@ -169,13 +169,13 @@ def _runner(key: str, subject: Subject) -> Callable[[], None]:
 
 
 def _count(run: Callable[[], None]) -> Count:
-    flops = FlopCounterMode(display=False, custom_mapping=_cpu_attention())
+    flops = FlopCounterMode(display=False, custom_mapping=cpu_attention())
     with flops, SavedBytes() as saved:
         run()
     return Count(int(flops.get_total_flops()), saved.peak)
 
 
-def _cpu_attention() -> dict[Any, Any]:
+def cpu_attention() -> dict[Any, Any]:
     """Formulas for the CPU's fused attention, which torch's table lacks."""
 
     def forward(q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
