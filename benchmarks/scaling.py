@@ -2,8 +2,9 @@
 
     python benchmarks/scaling.py           # writes results/scaling.json and scaling.png
 
-Small Llamas on one CPU thread, processor time, interleaved. The operations of every point's step are counted, too, so that the prediction "ratio = counted operations of LfU / of SFT" is checked against measured ratios.
-The same counts are then taken, on fake tensors, of models that no CPU runs.
+Small Llamas on one CPU thread, processor time, interleaved. The operations of every point's step are counted, too, so
+that the prediction "ratio = counted operations of LfU / of SFT" is checked against measured ratios. The same counts are
+then taken, on fake tensors, of models that no CPU runs.
 """
 
 from __future__ import annotations

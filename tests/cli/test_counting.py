@@ -12,7 +12,7 @@ pytest.importorskip("typer")
 from torch.utils.flop_counter import FlopCounterMode
 
 from lfu_reg.cli.advice import options_within
-from lfu_reg.cli.counting import cpu_attention, count
+from lfu_reg.cli.counting import count, cpu_attention
 from lfu_reg.cli.methods import blocks_alone, make_method
 from lfu_reg.cli.saved_bytes import SavedBytes
 from lfu_reg.cli.subjects import Setting, make_subject
