@@ -22,7 +22,8 @@ Written by `python benchmarks/step_page.py` from `benchmarks/results/`; do not e
 One training step is a forward and a backward pass. All methods run interleaved in one process; a ratio is taken in
 every round, and the table has its median and quartiles. On one CPU thread time is processor time. The floor of any exact
 step is one plus the blocks' share of SFT's forward and backward, since gradients have to flow through the blocks twice.
-No exact step can be below it, so a ratio under the floor in a table is measuring noise. *Literal* is the paper's text as
+No exact step can be below it, so a ratio under the floor in a table is measuring noise; the measured share itself moves
+by a few hundredths between runs on a shared machine. *Literal* is the paper's text as
 it reads, with three forwards; the authors' procedures are those of their code. On CPU, memory is the peak of the bytes
 that autograd keeps for backward passes.
 
@@ -35,20 +36,24 @@ A cheaper step estimates the gradient of the consistency term. *Cost* is the par
 *Bias* is how far the mean of the estimates is from the exact gradient, relative to it; *noise* is how much of that the
 number of draws explains; *spread* is the root mean square distance of one estimate from their mean; *cosine* is that of
 one estimate with the exact gradient, on average. Only `batch_fraction`, `every` and `layers` are options of the library.
-The ratio is SFT's share for the small Llama above (`step_cpu_lora.json`), steering: exact ratio minus what is left out of pass 2.
+The ratio to SFT is a calculation, for steering on the small Llama above (`step_cpu_lora.json`): the measured ratio minus
+the time of what is left out of pass 2.
 
 Measured by `python benchmarks/estimators.py` (`estimators.csv`) on the demo's small trained model, full tuning.
 """
 
 READING = """
-* `batch_fraction` and `every` have no bias, and a spread that grows as the cost falls; so does a random depth of pass 2,
-  with weights that make up for the layers left out.
-* `layers="early"`, a prefix of the tokens and other fixed parts are other objectives, not estimates: their bias is of the
-  size of the gradient. A prefix is exact for its tokens in a causal model, but holds few response tokens or none.
-* The ascent direction of the step before costs as much as the exact one
-  (its taps are a small part of the clean backward),
-  and its gradient has little to do with the exact one. The same goes for sharing the first micro-batch's direction in
-  gradient accumulation. The clean pass cannot be shared either: it is the SFT pass itself.
+* `batch_fraction` and `every` have no bias by construction (what is measured for the former is about what the number of
+  draws explains), and a spread that grows as the cost falls: that is the price of a step below the floor. At the same cost
+  `batch_fraction` spreads less than `every`, and both keep more of the exact direction than the other estimates without bias.
+* A random depth or prefix of pass 2, with weights that make up for what is left out, has no bias either, but spreads more at
+  a higher cost than half of the samples. Neither is an option of the library.
+* Fixed parts (the first layers, the first half of the positions) are other objectives, not estimates: their bias is of the
+  size of the gradient. The option `layers="early"` also perturbs these layers only. In a causal model a prefix is exact for
+  its own tokens, but it holds few response tokens or none.
+* The ascent direction of the step before saves next to nothing, as its taps are a small part of the clean backward, and what
+  it gives has little to do with the exact gradient here. One direction for all micro-batches of an accumulated step was
+  tried once for each theta_aux, with very different outcomes. The clean pass cannot be shared: it is the SFT pass itself.
 """
 
 SCALING = """# How the cost grows
@@ -64,14 +69,14 @@ benchmarks/scaling.py`). The exponent is the slope of log(time) over log(size): 
 SHARDED = """## 70B under FSDP2: a forecast, not a measurement
 
 Operations are counted from the very step on fake tensors, so the ratio in the table above holds wherever a step is bound
-by matrix products. Communication per step and GPU, with P the bytes of the blocks' weights in the dtype of the
+by matrix products. Communication per step and GPU, with P the bytes of the weights in the dtype of the
 all-gathers, and G those of the trained weights' gradients:
 
 | step | all-gathers | reduce-scatters | resharding |
 |---|---|---|---|
 | SFT | 2 P | G | weights are gathered in the forward and again in the backward |
-| LfU, one graph at a time | 4 P | 2 G | the same once more for pass 2 |
-| LfU, graph retained (what sharded models get) | 5 P | G | forward, ascent backward, forward, joint backward through both passes |
+| LfU, `strategy="released"` | 4 P | 2 G | the same once more for pass 2 |
+| LfU, `strategy="retained"` | 5 P | G | forward, ascent backward, forward, joint backward through both passes |
 
 """
 
@@ -85,7 +90,7 @@ def main() -> None:
     (ROOT / "docs" / "cost.md").write_text("\n".join(parts))
     scaling_file = RESULTS / "scaling.json"
     if scaling_file.exists():
-        (ROOT / "docs" / "scaling.md").write_text(scaling(json.loads(scaling_file.read_text())))
+        (ROOT / "docs" / "scaling.md").write_text(scaling(json.loads(scaling_file.read_text()), steps))
         (ROOT / "docs" / "scaling.png").write_bytes((RESULTS / "scaling.png").read_bytes())
     readme = ROOT / "README.md"
     figures = readme_figures(steps["step_cpu_lora.json"])
@@ -187,7 +192,18 @@ def estimators(small: dict[str, Any]) -> str:
     return "\n".join([*lines, READING])
 
 
-def scaling(result: dict[str, Any]) -> str:
+def compared(step: dict[str, Any]) -> str:
+    """Counted and measured ratios of a result of `lfu-reg overhead`."""
+    rows, counted = {row["key"]: row for row in step["rows"]}, step["counted"]["steps"]
+    cells = " | ".join(
+        f"{counted[key]['flops'] / counted['sft']['flops']:.2f} | {rows[key]['ratio']:.2f}"
+        for key in ("steering", "lora")
+    )
+    about = f"{step['setting']['model']}, {step['model']['layers']} layers, {step['setting']['tuning']}"
+    return f"| {about} | {cells} | {rows['sft']['ms']:.0f} |"
+
+
+def scaling(result: dict[str, Any], steps: dict[str, Any]) -> str:
     """The page on scaling."""
     about = result["surroundings"]
     lines = [
@@ -219,8 +235,14 @@ def scaling(result: dict[str, Any]) -> str:
         "",
         f"Measured is {100 * mean['steering']:+.0f} % of counted on average for steering (at most "
         f"{100 * largest['steering']:+.0f} %) and {100 * mean['lora']:+.0f} % for LoRA ({100 * largest['lora']:+.0f} %). "
-        "The difference is what does not grow with the matrices: hooks, launches and Python, which weigh most where a step "
-        "takes milliseconds.",
+        "These are steps of milliseconds. In the larger ones of [what it costs](cost.md):",
+        "",
+        "| model | steering: counted | measured | LoRA: counted | measured | SFT ms |",
+        "|---|---|---|---|---|---|",
+        *(compared(step) for step in steps.values()),
+        "",
+        "So counted operations forecast steps that take long enough, and are too low for tiny ones, where work that does not "
+        "grow with the matrices has a larger part.",
         "",
         "## Larger models, counted",
         "",

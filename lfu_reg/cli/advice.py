@@ -63,13 +63,12 @@ def options_within(budget: float, auxiliary: str, ratio: float, share_2: float, 
 def _samples(auxiliary: str, ratio: float, share_2: float, batch: int) -> Iterator[Option]:
     for fraction in FRACTIONS:
         number = max(1, round(fraction * batch))
-        if number < batch:
-            yield Option(
-                auxiliary,
-                {"batch_fraction": fraction},
-                ratio - (1 - number / batch) * share_2,
-                "no bias, more variance: part of the samples",
-            )
+        yield Option(
+            auxiliary,
+            {"batch_fraction": fraction},
+            ratio - (1 - number / batch) * share_2,
+            "no bias, more variance: part of the samples",
+        )
 
 
 def _early(auxiliary: str, ratio: float, share_2: float) -> Iterator[Option]:

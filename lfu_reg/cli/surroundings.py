@@ -17,7 +17,7 @@ def surroundings(device: str) -> dict[str, str]:
     """Hardware, versions, commit and date."""
     return {
         "date": date.today().isoformat(),
-        "commit": _commit(),
+        "commit": COMMIT,
         "lfu_reg": lfu_reg.__version__,
         "python": platform.python_version(),
         **{name: _version(name) for name in ("torch", "transformers", "peft")},
@@ -40,11 +40,19 @@ def _processor() -> str:
 
 
 def _commit() -> str:
-    folder = Path(lfu_reg.__file__).parent
-    try:
-        found = subprocess.run(
-            ["git", "-C", str(folder), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-        )
-    except OSError:
-        return ""
-    return found.stdout.strip()
+    """The last commit that changed the library, this command left out; "+" if files of it have been edited since."""
+    package = Path(lfu_reg.__file__).parent
+    library = [".", ":(exclude)cli", ":(exclude)__main__.py"]
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(package), *arguments, "--", *library]
+        try:
+            return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+        except OSError:
+            return ""
+
+    return git("log", "-1", "--format=%h") + ("+" if git("status", "--porcelain") else "")
+
+
+# Taken when the code is loaded: the files may be others by the time a measurement is over.
+COMMIT = _commit()

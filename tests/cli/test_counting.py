@@ -86,5 +86,5 @@ def test_advice_changes_as_little_as_needed() -> None:
 
 
 def test_advice_knows_that_a_sample_is_the_least() -> None:
-    kinds = [set(option.options) for option in options_within(1.3, "lora", 1.9, 0.85, 1)]
+    kinds = [set(option.options) for option in options_within(1.3, "lora", 1.9, 0.85, 2)]
     assert {"batch_fraction"} not in kinds
