@@ -67,7 +67,7 @@ def _instrumented(
             laps[name] += clock.now() - start
             yield value
 
-    new_strategy, running, in_place = reg._new_strategy, reg._replays.running, reg.auxiliary.in_place
+    new_strategy, running, replacements = reg._new_strategy, reg._replays.running, reg.auxiliary.replacements
 
     def strategy(model: nn.Module) -> Any:
         made: Any = new_strategy(model)
@@ -84,7 +84,7 @@ def _instrumented(
         for target, name, wrapped in (
             (reg, "_new_strategy", strategy),
             (reg._replays, "running", lambda this: timed_entry("perturbed forward", running(this))),
-            (reg.auxiliary, "in_place", lambda: timed_entry("ascent", in_place())),
+            (reg.auxiliary, "replacements", timed("ascent", lambda: list(replacements()))),
             (reg.auxiliary, "ascend", timed("ascent", reg.auxiliary.ascend)),
             (regularizer, "consistency", timed("distance", consistency)),
         ):
