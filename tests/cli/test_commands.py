@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("typer")
 pytest.importorskip("transformers")
@@ -17,6 +18,7 @@ pytest.importorskip("peft")
 from typer.testing import CliRunner
 
 from lfu_reg.cli import app as app_module
+from lfu_reg.cli import overhead
 from lfu_reg.cli.app import app, parse_layers
 from lfu_reg.cli.methods import LABELS, LFU
 from lfu_reg.cli.phases import BETWEEN, PASSES
@@ -102,6 +104,15 @@ def test_checkpointing_keeps_less(tmp_path: Path) -> None:
     plain, _ = run(tmp_path, "overhead", "tiny", *QUICK, "--methods", "steering")
     less, _ = run(tmp_path, "overhead", "tiny", *QUICK, "--methods", "steering", "--checkpointing")
     assert all(b["peak_mb"] < a["peak_mb"] for a, b in zip(plain["rows"], less["rows"], strict=True))
+
+
+def test_floor_of_compiled_steps_is_that_of_eager_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    times = {"sft": 1.0, "eager sft": 2.0, "blocks": 1.5, "steering": 1.8}
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: None)
+    monkeypatch.setattr(overhead, "interleaved", lambda methods, *a, **k: {m.key: [times[m.key]] for m in methods})
+    result, _ = run(tmp_path, "overhead", "tiny", *QUICK, "--methods", "steering", "--compile")
+    assert result["floor"] == 1.75
+    assert result["rows"][1]["ratio"] == 1.8
 
 
 def test_own_model(tmp_path: Path) -> None:
