@@ -96,7 +96,7 @@ def _measured(
     try:
         blocks = blocks_alone(subject)
         methods = [make_method(key, subject, compiled=setting.compile) for key in plan.keys]
-        # The blocks alone are left by an exception, which a compiled model cannot be: their share is that of eager runs.
+        # The blocks alone are left by an exception, as no compiled model can be: their share is that of eager runs.
         eager = replace(make_method("sft", subject), key=EAGER) if setting.compile else methods[plan.keys.index("sft")]
         timed = [*methods, blocks, *([eager] if setting.compile else [])]
         seconds = interleaved(timed, clock, rounds=plan.rounds, warmup=plan.warmup, tick=tick)
