@@ -7,10 +7,10 @@ ARGS   ?=
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test mutants zoo lint types docs clean
+.PHONY: help demo cost-cuda test mutants zoo lint types docs clean
 
 help:  ## show this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
 
 # A stamp per extra: pip runs again only when the requirements have changed.
 $(VENV)/.stamp-%: pyproject.toml constraints.txt
@@ -22,6 +22,10 @@ $(VENV)/.stamp-%: pyproject.toml constraints.txt
 
 demo: $(VENV)/.stamp-bench  ## fine-tune a small model with and without LfU, compare them (under 5 minutes on 2 cores)
 	@$(BIN)/python benchmarks/demo.py $(ARGS)
+
+cost-cuda: $(VENV)/.stamp-bench $(VENV)/.stamp-cli  ## measure the cost of a step on a GPU, and render the pages
+	$(BIN)/python benchmarks/step.py --cuda
+	$(BIN)/python benchmarks/step_page.py
 
 test: $(VENV)/.stamp-dev  ## run the tests
 	$(BIN)/python -m pytest -n auto --dist loadscope $(ARGS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -38,15 +39,14 @@ def test_examples_run(page: str) -> None:
 
 
 def test_figures_are_measured() -> None:
-    rows = json.loads((ROOT / "benchmarks/results/step_cpu_lora.json").read_text())["rows"]
-    ratios = {row["method"]: f"{row['ratio']:.2f}x" for row in rows}
-    text = " ".join((ROOT / "README.md").read_text().split())
-    assert f"**{ratios['LfU steering']}** (steering), **{ratios['LfU LoRA']}** (LoRA)" in text
-    assert f"**{ratios['LfU weights']}** (weights)" in text
-    authors = ratios["authors' LoRA procedure"]
-    literal, lora = ratios["literal steering, 3 forwards"], ratios["literal LoRA, 3 forwards"]
-    assert f"costs {literal} (steering) and {lora} (LoRA)" in text
-    assert f"the authors' LoRA procedure {authors}" in text
+    spec = importlib.util.spec_from_file_location("step_page", ROOT / "benchmarks/step_page.py")
+    assert spec is not None
+    assert spec.loader is not None
+    page = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(page)
+    result = json.loads((ROOT / "benchmarks/results/step_cpu_lora.json").read_text())
+    assert page.readme_figures(result) in (ROOT / "README.md").read_text()
+    assert page.section(result, "step_cpu_lora.json") in (ROOT / "docs/cost.md").read_text()
 
 
 def test_commands_exist() -> None:

@@ -1,56 +1,55 @@
-"""The step benchmark: its opponents compute the same thing, and a tiny run writes what the page needs."""
+"""The published commands are ones that the command line takes, and the pages can show what they write."""
 
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
-import opponents
 import pytest
+
+pytest.importorskip("typer")
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+
 import step
 import step_page
-import torch
-from saved_bytes import SavedBytes
+from typer.testing import CliRunner
 
-from lfu_reg import LfURegularizer
-
-TINY = ["--layers", "2", "--hidden", "32", "--intermediate", "48", "--heads", "2", "--vocab", "40"]
-TINY += ["--batch", "2", "--tokens", "8", "--rounds", "2", "--warmup", "0"]
-
-pytestmark = pytest.mark.filterwarnings("ignore::lfu_reg.LfUWarning")
+from lfu_reg.cli import app as app_module
+from lfu_reg.cli.app import app
 
 
-def test_literal_steering_has_the_gradients_of_lfu() -> None:
-    options = step.parse(TINY)
-    torch.manual_seed(0)
-    model, batch = step.make_model(options), step.make_batch(options)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    opponents.three_forwards(model, batch, step.sft_loss).backward()
-    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    with LfURegularizer(model, "steering") as reg:
-        reg(model, batch, step.sft_loss).backward()
-    for name, gradient in expected.items():
-        torch.testing.assert_close(model.get_parameter(name).grad, gradient, rtol=1e-4, atol=1e-6)
+@pytest.mark.parametrize("case", step.COMMANDS)
+def test_commands_are_understood(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Reached(Exception):
+        pass
+
+    def stop(setting: object) -> None:
+        raise Reached
+
+    monkeypatch.setattr(app_module, "check_device", lambda device: None)
+    monkeypatch.setattr(app_module, "_counts", stop)
+    result = CliRunner().invoke(app, shlex.split(step.command_of(case, tmp_path))[1:])
+    assert isinstance(result.exception, Reached), result.output
 
 
-def test_a_tiny_run_writes_a_result_that_the_page_can_show(tmp_path: Path) -> None:
-    out = tmp_path / "step.json"
-    step.main([*TINY, "--out", str(out)])
-    result = json.loads(out.read_text())
-    assert {row["method"] for row in result["rows"]} >= {"SFT", "LfU LoRA", "authors' LoRA procedure"}
-    assert all(row["ms"] > 0 and row["peak_mb"] >= 0 for row in result["rows"])
-    page = step_page.section(result, out.name)
-    assert all(f"| {row['method']} |" in page for row in result["rows"])
+def test_unknown_case() -> None:
+    with pytest.raises(SystemExit) as ended:
+        step.main(["cpu_everything"])
+    assert ended.value.code == 2
 
 
-def test_saved_bytes_counts_what_is_kept_once() -> None:
-    x = torch.randn(1000, requires_grad=True)
-    with SavedBytes() as saved:
-        y = x.exp()  # keeps its result
-        z = y.sin()  # keeps its argument: the same storage
-        assert saved.peak == 4000
-        del z, y
-    assert saved.now == 0
+def test_a_run_writes_a_result_that_the_page_can_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = "tiny --layers 1 --batch 2 --tokens 8 --rounds 2 --time-budget 1.9 --methods "
+    monkeypatch.setitem(
+        step.COMMANDS, "cpu_lora", tiny + "steering,lora,weights,literal-steering,literal-lora,authors-lora"
+    )
+    step.main(["cpu_lora", "--out", str(tmp_path)])
+    result = json.loads((tmp_path / "step_cpu_lora.json").read_text())
+    page = step_page.section(result, "step_cpu_lora.json")
+    assert all(f"| {row['method']} | {row['ms']:.0f} |" in page for row in result["rows"])
+    assert all(option["code"] in page for option in result["advice"]["options"])
+    assert "| perturbed backward |" in page
+    assert "Extrapolated to all 2 layers" in page
+    assert f"**{result['rows'][2]['ratio']:.2f}x** (LoRA)" in step_page.readme_figures(result)

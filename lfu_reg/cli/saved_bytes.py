@@ -28,7 +28,7 @@ class SavedBytes:
         ):
             return packed
         storage = tensor.untyped_storage()
-        key, size = storage.data_ptr(), storage.nbytes()
+        key, size = storage._cdata, storage.nbytes()  # also of tensors without data
         self._holders[key] = self._holders.get(key, 0) + 1
         if self._holders[key] == 1:
             self.now += size

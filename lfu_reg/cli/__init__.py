@@ -1,0 +1,14 @@
+"""The command `lfu-reg`: what LfU costs on a given model, and what it would hook there."""
+
+
+def main() -> None:
+    """Run the command line.
+
+    Raises:
+        SystemExit: with the command's exit code: 0, or 2 for what cannot be used.
+    """
+    try:
+        from lfu_reg.cli.app import app
+    except ModuleNotFoundError as error:
+        raise SystemExit(f"lfu-reg needs {error.name}, which is not installed: pip install 'lfu_reg[cli]'") from error
+    app()

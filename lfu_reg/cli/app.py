@@ -1,0 +1,217 @@
+"""The commands, their options, and what becomes of errors."""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from lfu_reg.cli.counting import Counts, count
+from lfu_reg.cli.errors import Unusable
+from lfu_reg.cli.inspection import inspect as inspect_model
+from lfu_reg.cli.memory import available_bytes, check_memory
+from lfu_reg.cli.methods import DEFAULT, LABELS, chosen_keys
+from lfu_reg.cli.overhead import Plan, measure
+from lfu_reg.cli.presets import PRESETS
+from lfu_reg.cli.subjects import Setting, make_subject
+from lfu_reg.cli.tables import show_inspection, show_overhead
+from lfu_reg.layers import LayerChoice
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, help="What LfU costs on a model, and what it hooks there."
+)
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        help=f"One of {', '.join(PRESETS)}; a local folder or a hub name, of which only config.json is read (random "
+        "weights cost the same); or file.py:function that returns (model, batch, sft_loss_fn)."
+    ),
+]
+Json = Annotated[Path | None, typer.Option("--json", help="Write the result to this file.")]
+
+
+class Tuning(str, Enum):
+    """What is trained."""
+
+    lora = "lora"
+    full = "full"
+
+
+class Dtype(str, Enum):
+    """Of the weights."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class AuxiliaryName(str, Enum):
+    """theta_aux."""
+
+    lora = "lora"
+    steering = "steering"
+    weights = "weights"
+
+
+@app.command()
+def overhead(
+    model: Model = "small",
+    tuning: Annotated[Tuning, typer.Option(help="PEFT's LoRA on all linear maps, or all weights.")] = Tuning.lora,
+    dtype: Annotated[Dtype, typer.Option(help="Of the weights.")] = Dtype.float32,
+    batch: Annotated[int, typer.Option(help="Samples in a batch.", min=1)] = 4,
+    tokens: Annotated[int, typer.Option(help="Tokens in a sample.", min=2)] = 128,
+    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Activation checkpointing.")] = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="torch.compile of the model.")] = False,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    threads: Annotated[int, typer.Option(help="CPU threads; with one, processor time is measured.", min=1)] = 1,
+    rounds: Annotated[int, typer.Option(help="Interleaved rounds.", min=1)] = 10,
+    methods: Annotated[str, typer.Option(help=f"'all', or some of {', '.join(LABELS)}.")] = ",".join(DEFAULT),
+    layers: Annotated[int | None, typer.Option(help="Truncate the model to so many layers.")] = None,
+    time_budget: Annotated[float | None, typer.Option(help="Recommend settings within this ratio to SFT.")] = None,
+    memory_budget: Annotated[str | None, typer.Option(help="The same for memory: 40GB, 800MB.")] = None,
+    json_file: Json = None,
+) -> None:
+    """Time and memory of one training step, SFT's and LfU's, and how far LfU's is from the floor."""
+    console = _console()
+    with _clear_errors():
+        check_device(device)
+        keys = chosen_keys(methods)
+        if time_budget is not None and not (math.isfinite(time_budget) and time_budget > 1):
+            raise Unusable(f"--time-budget {time_budget:g}: allowed are ratios above 1, what SFT costs.")
+        memory = None if memory_budget is None else parse_bytes(memory_budget)
+        check_writable(json_file)
+        torch.set_num_threads(threads)
+        setting = Setting(
+            model=model,
+            tuning=tuning.value,
+            dtype=dtype.value,
+            batch=batch,
+            tokens=tokens,
+            checkpointing=checkpointing,
+            compile=compiled,
+            device=device,
+            layers=layers,
+        )
+        plan = Plan(keys, rounds=rounds, time_budget=time_budget, memory_budget=memory)
+        with console.status("Counting operations and memory"):
+            counts = _counts(setting)
+        if counts is not None:
+            check_memory(counts, device, available_bytes(device))
+        subject = make_subject(setting)
+        with _progress(console, plan.ticks) as tick:
+            result = measure(setting, plan, subject, counts, tick)
+        show_overhead(result, console)
+        _write(result, json_file, console)
+
+
+@app.command()
+def inspect(
+    model: Model,
+    layers: Annotated[str, typer.Option(help="As LfURegularizer takes it: all, early, 3, '[0, 1]', a regex.")] = "all",
+    auxiliary: Annotated[AuxiliaryName, typer.Option(help="Whose sites to list.")] = AuxiliaryName.lora,
+    target_modules: Annotated[
+        str, typer.Option(help="all-linear, a regular expression, or name endings with commas.")
+    ] = "all-linear",
+    rank: Annotated[int, typer.Option(help="Of LoRA's deltas.", min=1)] = 8,
+    tuning: Annotated[Tuning, typer.Option(help="What the user trains.")] = Tuning.full,
+    dtype: Annotated[Dtype, typer.Option(help="Of the weights.")] = Dtype.bfloat16,
+    batch: Annotated[int, typer.Option(help="Samples, for the size of the hidden states.", min=1)] = 1,
+    tokens: Annotated[int, typer.Option(help="Tokens in a sample.", min=2)] = 512,
+    json_file: Json = None,
+) -> None:
+    """The layers and linear maps that would be hooked, and what each auxiliary takes; allocates nothing."""
+    console = _console()
+    with _clear_errors():
+        check_writable(json_file)
+        setting = Setting(model=model, tuning=tuning.value, dtype=dtype.value, batch=batch, tokens=tokens)
+        targets: Any = target_modules.split(",") if "," in target_modules else target_modules
+        result = inspect_model(setting, parse_layers(layers), targets, rank)
+        show_inspection(result, console, auxiliary.value)
+        _write(result, json_file, console)
+
+
+def check_device(device: str) -> None:
+    """Raise unless there is such a device."""
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise Unusable(f"--device {device}: no such kind of device; allowed are cpu, cuda and cuda:N.") from error
+    if kind not in ("cpu", "cuda"):
+        raise Unusable(f"--device {device}: measuring knows cpu, cuda and cuda:N.")
+    found = torch.cuda.device_count()
+    if kind == "cuda" and (torch.device(device).index or 0) >= found:
+        raise Unusable(
+            f"--device {device}: torch {torch.__version__} sees {found} GPU(s). Use --device cpu, or install a CUDA or "
+            "ROCm build of torch and check the driver."
+        )
+
+
+def parse_bytes(text: str) -> float:
+    """Bytes from "40GB", "800 MB" or "1.5e9"."""
+    match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([kMGT]?)i?B?\s*", text, re.IGNORECASE)
+    try:
+        number = float(match[1]) if match else 0.0
+    except ValueError:
+        number = 0.0
+    if match is None or not number > 0:
+        raise Unusable(f"--memory-budget {text}: give a size such as 40GB or 800MB.")
+    return number * 1000.0 ** " kmgt".index((match[2] or " ").lower())
+
+
+def parse_layers(text: str) -> LayerChoice:
+    """An index, a list of indices or names, or a word, as LfURegularizer takes them."""
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+    return value if isinstance(value, (int, list)) else text
+
+
+def check_writable(file: Path | None) -> None:
+    """Raise at once, rather than after the measurement, where the result could not be written."""
+    if file is not None and (file.is_dir() or not file.parent.is_dir() or not os.access(file.parent, os.W_OK)):
+        raise Unusable(f"--json {file}: no file can be written there; give a file in a folder that exists.")
+
+
+def _counts(setting: Setting) -> Counts | None:
+    return None if setting.is_own else count(setting)
+
+
+def _console() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=120)  # tables keep their shape in files and pipes
+
+
+@contextmanager
+def _clear_errors() -> Iterator[None]:
+    try:
+        yield
+    except Unusable as error:
+        Console(stderr=True).print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from error
+
+
+@contextmanager
+def _progress(console: Console, total: int) -> Iterator[Any]:
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("Interleaved steps", total=total)
+        yield lambda: progress.advance(task)
+
+
+def _write(result: dict[str, Any], file: Path | None, console: Console) -> None:
+    if file is not None:
+        file.write_text(json.dumps(result, indent=1) + "\n")
+        console.print(f"Written to {file}", soft_wrap=True)

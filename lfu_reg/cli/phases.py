@@ -1,0 +1,92 @@
+"""Where the time of LfU's step goes, measured around the step's own calls; the step itself knows nothing of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from statistics import median
+from typing import Any
+from unittest import mock
+
+from torch import Tensor, nn
+
+from lfu_reg import regularizer
+from lfu_reg.cli.methods import Method
+from lfu_reg.cli.rounds import Clock
+from lfu_reg.cli.subjects import Subject
+from lfu_reg.consistency import consistency
+
+PASSES = ("clean forward", "clean backward", "perturbed forward", "perturbed backward")
+BETWEEN = ("ascent", "distance", "graft", "bookkeeping")
+
+
+def phases_of(method: Method, subject: Subject, clock: Clock, rounds: int) -> dict[str, float]:
+    """Median seconds of every phase of a step with the released strategy.
+
+    The hooks' work in a pass counts with the pass, as does the distance's share of the second backward.
+
+    Args:
+        method: with a regularizer.
+        subject: what it trains.
+        clock: of the device; waiting for a GPU at every phase makes the whole step somewhat slower than it is.
+        rounds: how many steps.
+    """
+    taken: dict[str, list[float]] = {name: [] for name in (*PASSES, *BETWEEN)}
+    for _ in range(rounds):
+        laps = dict.fromkeys(taken, 0.0)
+        start = clock.now()
+        with _instrumented(method, subject, clock, laps) as run:
+            run()
+        laps["bookkeeping"] = clock.now() - start - sum(laps.values())
+        for name, seconds in laps.items():
+            taken[name].append(seconds)
+    return {name: median(seconds) for name, seconds in taken.items()}
+
+
+@contextmanager
+def _instrumented(
+    method: Method, subject: Subject, clock: Clock, laps: dict[str, float]
+) -> Iterator[Callable[[], None]]:
+    reg = method.regularizer
+    assert reg is not None
+
+    def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            start = clock.now()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                laps[name] += clock.now() - start
+
+        return call
+
+    @contextmanager
+    def timed_entry(name: str, context: Any) -> Iterator[Any]:
+        start = clock.now()
+        with context as value:
+            laps[name] += clock.now() - start
+            yield value
+
+    new_strategy, running, replacements = reg._new_strategy, reg._replays.running, reg.auxiliary.replacements
+
+    def strategy(model: nn.Module) -> Any:
+        made: Any = new_strategy(model)
+        made.backward_clean = timed("clean backward", made.backward_clean)
+        made.total = timed("perturbed backward", made.total)
+        return made
+
+    def run() -> None:
+        loss: Tensor = reg(method.model, subject.batch, timed("clean forward", subject.sft_loss))
+        timed("graft", loss.backward)()
+        method.model.zero_grad(set_to_none=True)
+
+    with ExitStack() as patches:
+        for target, name, wrapped in (
+            (reg, "_new_strategy", strategy),
+            (reg._replays, "running", lambda this: timed_entry("perturbed forward", running(this))),
+            (reg.auxiliary, "replacements", timed("ascent", lambda: list(replacements()))),
+            (reg.auxiliary, "ascend", timed("ascent", reg.auxiliary.ascend)),
+            (regularizer, "consistency", timed("distance", consistency)),
+        ):
+            patches.enter_context(mock.patch.object(target, name, wrapped))
+        yield run

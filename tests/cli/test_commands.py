@@ -1,0 +1,159 @@
+"""The commands end to end, on models that take milliseconds."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("typer")
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+
+from typer.testing import CliRunner
+
+from lfu_reg.cli import app as app_module
+from lfu_reg.cli import overhead
+from lfu_reg.cli.app import app, parse_layers
+from lfu_reg.cli.methods import LABELS, LFU
+from lfu_reg.cli.phases import BETWEEN, PASSES
+from tests.cli.test_errors import OWN
+
+QUICK = ["--rounds", "2", "--batch", "4", "--tokens", "8"]
+ROW = {
+    "key", "method", "ms", "ms_quartiles", "ratio", "ratio_quartiles", "over_floor", "tokens_per_second", "peak_mb",
+    "with_weights_mb", "phases_ms", "outside_of_passes",
+}  # fmt: skip
+RESULT = {
+    "schema", "setting", "clock", "model", "blocks_share", "floor", "counted", "rows", "at_full_depth", "advice",
+    "surroundings",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def uncounted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counting takes a second, and has tests of its own: one command here is enough."""
+    if "full" not in request.node.name:
+        monkeypatch.setattr(app_module, "_counts", lambda setting: None)
+
+
+def run(tmp_path: Path, *arguments: str) -> tuple[dict[str, Any], str]:
+    file = tmp_path / "result.json"
+    done = CliRunner().invoke(app, [*arguments, "--json", str(file)], env={"HF_HUB_OFFLINE": "1"})
+    assert done.exit_code == 0, (done.output, done.exception)
+    return json.loads(file.read_text()), done.output
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_overhead_of_every_method(tmp_path: Path, tuning: str) -> None:
+    result, shown = run(tmp_path, "overhead", "tiny", *QUICK, "--methods", "all", "--tuning", tuning)
+    assert set(result) == RESULT
+    assert result["schema"] == "lfu-reg overhead 1"
+    assert {row["key"] for row in result["rows"]} == set(LABELS)
+    for row in result["rows"]:
+        assert set(row) == ROW
+        assert row["ms"] > 0
+        assert row["tokens_per_second"] > 0
+        assert row["ratio_quartiles"][0] <= row["ratio"] <= row["ratio_quartiles"][1]
+        assert row["with_weights_mb"] > row["peak_mb"] > 0
+        assert (row["phases_ms"] is not None) == (row["key"] in LFU)
+    assert result["rows"][0]["ratio"] == 1.0
+    assert result["floor"] == pytest.approx(1 + result["blocks_share"])
+    assert {"date", "commit", "torch", "transformers", "hardware"} <= set(result["surroundings"])
+    assert all(label.split()[0] in shown for label in LABELS.values())
+    assert "The floor of an exact step is" in shown
+    assert ("By counted operations" in shown) == (result["counted"] is not None) == (tuning == "full")
+
+
+def test_every_phase_is_timed(tmp_path: Path) -> None:
+    result, shown = run(tmp_path, "overhead", "tiny", *QUICK)
+    for row in result["rows"][1:]:
+        assert set(row["phases_ms"]) == {*PASSES, *BETWEEN}
+        assert all(milliseconds > 0 for milliseconds in row["phases_ms"].values()), row
+        assert 0 < row["outside_of_passes"] < 1
+    assert "perturbed backward" in shown
+
+
+def test_budgets(tmp_path: Path) -> None:
+    budgets = ["--time-budget", "1.6", "--memory-budget", "1GB"]
+    result, shown = run(tmp_path, "overhead", "tiny", *QUICK, "--methods", "steering", *budgets)
+    options = result["advice"]["options"]
+    assert options
+    assert all(option["predicted_ratio"] <= 1.6 and option["ratio"] > 0 for option in options)
+    assert "Within 1.6 times SFT's time and 1 GB" in shown
+    result, shown = run(tmp_path, "overhead", "tiny", *QUICK, "--methods", "steering", "--memory-budget", "1kB")
+    assert result["advice"] == {"over_memory_budget": ["LfU steering"], "options": []}
+
+
+def test_truncated_model_is_extrapolated(tmp_path: Path) -> None:
+    result, shown = run(tmp_path, "overhead", "tiny", *QUICK, "--methods", "steering", "--layers", "1")
+    full, row = result["at_full_depth"], result["rows"][1]
+    assert full["layers"] == 2
+    share = result["blocks_share"]
+    assert full["floor"] == pytest.approx(1 + 2 * share / (1 + share), abs=2e-4)
+    assert full["ratios"]["steering"] == pytest.approx(1 + (row["ratio"] - 1) * 2 / (1 + share), abs=2e-3)
+    assert "Estimated for all 2 layers" in shown
+
+
+def test_checkpointing_keeps_less(tmp_path: Path) -> None:
+    plain, _ = run(tmp_path, "overhead", "tiny", *QUICK, "--methods", "steering")
+    less, _ = run(tmp_path, "overhead", "tiny", *QUICK, "--methods", "steering", "--checkpointing")
+    assert all(b["peak_mb"] < a["peak_mb"] for a, b in zip(plain["rows"], less["rows"], strict=True))
+
+
+def test_floor_of_compiled_steps_is_that_of_eager_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    times = {"sft": 1.0, "eager sft": 2.0, "blocks": 1.5, "steering": 1.8}
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: None)
+    monkeypatch.setattr(overhead, "interleaved", lambda methods, *a, **k: {m.key: [times[m.key]] for m in methods})
+    result, _ = run(tmp_path, "overhead", "tiny", *QUICK, "--methods", "steering", "--compile")
+    assert result["floor"] == 1.75
+    assert result["rows"][1]["ratio"] == 1.8
+
+
+def test_own_model(tmp_path: Path) -> None:
+    (tmp_path / "own_model.py").write_text(OWN)
+    result, _ = run(tmp_path, "overhead", f"{tmp_path / 'own_model.py'}:deep", *QUICK)
+    assert result["counted"] is None
+    assert [row["key"] for row in result["rows"]] == ["sft", *LFU]
+
+
+def test_local_folder(tmp_path: Path) -> None:
+    from transformers import T5Config
+
+    T5Config(d_model=16, d_ff=16, d_kv=8, num_layers=2, num_heads=2, vocab_size=32).save_pretrained(tmp_path / "t5")
+    result, _ = run(tmp_path, "overhead", str(tmp_path / "t5"), *QUICK, "--tuning", "full", "--methods", "steering")
+    assert result["model"]["layers"] == 4  # both stacks
+
+
+def test_inspect_allocates_nothing_of_an_8b_model(tmp_path: Path) -> None:
+    result, shown = run(tmp_path, "inspect", "llama-3.1-8b", "--layers", "early", "--tokens", "512")
+    assert result["model"]["parameters"] == 8_030_261_248
+    assert [layer["name"] for layer in result["layers"]] == [f"model.layers.{i}" for i in range(10)]
+    assert len(result["linears"]) == 10 * 7
+    down = next(entry for entry in result["linears"] if entry["name"] == "model.layers.9.mlp.down_proj")
+    assert (down["in"], down["out"], down["parameters"]) == (14336, 4096, 8 * (14336 + 4096))
+    assert result["auxiliaries"]["steering"] == {"parameters": 10 * 4096, "mb": pytest.approx(0.328)}
+    assert result["auxiliaries"]["lora"]["parameters"] == sum(entry["parameters"] for entry in result["linears"])
+    assert result["clean_states_mb"] == pytest.approx(10 * 512 * 4096 * 2 / 1e6, abs=1e-3)
+    assert "model.layers.9.mlp.down_proj" in shown
+
+
+def test_inspect_targets(tmp_path: Path) -> None:
+    result, _ = run(tmp_path, "inspect", "tiny", "--target-modules", "q_proj,v_proj", "--auxiliary", "steering")
+    assert len(result["linears"]) == 4
+
+
+@pytest.mark.parametrize(("text", "choice"), [("all", "all"), ("3", 3), ("[0, 1]", [0, 1]), (r".*\.0", r".*\.0")])
+def test_layers_as_the_library_takes_them(text: str, choice: object) -> None:
+    assert parse_layers(text) == choice
+
+
+def test_module_runs() -> None:
+    done = subprocess.run([sys.executable, "-m", "lfu_reg", "--help"], capture_output=True, text=True, check=True)
+    assert "overhead" in done.stdout
+    assert "inspect" in done.stdout

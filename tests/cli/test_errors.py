@@ -1,0 +1,155 @@
+"""What cannot be used ends at once, with exit code 2 and a message that says what is allowed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("typer")
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+
+from typer.testing import CliRunner
+
+from lfu_reg.cli import app as app_module
+from lfu_reg.cli.app import app, parse_bytes
+from lfu_reg.cli.presets import PRESETS
+
+OWN = """
+import torch
+from torch import nn
+
+class Flat(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Linear(4, 4)
+    def forward(self, x):
+        return self.one(x)
+
+class Deep(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(3))
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+def loss(model, batch):
+    return model(batch["x"]).square().mean()
+
+def flat():
+    return Flat(), {"x": torch.ones(2, 3, 4)}, loss
+
+def deep():
+    return Deep(), {"x": torch.ones(2, 3, 4)}, loss
+
+def no_scalar():
+    return Deep(), {"x": torch.ones(2, 3, 4)}, lambda model, batch: model(batch["x"])
+
+def detached():
+    return Deep(), {"x": torch.ones(2, 3, 4)}, lambda model, batch: loss(model, batch).detach()
+
+def two():
+    return Deep(), {}
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    file = tmp_path / "own_model.py"
+    file.write_text(OWN)
+    return file
+
+
+def run(*arguments: str) -> Any:
+    return CliRunner().invoke(app, list(arguments), env={"HF_HUB_OFFLINE": "1"})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["overhead", "no-such-model"], "is no preset (tiny, small, gpt2"),
+        (["inspect", "no-such-model"], "is no preset (tiny, small, gpt2"),
+        (["overhead", "tiny", "--device", "abacus"], "no such kind of device"),
+        (["overhead", "tiny", "--device", "meta"], "measuring knows cpu, cuda"),
+        (
+            ["overhead", "tiny", "--methods", "sft,magic"],
+            "allowed are 'all' and a comma-separated list of sft, steering",
+        ),
+        (["overhead", "tiny", "--methods", ","], "allowed are 'all'"),
+        (["overhead", "tiny", "--layers", "3"], "the model has 2 layers; allowed are 1 to 2"),
+        (["overhead", "tiny", "--layers", "0"], "the model has 2 layers; allowed are 1 to 2"),
+        (["overhead", "tiny", "--tokens", "4096"], "has 2048 positions"),
+        (["overhead", "tiny", "--time-budget", "0.9"], "allowed are ratios above 1"),
+        (["overhead", "tiny", "--time-budget", "nan"], "allowed are ratios above 1"),
+        (["overhead", "tiny", "--memory-budget", "much"], "give a size such as 40GB"),
+        (["overhead", "tiny", "--memory-budget", "-1GB"], "give a size such as 40GB"),
+        (["overhead", "tiny", "--json", "/no/such/folder/file.json"], "give a file in a folder that exists"),
+        (["inspect", "tiny", "--layers", "7"], "there is no 7"),
+        (["inspect", "tiny", "--target-modules", "nothing"], "matches no linear map"),
+        (["overhead", "nowhere.py:f"], "cannot be imported"),
+    ],
+)
+def test_bad_options(arguments: list[str], message: str) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr
+    assert result.stderr.startswith("error: ")
+    assert "Traceback" not in result.output
+
+
+def test_presets_are_listed() -> None:
+    listed = run("overhead", "no-such-model").stderr
+    assert all(name in listed for name in PRESETS)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("flat", "has no repeated blocks"),
+        ("no_scalar", "it has to return a scalar"),
+        ("detached", "does not depend on anything trainable"),
+        ("two", "has to return (model, batch, sft_loss_fn)"),
+        ("absent", "has no function 'absent'"),
+    ],
+)
+def test_own_model_that_cannot_be_trained(own: Path, function: str, message: str) -> None:
+    result = run("overhead", f"{own}:{function}")
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr
+
+
+def test_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    result = run("overhead", "tiny", "--device", "cuda")
+    assert result.exit_code == 2
+    assert "sees 0 GPU(s)" in result.stderr
+
+
+def test_model_without_a_loss(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit", "num_hidden_layers": 2}))
+    result = run("overhead", str(tmp_path))
+    assert result.exit_code == 2
+    assert "no language-model head, hence no loss" in result.stderr
+
+
+def test_too_large_a_model_is_refused_before_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(setting: Any) -> None:
+        raise AssertionError("the model was made")
+
+    monkeypatch.setattr(app_module, "make_subject", never)
+    monkeypatch.setattr(app_module, "available_bytes", lambda device: 100_000)
+    result = run("overhead", "tiny")
+    assert result.exit_code == 2, result.output
+    assert "needs about" in result.stderr
+    assert "0.0 GB are free. Nothing was allocated" in result.stderr
+
+
+@pytest.mark.parametrize(("text", "size"), [("40GB", 40e9), ("800 MB", 8e8), ("1.5e9", 1.5e9), ("2k", 2e3)])
+def test_sizes(text: str, size: float) -> None:
+    assert parse_bytes(text) == pytest.approx(size)
