@@ -117,6 +117,23 @@ class Pass:
     scale: float = 1.0
 
 
+class EarlyExits:
+    """Raises `EarlyExit` at the end of the layer whose hidden state was the last one wanted.
+
+    Attributes:
+        listening: whether the running pass may be left early.
+        reached: whether it has all that it wants.
+    """
+
+    def __init__(self) -> None:
+        self.listening = self.reached = False
+
+    def on_call(self, name: str, compiled: bool, *call: Any) -> None:
+        """What the hook on layer `name` does."""
+        if self.reached and torch.is_grad_enabled():
+            raise EarlyExit
+
+
 class ModelHooks:
     """The hooks of one regularizer on one model.
 
@@ -137,6 +154,7 @@ class ModelHooks:
         head: nn.Module | None = None,
     ) -> None:
         self.listening = False
+        self._exits = EarlyExits()
         self.running: Pass | None = None
         self.overwritten: set[str] = set()  # layers whose outputs the model changes in place: these need a copy
         self._auxiliary = auxiliary
@@ -150,6 +168,9 @@ class ModelHooks:
         for name, module in modules.items():
             # First of all hooks, whenever the others came: what they capture or change is then downstream of ours.
             self._handles.append(module.register_forward_hook(Hook(self, name), with_kwargs=True, prepend=True))
+        for name in self.captured:
+            # Last of those there are, so that what others opened around the layer (checkpoint, FSDP) is closed.
+            self._handles.append(modules[name].register_forward_hook(Hook(self._exits, name), with_kwargs=True))
         # A compiled block shares its graphs with its siblings, and torch tells a module with hooks from one without
         # only where both have some. So every other module of the same classes gets an idle one.
         classes, hooked = {type(module) for module in modules.values()}, set(modules.values())
@@ -181,6 +202,8 @@ class ModelHooks:
 
     def _look(self) -> None:
         self.listening = self.running is not None or bool(self._repeats.running)
+        self._exits.listening = self.running is not None and self.running.stop_after is not None
+        self._exits.reached = False
 
     def on_call(self, name: str, compiled: bool, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """What the hook on `name` does; None leaves the output alone."""
@@ -227,8 +250,7 @@ class ModelHooks:
         if name in self.overwritten or this.capture == "cloned":
             kept = kept.clone()
         this.states.append(State(name, kept, tokens, kept._version))
-        if this.stop_after is not None and len(this.states) >= this.stop_after:
-            raise EarlyExit
+        self._exits.reached = this.stop_after is not None and len(this.states) >= this.stop_after
 
     def _tokens(self, name: str, y: Tensor, this: Pass) -> Tokens:
         axis = 1 if self._channels_first[name](y) else -1
