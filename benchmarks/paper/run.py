@@ -132,8 +132,6 @@ def _row(
     if names == ["variations"]:
         scores = evaluate.prompt_variations(model, tokenizer, limit=args.limit)
     elif names == ["refusal"]:
-        from paper.attack import refusal_after
-
         scores = refusal_after(model, tokenizer, table.attack_steps, protocol, where)
     else:
         scores = evaluate.eleven_tasks(model, tokenizer, names, local=args.local, limit=args.limit)

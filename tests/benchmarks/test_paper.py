@@ -57,7 +57,8 @@ def test_adversarial_steps(pairs: str, tmp_path: Path) -> None:
     assert main(small("table4", pairs, tmp_path, "--methods", "SFT")) == 0
     (file,) = tmp_path.rglob("pairs__SFT.json")
     scores = json.loads(file.read_text())["scores"]
-    assert scores["refusal's nats after"] > scores["refusal's nats before"]
+    # Which way it goes says nothing on a model that has never seen such a text; that the attack acted does.
+    assert scores["refusal's nats after"] != pytest.approx(scores["refusal's nats before"], rel=1e-4)
 
 
 def test_needs_are_said_before_anything_is_loaded(
