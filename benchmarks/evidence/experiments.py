@@ -1,0 +1,206 @@
+"""What is run, in order: tuning on validation data, the comparison on test data, and the ablations."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from evidence.finetune import Spec
+from evidence.grids import ENTRIES, PAPER, tuning_specs
+from evidence.store import spec_of
+
+SEEDS = range(5)
+TUNING_SEEDS = range(100, 101)
+SKILL_TUNING_TASKS = ["subtract-128", "subtract-128-noisy"]
+# The text tasks take four times as long: they get the methods that the hypotheses are about, and the strongest others.
+TEXT_LABELS = [
+    "SFT",
+    "NEFTune",
+    "SAM",
+    "EMA",
+    "KL to base",
+    "L2-SP",
+    "LfU LoRA",
+    "LfU steering",
+    "LfU LoRA, random direction",
+    "LfU LoRA, logit KL",
+]
+
+Rows = list[dict[str, Any]]
+
+
+def chosen(rows: Rows, experiment: str) -> dict[str, Spec]:
+    """The cell of each method with the best mean score over tasks and seeds of a tuning experiment."""
+    scores: dict[Spec, list[float]] = defaultdict(list)
+    for row in rows:
+        if row["experiment"] == experiment:
+            cell = replace(spec_of(row), task="", seed=0)
+            scores[cell].append(row["score"])
+    best: dict[str, Spec] = {}
+    for cell, values in scores.items():
+        mean = statistics.fmean(values)
+        if cell.label not in best or mean > statistics.fmean(scores[best[cell.label]]):
+            best[cell.label] = cell
+    return best
+
+
+def tune_skills(rows: Rows) -> list[Spec]:
+    """Nine cells a method, both regimes of label noise together."""
+    return tuning_specs(list(ENTRIES), "tune-skills", SKILL_TUNING_TASKS, TUNING_SEEDS)
+
+
+def tune_text(rows: Rows) -> list[Spec]:
+    """Nine cells a method on one of the text tasks."""
+    return tuning_specs(TEXT_LABELS, "tune-text", ["gsm8k-64"], TUNING_SEEDS)
+
+
+def _compare(rows: Rows, name: str, tuning: str, tasks: list[str]) -> list[Spec]:
+    best = chosen(rows, tuning)
+    cells = [*best.values(), *(replace(p, lr=best["SFT"].lr) for p in PAPER)]
+    return [
+        replace(cell, experiment=name, task=task, seed=seed, split="test")
+        for task in tasks
+        for cell in cells
+        for seed in SEEDS
+    ]
+
+
+def compare_skills(rows: Rows) -> list[Spec]:
+    """All methods on scarce, scarcer, plentiful and wrong data."""
+    return _compare(rows, "compare-skills", "tune-skills", ["subtract-128", "subtract-128-noisy", "subtract-16"])
+
+
+def compare_text(rows: Rows) -> list[Spec]:
+    """The text tasks."""
+    return _compare(rows, "compare-text", "tune-text", ["gsm8k-64", "dolly-64"])
+
+
+def compare_full(rows: Rows) -> list[Spec]:
+    """Full fine-tuning instead of LoRA, at a fourth of the learning rate that was chosen for LoRA."""
+    labels = ("SFT", "NEFTune", "LfU LoRA", "LfU steering", "LfU weights", "LfU LoRA, random direction")
+    best = chosen(rows, "tune-skills")
+    return [
+        replace(
+            best[label], experiment="compare-full", task=task, seed=seed, split="test", tuning="full",
+            lr=best[label].lr / 4,
+        )
+        for task in SKILL_TUNING_TASKS
+        for label in labels
+        for seed in SEEDS
+    ]  # fmt: skip
+
+
+def _around(rows: Rows, experiment: str, changes: dict[str, tuple[str, dict[str, Any]]]) -> list[Spec]:
+    """Variants of a tuned flavour: label -> (the entry it starts from, changed settings)."""
+    best = chosen(rows, "tune-skills")
+    specs = []
+    for label, (entry, changed) in changes.items():
+        cell = best[entry]
+        settings = json.dumps({**json.loads(cell.settings), **changed}, sort_keys=True)
+        specs.append(replace(cell, experiment=experiment, label=label, settings=settings, split="test"))
+    return [replace(s, task=task, seed=seed) for task in SKILL_TUNING_TASKS for s in specs for seed in SEEDS]
+
+
+def ablate_lambda(rows: Rows) -> list[Spec]:
+    """Lambda over four decades, around the tuned cell."""
+    values = (0.005, 0.05, 0.5, 5.0)
+    return _around(
+        rows,
+        "lambda",
+        {f"{entry}, lambda {w:g}": (entry, {"lam": w}) for entry in ("LfU LoRA", "LfU steering") for w in values},
+    )
+
+
+def ablate_alpha(rows: Rows) -> list[Spec]:
+    """Where collapse begins."""
+    values = (0.01, 0.03, 0.1, 0.2, 0.5)
+    return _around(
+        rows,
+        "alpha",
+        {f"{entry}, alpha {a:g}": (entry, {"alpha": a}) for entry in ("LfU LoRA", "LfU steering") for a in values},
+    )
+
+
+def ablate_layers(rows: Rows) -> list[Spec]:
+    """Table 5b."""
+    return _around(
+        rows,
+        "layers",
+        {
+            f"{entry}, {part}": (entry, {"layers": part})
+            for entry in ("LfU LoRA", "LfU steering")
+            for part in ("all", "early", "middle", "late")
+        },
+    )
+
+
+def ablate_flavours(rows: Rows) -> list[Spec]:
+    """The open questions: norms, steps, distances, reduction, gradient stop, estimators."""
+    return _around(
+        rows,
+        "flavours",
+        {
+            "steering, per-layer norm": ("LfU steering", {"flavour": "per-layer-steering"}),
+            "steering at the MLP's output": ("LfU steering", {"layers": r".*\.mlp"}),
+            "steering, perturbed detached": ("LfU steering", {"stop_gradient": "perturbed"}),
+            "steering, nothing detached": ("LfU steering", {"stop_gradient": "none"}),
+            "LoRA, two ascent steps": ("LfU LoRA", {"ascent_steps": 2}),
+            "LoRA, cosine": ("LfU LoRA", {"distance": "cosine"}),
+            "LoRA, contrastive": ("LfU LoRA", {"distance": "contrastive"}),
+            "LoRA, sum over hidden": ("LfU LoRA", {"reduction": "sum"}),
+            "LoRA, half of the batch": ("LfU LoRA", {"batch_fraction": 0.5}),
+            "LoRA, every second step": ("LfU LoRA", {"every": 2}),
+        },
+    )
+
+
+_ROBUSTNESS_LABELS = (
+    "SFT",
+    "NEFTune",
+    "LfU LoRA",
+    "LfU steering",
+    "LfU weights",
+    "LfU LoRA, random direction",
+    "LfU LoRA, paper's values",
+    "LfU steering, paper's values",
+)
+
+
+def _robustness(rows: Rows, name: str, tasks: list[str]) -> list[Spec]:
+    best = chosen(rows, "tune-skills")
+    best |= {paper.label: replace(paper, lr=best["SFT"].lr) for paper in PAPER}
+    return [
+        replace(best[label], experiment=name, task=task, seed=seed, split="test")
+        for task in tasks
+        for label in _ROBUSTNESS_LABELS
+        for seed in SEEDS
+    ]
+
+
+def noise(rows: Rows) -> list[Spec]:
+    """Hypothesis (d)."""
+    return _robustness(rows, "noise", SKILL_TUNING_TASKS)
+
+
+def refusal(rows: Rows) -> list[Spec]:
+    """Table 4's protocol on a toy; the task only names the base model."""
+    return _robustness(rows, "refusal", ["subtract-128"])
+
+
+EXPERIMENTS: dict[str, Callable[[Rows], list[Spec]]] = {
+    "tune-skills": tune_skills,
+    "compare-skills": compare_skills,
+    "noise": noise,
+    "refusal": refusal,
+    "tune-text": tune_text,
+    "compare-text": compare_text,
+    "lambda": ablate_lambda,
+    "alpha": ablate_alpha,
+    "layers": ablate_layers,
+    "flavours": ablate_flavours,
+    "compare-full": compare_full,
+}

@@ -1,0 +1,53 @@
+"""Means with confidence intervals, and paired comparisons."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean and half the width of its confidence interval."""
+
+    mean: float
+    half_width: float
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} ± {self.half_width:.3f}"
+
+
+@dataclass(frozen=True)
+class Difference(Estimate):
+    """A mean of paired differences, with the p-value of a paired t-test."""
+
+    p: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.3f} ± {self.half_width:.3f} (p {self.p:.3f})"
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Mean with a 95 % confidence interval from Student's t."""
+    array = np.asarray(values, dtype=float)
+    if len(array) < 2:
+        return Estimate(float(array.mean()), float("nan"), len(array))
+    half = stats.t.ppf((1 + CONFIDENCE) / 2, len(array) - 1) * stats.sem(array)
+    return Estimate(float(array.mean()), float(half), len(array))
+
+
+def difference(values: Sequence[float], reference: Sequence[float]) -> Difference:
+    """values - reference, pair by pair."""
+    deltas = np.asarray(values, dtype=float) - np.asarray(reference, dtype=float)
+    if np.allclose(deltas, deltas[0]):  # no spread: the t-test is not defined
+        p = 1.0 if np.allclose(deltas, 0) else 0.0
+    else:
+        p = float(stats.ttest_1samp(deltas, 0.0).pvalue)
+    whole = estimate(deltas.tolist())
+    return Difference(whole.mean, whole.half_width, whole.count, p)

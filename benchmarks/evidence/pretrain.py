@@ -1,0 +1,189 @@
+"""Makes the base model of the evidence: `python -m evidence.pretrain` in benchmarks/.
+
+A Llama of about 2 M parameters on a byte-pair vocabulary of 2048, trained on novels and WikiText (half of the tokens)
+and on the generated skills of skills.py (the other half). Weights go to the cache folder in float32, and as float16
+(under 5 MB) with the log of the run to benchmarks/evidence/base_model/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from demo_eval import score
+from demo_pretrain import make_optimizers, save_tokenizer
+from demo_skills import mixed_format_examples
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from evidence.corpus import novels, wikitext
+from evidence.skills import BASE_SKILLS, skill_example
+
+OUT = Path(__file__).parent / "base_model"
+CACHE = Path(os.environ.get("LFU_CACHE", Path.home() / ".cache" / "lfu_reg"))
+PAD, EOS = "<pad>", "<eos>"
+LENGTH = 256
+
+
+def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    """Byte-level BPE; every digit is a token of its own, so that numbers are spelled alike everywhere."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(r"\d"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=2048, special_tokens=[PAD, EOS], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS)
+
+
+def base_llama(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """The untrained model."""
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=160,
+            intermediate_size=448,
+            num_hidden_layers=6,
+            num_attention_heads=5,
+            max_position_embeddings=1024,
+            tie_word_embeddings=True,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=None,
+        )
+    )
+
+
+def text_rows(tokenizer: PreTrainedTokenizerFast, rng: random.Random) -> Iterator[list[int]]:
+    """Pieces of LENGTH tokens, from all texts in random order; endless."""
+    encoded: list[int] = []
+    for text in (*novels("train"), wikitext("valid")):
+        for start in range(0, len(text), 100_000):
+            encoded += tokenizer(text[start : start + 100_000])["input_ids"]
+        encoded.append(tokenizer.eos_token_id)
+    tokens = torch.tensor(encoded, dtype=torch.int16)
+    del encoded
+    while True:
+        start = rng.randrange(len(tokens) - LENGTH)
+        yield tokens[start : start + LENGTH].tolist()
+
+
+def skill_rows(tokenizer: PreTrainedTokenizerFast, rng: random.Random) -> Iterator[list[int]]:
+    """Skill examples one after the other, LENGTH tokens at a time; endless."""
+    row: list[int] = []
+    while True:
+        examples = [skill_example(rng) for _ in range(256)]
+        # Prompt and response are encoded apart, as fine-tuning and scoring do.
+        prompts = tokenizer([e.prompt for e in examples])["input_ids"]
+        responses = tokenizer([e.response for e in examples])["input_ids"]
+        for prompt, response in zip(prompts, responses, strict=True):
+            row += [*prompt, *response, tokenizer.eos_token_id]
+            while len(row) >= LENGTH:
+                yield row[:LENGTH]
+                row = row[LENGTH:]
+
+
+def batches(tokenizer: PreTrainedTokenizerFast, size: int, seed: int) -> Iterator[dict[str, Tensor]]:
+    """Half text, half skills."""
+    rng = random.Random(seed)
+    text, skills = text_rows(tokenizer, rng), skill_rows(tokenizer, rng)
+    while True:
+        rows = [next(text if i % 2 else skills) for i in range(size)]
+        ids = torch.tensor(rows)
+        yield {"input_ids": ids, "labels": ids}
+
+
+def accuracies(model: nn.Module, tokenizer: PreTrainedTokenizerFast, count: int) -> dict[str, float]:
+    """Exact-match accuracy of every skill, on held-out items where there are any."""
+    rng = random.Random("validation")
+    result = {}
+    for name, skill in BASE_SKILLS.items():
+        if name in ("town", "trade"):
+            examples = [skill_example(rng, {name: skill}) for _ in range(count)]
+        else:
+            examples = mixed_format_examples(skill, "validation", count, rng)
+        result[name] = round(score(model, tokenizer, examples).exact, 4)
+    return result
+
+
+def pretrain(args: argparse.Namespace) -> None:
+    """Trains, logs and saves."""
+    torch.manual_seed(args.seed)
+    rng = random.Random(args.seed)
+    sample = [next(iter([text]))[:400_000] for text in novels("train")]
+    skills = [f"{e.prompt}{e.response}" for e in (skill_example(rng) for _ in range(40_000))]
+    tokenizer = train_tokenizer([*sample, wikitext("valid"), *skills])
+    model = base_llama(tokenizer)
+    optimizers = make_optimizers(model, args.lr, args.steps)
+    data = batches(tokenizer, args.batch_size, args.seed)
+    args.out.mkdir(parents=True, exist_ok=True)
+    CACHE.mkdir(parents=True, exist_ok=True)
+    started, losses = time.perf_counter(), []
+    with (args.out / "pretrain_log.jsonl").open("w", encoding="utf-8") as log:
+
+        def write(**entry: Any) -> None:
+            log.write(json.dumps(entry) + "\n")
+            log.flush()
+
+        settings = {key: value for key, value in vars(args).items() if key != "out"}
+        parameters = sum(p.numel() for p in model.parameters())
+        write(event="start", parameters=parameters, settings=settings, torch=torch.__version__,
+              python=platform.python_version())  # fmt: skip
+        bar = tqdm(range(1, args.steps + 1), desc="pretraining", unit="step")
+        for step in bar:
+            loss = model(**next(data)).loss
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer, schedule in optimizers:
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+            losses.append(float(loss.detach()))
+            if step % args.log_every == 0 or step == args.steps:
+                accuracy = accuracies(model, tokenizer, 1000 if step == args.steps else 100)
+                write(
+                    event="end" if step == args.steps else "progress",
+                    step=step,
+                    seconds=round(time.perf_counter() - started, 1),
+                    tokens=step * args.batch_size * LENGTH,
+                    loss=round(sum(losses) / len(losses), 4),
+                    accuracy=accuracy,
+                )
+                losses.clear()
+                bar.set_postfix_str(" ".join(f"{name} {value:.2f}" for name, value in accuracy.items()))
+    model.save_pretrained(CACHE / "evidence-base")
+    tokenizer.save_pretrained(CACHE / "evidence-base")
+    model.half().save_pretrained(args.out)
+    save_tokenizer(tokenizer, args.out)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").strip())
+    parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--lr", type=float, default=8e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--log-every", type=int, default=200)
+    parser.add_argument("--out", type=Path, default=OUT)
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    pretrain(args)
+
+
+if __name__ == "__main__":
+    main()

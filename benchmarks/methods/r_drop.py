@@ -1,0 +1,35 @@
+"""R-Drop (Wu et al., 2021, arXiv 2106.14448): two forwards with different dropout, their predictions pulled together.
+
+l = (CE_1 + CE_2) / 2 + weight * (KL(p_1 || p_2) + KL(p_2 || p_1)) / 2
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from methods.base import Batch, LossFunction, Method, kl, outputs_of, predicting
+
+
+class RDrop(Method):
+    """Consistency under dropout.
+
+    Args:
+        model: with dropout, otherwise both forwards are the same.
+        weight: of the divergence.
+
+    Raises:
+        ValueError: if the model has no dropout.
+    """
+
+    def __init__(self, model: nn.Module, weight: float = 1.0) -> None:
+        super().__init__(model)
+        if not any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()):
+            raise ValueError("R-Drop compares two dropout masks, and this model has no dropout. Use lora_dropout=0.1.")
+        self.weight = weight
+
+    def __call__(self, model: nn.Module, batch: Batch, sft_loss_fn: LossFunction) -> Tensor:
+        """Both losses and the divergence."""
+        with outputs_of(model) as outputs:
+            loss = (sft_loss_fn(model, batch) + sft_loss_fn(model, batch)) / 2
+        one, two = (predicting(o.logits, batch["labels"])[0].log_softmax(-1) for o in outputs[-2:])
+        return loss + self.weight * (kl(one, two) + kl(two, one)) / 2
