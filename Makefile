@@ -7,7 +7,7 @@ ARGS   ?=
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo cost-cuda test mutants zoo lint types docs clean
+.PHONY: help demo evidence paper cost-cuda test mutants zoo lint types docs clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -22,6 +22,13 @@ $(VENV)/.stamp-%: pyproject.toml constraints.txt
 
 demo: $(VENV)/.stamp-bench  ## fine-tune a small model with and without LfU, compare them (under 5 minutes on 2 cores)
 	@$(BIN)/python benchmarks/demo.py $(ARGS)
+
+evidence: $(VENV)/.stamp-bench  ## run what is missing of the comparison with other methods, and write docs/evidence.md
+	cd benchmarks && OMP_NUM_THREADS=1 ../$(BIN)/python -m evidence.run $(ARGS)
+	cd benchmarks && ../$(BIN)/python -m evidence.report
+
+paper: $(VENV)/.stamp-paper  ## a table of the paper at full scale: make paper ARGS="table1 --model llama-3.1-8b"
+	cd benchmarks && ../$(BIN)/python -m paper.run $(ARGS)
 
 cost-cuda: $(VENV)/.stamp-bench $(VENV)/.stamp-cli  ## measure the cost of a step on a GPU, and render the pages
 	$(BIN)/python benchmarks/step.py --cuda
