@@ -24,11 +24,11 @@ demo: $(VENV)/.stamp-bench  ## fine-tune a small model with and without LfU, com
 	@$(BIN)/python benchmarks/demo.py $(ARGS)
 
 evidence: $(VENV)/.stamp-bench  ## run what is missing of the comparison with other methods, and write docs/evidence.md
-	cd benchmarks && OMP_NUM_THREADS=1 ../$(BIN)/python -m evidence.run $(ARGS)
-	cd benchmarks && ../$(BIN)/python -m evidence.report
+	cd benchmarks && OMP_NUM_THREADS=1 $(abspath $(BIN))/python -m evidence.run $(ARGS)
+	cd benchmarks && $(abspath $(BIN))/python -m evidence.report
 
 paper: $(VENV)/.stamp-paper  ## a table of the paper at full scale: make paper ARGS="table1 --model llama-3.1-8b"
-	cd benchmarks && ../$(BIN)/python -m paper.run $(ARGS)
+	cd benchmarks && $(abspath $(BIN))/python -m paper.run $(ARGS)
 
 cost-cuda: $(VENV)/.stamp-bench $(VENV)/.stamp-cli  ## measure the cost of a step on a GPU, and render the pages
 	$(BIN)/python benchmarks/step.py --cuda
