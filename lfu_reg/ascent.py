@@ -6,6 +6,7 @@ theta_aux <- theta_aux + alpha * g / ||g||_2,    g = d l_SFT / d theta_aux
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +22,13 @@ def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
         Scalar on the device of the first tensor.
     """
     device = gradients[0].device
-    norms = torch.stack([_norm(gradient).to(device) for gradient in gradients])
-    return _norm(norms)
+    norms = [_norm(gradient) for gradient in gradients]
+    # The norm of sharded gradients is the root of a sum over ranks, which one all-reduce takes for all of them.
+    sharded: list[Any] = [norm for norm in norms if hasattr(norm, "full_tensor")]
+    if sharded:
+        together: Any = _norm(torch.stack(sharded))
+        norms = [together.full_tensor(), *(norm for norm in norms if not hasattr(norm, "full_tensor"))]
+    return _norm(torch.stack([norm.to(device) for norm in norms]))
 
 
 def ascend(gradients: Sequence[Tensor], alpha: float, *, per_group: Sequence[int] | None = None) -> list[Tensor]:

@@ -20,12 +20,13 @@ def graft(value: Tensor, gradients: Iterable[tuple[Tensor, Tensor | None]], scal
     Args:
         value: scalar; its own graph is ignored.
         gradients: pairs of a leaf that requires gradients, and its gradient, shaped like it, or None if it gets none.
+            Leaves without a gradient take part all the same: DistributedDataParallel waits for each leaf of the graph.
         scale: what the gradients were multiplied by, so that float16 could hold them.
 
     Returns:
         Scalar tensor, differentiable once with respect to the leaves.
     """
-    pairs = [(leaf, gradient) for leaf, gradient in gradients if gradient is not None]
+    pairs = list(gradients)
     result: Tensor = _Graft.apply(  # type: ignore[no-untyped-call]
         value.detach(), [gradient for _, gradient in pairs], scale, *[leaf for leaf, _ in pairs]
     )
@@ -34,7 +35,7 @@ def graft(value: Tensor, gradients: Iterable[tuple[Tensor, Tensor | None]], scal
 
 class _Graft(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, value: Tensor, gradients: list[Tensor], scale: float, *leaves: Tensor) -> Tensor:
+    def forward(ctx: Any, value: Tensor, gradients: list[Tensor | None], scale: float, *leaves: Tensor) -> Tensor:
         # Not save_for_backward: these are neither inputs nor outputs, and no saved-tensor hook should see them.
         ctx.gradients, ctx.scale, ctx.dtypes = gradients, scale, [leaf.dtype for leaf in leaves]
         return value.clone()
@@ -61,7 +62,9 @@ class _Graft(torch.autograd.Function):
         )
 
 
-def _handed_over(gradient: Tensor, grad_output: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+def _handed_over(gradient: Tensor | None, grad_output: Tensor, scale: float, dtype: torch.dtype) -> Tensor | None:
+    if gradient is None:
+        return None
     # In at least float32: the caller's scale and the own one may each be too much for float16, and meet here. In
     # bfloat16 a divisor such as 1/3 would be off by 0.2 % for all gradients alike.
     wide = torch.promote_types(gradient.dtype, torch.float32)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -60,22 +61,31 @@ def gradients_of(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of `loss` with respect to leaves or edges of its graph, None where there is none; frees the graph.
 
-    Tensor hooks of the leaves (users clip or mask gradients with them) stay quiet: they are to act once, on the
-    gradient that the caller's backward accumulates.
-
     Args:
         loss: scalar with a graph.
         wanted: leaves or edges.
         upstream: scalar by which every gradient is multiplied, None for 1.
         keep_graph: leave the graph for another backward.
     """
-    leaves = [leaf for leaf in wanted if isinstance(leaf, Tensor)]
-    hooked = [(hooks, dict(hooks)) for leaf in leaves if (hooks := leaf._backward_hooks)]
+    with hooks_quiet([leaf for leaf in wanted if isinstance(leaf, Tensor)]):
+        # It takes a mixture as well, whatever its annotation says.
+        return torch.autograd.grad(loss, wanted, upstream, retain_graph=keep_graph, allow_unused=True)  # type: ignore[arg-type]
+
+
+@contextmanager
+def hooks_quiet(leaves: Sequence[Tensor]) -> Iterator[None]:
+    """Keep the hooks of leaves quiet for the block.
+
+    Users clip or mask gradients with them, or step an optimizer: they are to act once, on what the caller's backward
+    accumulates.
+    """
+    names = ("_backward_hooks", "_post_accumulate_grad_hooks")
+    tables = (getattr(leaf, name, None) for leaf in leaves for name in names)
+    hooked = [(hooks, dict(hooks)) for hooks in tables if hooks]
     try:
         for hooks, _ in hooked:
             hooks.clear()  # the engine holds this very dictionary
-        # It takes a mixture as well, whatever its annotation says.
-        return torch.autograd.grad(loss, wanted, upstream, retain_graph=keep_graph, allow_unused=True)  # type: ignore[arg-type]
+        yield
     finally:
         for hooks, kept in hooked:
             hooks.update(kept)

@@ -13,7 +13,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, TypeAlias
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -27,18 +28,25 @@ from lfu_reg.consistency import consistency, relative_distance
 from lfu_reg.diagnostics import Diagnostics
 from lfu_reg.distances import DistanceChoice, make_distance
 from lfu_reg.distances.base import Reduction
+from lfu_reg.distributed.ddp import Wrappers
+from lfu_reg.distributed.engine import Engine, engine_of
+from lfu_reg.distributed.shared_ascent import SharedAscent
 from lfu_reg.firing import Firing
 from lfu_reg.graph import leaves_of
 from lfu_reg.hooks import ModelHooks, Pass, State
 from lfu_reg.layers import LayerChoice, choose_layers
-from lfu_reg.loss_scale import LossScales, float16_in_play
+from lfu_reg.loss_scale import LossScales
 from lfu_reg.places import Places
 from lfu_reg.randomness import RandomState, StepDraws, devices_of
 from lfu_reg.replays import Replays
 from lfu_reg.schedules import Schedule, check_schedule, value_at
-from lfu_reg.strategies import Released, Retained, Strategy, is_sharded
+from lfu_reg.strategies import Strategy
+from lfu_reg.strategy_choice import choose_strategy
 from lfu_reg.tokens import TokenMask, TokenMasks
 from lfu_reg.trunk import Trunk, select_samples
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 StopGradient: TypeAlias = Literal["clean", "perturbed", "none"]
 LossFunction: TypeAlias = Callable[[Any, Any], Tensor]
@@ -85,6 +93,9 @@ class LfURegularizer:
         strategy: "released", "retained" (see `strategies.py`) or "auto": released where it can work.
         seed: of LoRA's A, random directions and drawn samples, which depend on (seed, step) alone. None: torch's
             initial seed.
+        sync_perturbation: in distributed training, ascend along the gradient averaged over ranks. By default every rank
+            perturbs the model along the gradient of its own samples.
+        process_group: the ranks to average over. None: those that DDP or FSDP spreads batches over, else all.
 
     Attributes:
         layers: names of the hooked layers.
@@ -115,6 +126,8 @@ class LfURegularizer:
         batch_fraction: float = 1.0,
         strategy: Literal["auto", "released", "retained"] = "auto",
         seed: int | None = None,
+        sync_perturbation: bool = False,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         self.auxiliary = make_auxiliary(auxiliary)
         self.distance = make_distance(distance)
@@ -139,6 +152,7 @@ class LfURegularizer:
         self.ascent_steps, self.every, self.batch_fraction = ascent_steps, every, batch_fraction
         self.strategy = strategy
         self.seed = torch.initial_seed() % 2**31 if seed is None else int(seed)
+        self.sync_perturbation = sync_perturbation
         self.metrics: Mapping[str, Any] = {}
 
         self._choice = layers
@@ -147,6 +161,8 @@ class LfURegularizer:
         self._diagnostics = Diagnostics()
         self._steps = self._empty_steps = 0
         self._disabled = False
+        self._wrappers = Wrappers()
+        self._shared_ascent = SharedAscent(process_group)
         self._scales = LossScales()
         self._attach(model)
 
@@ -218,7 +234,11 @@ class LfURegularizer:
         attached, step = self._attached(), self._steps
         if step == 0:
             checks.check_resident(attached)
-        strategy = self._new_strategy(attached)
+        engine = engine_of(model, attached, self._modules.values())
+        strategy = choose_strategy(self.strategy, self.stop_gradient, engine, self.auxiliary, self._scales)
+        self.auxiliary.shards = engine.shards
+        if self._shares_ascent(engine):
+            self.seed = self._shared_ascent.begin(engine.groups, self.seed, self._devices()[0])
         tokens = self._token_masks(model, batch)
         again = copy.copy(batch)  # the loss function may take entries out of the batch
         draws = StepDraws(self.seed, step)
@@ -233,7 +253,11 @@ class LfURegularizer:
             outlives=strategy.keeps_graph,
         )
         with self._hooks.run(clean):
-            with self._trunk.recording(), graphs_for_two_backwards(strategy.keeps_graph):
+            with (
+                self._trunk.recording(),
+                graphs_for_two_backwards(strategy.keeps_graph),
+                self._wrappers.must_run(model, attached),
+            ):
                 sft_loss = checks.check_loss(sft_loss_fn(model, batch), first=step == 0)
             clean.recording = False
             clean.buffers += watch.changed()
@@ -257,12 +281,12 @@ class LfURegularizer:
             ascent_batch = again if undesirable is None else undesirable
             if undesirable is not None:
                 random_start.restore()
-                scale = self._gradient_here(model, copy.copy(ascent_batch), sft_loss_fn)
-            gradient_norm = self.auxiliary.ascend(alpha) / scale
+                scale = self._gradient_here(model, copy.copy(ascent_batch), sft_loss_fn, strategy)
+            gradient_norm = self._ascend(alpha, scale, engine)
             for _ in range(1, self.ascent_steps):
                 random_start.restore()
-                self._gradient_here(model, copy.copy(ascent_batch), sft_loss_fn)
-                self.auxiliary.ascend(alpha)
+                scale = self._gradient_here(model, copy.copy(ascent_batch), sft_loss_fn, strategy)
+                self._ascend(alpha, scale, engine)
 
             # Pass 2: the hidden states of the undesirable self (Eq. 4), and their distance to the clean ones (Eq. 5).
             batch_size = clean.states[0].hidden.shape[0]
@@ -274,7 +298,7 @@ class LfURegularizer:
                 sft_loss_fn(model, part)
 
             part_tokens = tokens if samples is None else tokens.select(samples)
-            self._replays.prepare(step, model, clean, part_tokens, samples, loss_function)
+            self._replays.prepare(step, model, clean, part_tokens, samples, loss_function, engine)
             undesirable_self = Pass(
                 part_tokens,
                 apply=True,
@@ -283,7 +307,7 @@ class LfURegularizer:
                 buffers=clean.buffers,
                 outlives=strategy.keeps_graph,
             )
-            with self._replays.running(undesirable_self) as perturbed:
+            with self.auxiliary.shards_moved(), self._replays.running(undesirable_self) as perturbed:
                 checks.check_same_layers([s.name for s in clean.states], [s.name for s in perturbed.states])
                 if samples is None:
                     self._firing.compare(clean, perturbed)
@@ -318,7 +342,7 @@ class LfURegularizer:
         }
         return loss
 
-    def _gradient_here(self, model: Any, batch: Any, sft_loss_fn: LossFunction) -> float:
+    def _gradient_here(self, model: Any, batch: Any, sft_loss_fn: LossFunction, strategy: Strategy) -> float:
         """The gradient g at the present theta_aux by a pass of its own: for other data, and for later ascent steps.
 
         Returns:
@@ -328,16 +352,23 @@ class LfURegularizer:
         self.auxiliary.require_gradients(True)
         moved = list(self.auxiliary.replacements())
         this = Pass(self._token_masks(model, batch), apply=True, capture=None, replaced=moved)
-        with self._hooks.run(this):
+        with self.auxiliary.shards_moved(), self._hooks.run(this):
             loss = checks.check_loss(sft_loss_fn(model, batch), first=self._steps == 0)
             this.recording = False
-            leaves = self.auxiliary.leaves()
-            gradients, scale = self._scales.ascent.gradients(
-                loss, leaves, float16=float16_in_play(this, [loss, *leaves])
-            )
-        self.auxiliary.gradient_from(leaves, gradients)
+            strategy.backward_explicit(loss, this, self.auxiliary)
         self.auxiliary.require_gradients(False)
-        return scale
+        return this.scale
+
+    def _ascend(self, alpha: float, scale: float, engine: Engine) -> Tensor:
+        """Eq. 2, along this rank's gradient or along the mean over ranks; returns the norm without `scale`."""
+        if self._shares_ascent(engine):
+            self.auxiliary.replace_gradients(partial(self._shared_ascent, scale=scale))
+            scale = 1.0
+        return self.auxiliary.ascend(alpha) / scale
+
+    def _shares_ascent(self, engine: Engine) -> bool:
+        # The gradient of FSDP2's shards is a mean over ranks already.
+        return self.sync_perturbation and not (self.auxiliary.moves_weights and engine.shards is not None)
 
     def _token_masks(self, model: nn.Module, batch: Any) -> TokenMasks:
         return TokenMasks(batch, self.token_mask, virtual_tokens(model))
@@ -353,13 +384,6 @@ class LfURegularizer:
 
     def _devices(self) -> list[torch.device]:
         return devices_of(self._modules.values())
-
-    def _new_strategy(self, model: nn.Module) -> Strategy:
-        if self.strategy == "released":
-            return Released(self._scales)
-        if self.strategy == "retained" or self.stop_gradient != "clean" or is_sharded(model):
-            return Retained(self._scales)
-        return Released(self._scales)
 
     def _is_active(self, attached: nn.Module) -> bool:
         if self._disabled or not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
@@ -399,6 +423,7 @@ class LfURegularizer:
                 "gives them."
             )
         self._steps, self.seed = int(state["step"]), int(state["seed"])
+        self._shared_ascent.forget()
 
     @property
     def perturbation(self) -> dict[str, Any]:
@@ -409,7 +434,7 @@ class LfURegularizer:
         """Take all hooks off the model. Calling it again does nothing."""
         self._hooks.remove()
         self._trunk.remove()
-        self._model, self._modules = None, {}
+        self._model, self._modules, self.auxiliary.shards = None, {}, None
         self.auxiliary.reset(torch.Generator)
 
     def __enter__(self) -> LfURegularizer:

@@ -4,7 +4,7 @@ A replay that differs from pass 1 although nothing is perturbed would measure th
 perturbation: surroundings that the trunk's inputs do not show (a context entered by the loss function), randomness
 from elsewhere. So at steps 1, 10, 100, ..., and whenever another call is to be replayed, an unperturbed replay is
 compared with pass 1; what fails is not used again, and the next larger module is tried, at last the loss function
-itself.
+itself. Where forward passes communicate, ranks decide together: each has to run the same number of them.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from lfu_reg.diagnostics import Diagnostics
+from lfu_reg.distributed.collectives import all_agree
+from lfu_reg.distributed.engine import Engine
+from lfu_reg.distributed.fsdp2 import units_of
 from lfu_reg.hooks import ModelHooks, Pass, State
 from lfu_reg.tokens import TokenMasks
 from lfu_reg.trunk import Trunk, replay
@@ -51,6 +54,7 @@ class Replays:
         tokens: TokenMasks,
         samples: Tensor | None,
         loss_function: Callable[[], None],
+        engine: Engine,
     ) -> None:
         """Choose what to replay for this step; puts right clean states that the model has written over.
 
@@ -61,6 +65,7 @@ class Replays:
             tokens: masks of the samples that are replayed.
             samples: the samples of the batch to replay, None for all.
             loss_function: runs the user's loss function again, in the random state of pass 1.
+            engine: how the model is spread over processes.
 
         Raises:
             ValueError: if the batch cannot be divided into samples.
@@ -75,6 +80,7 @@ class Replays:
                 not any(call.enters_a_context for call in calls),
             )
             for name, calls in self._trunk.replays(model)
+            if engine.can_start_at(calls[0].module)
         ]
         candidates.append((LOSS_FUNCTION, loss_function, False))  # the user's code runs to its end
         candidates = [c for c in candidates if c[0] not in self._wrong]
@@ -88,7 +94,9 @@ class Replays:
                 return
             with self.running(Pass(tokens)) as plain:
                 pass
-            if _repeats(plain.states, clean.states, samples, overwritten):
+            repeats = _repeats(plain.states, clean.states, samples, overwritten)
+            device = clean.states[0].hidden.device
+            if all_agree(repeats, engine.groups if engine.in_lockstep else (), device):
                 self._checked = name
                 if overwritten:
                     clean.states[:] = plain.states
@@ -122,7 +130,7 @@ class Replays:
 
 def early_exit_is_safe(model: nn.Module) -> bool:
     """Whether a forward may be left by an exception: sharded engines keep track of its end."""
-    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+    if units_of(model) or any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
         return False
     return not any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 

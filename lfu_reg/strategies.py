@@ -8,17 +8,19 @@ retained: only g is taken at once, pass 1's graph stays, and the caller's backwa
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from lfu_reg.auxiliaries import Auxiliary
+from lfu_reg.distributed.fsdp2 import Shards
 from lfu_reg.graft import graft
 from lfu_reg.graph import leaves_of
-from lfu_reg.hooks import Pass
-from lfu_reg.loss_scale import LossScales, float16_in_play
+from lfu_reg.hooks import Gate, Pass
+from lfu_reg.loss_scale import LossScale, LossScales, float16_in_play
 
 
 class Strategy(Protocol):
@@ -37,6 +39,15 @@ class Strategy(Protocol):
             sft_loss: scalar with the graph of pass 1.
             leaves: the leaves that it depends on.
             clean: pass 1, which is told the scale that g is multiplied by.
+            auxiliary: theta_aux, which collects g.
+        """
+
+    def backward_explicit(self, sft_loss: Tensor, this: Pass, auxiliary: Auxiliary) -> None:
+        """Take g at the present theta_aux from a pass of its own, whose graph is freed.
+
+        Args:
+            sft_loss: scalar with the graph of that pass.
+            this: the pass, which is told the scale that g is multiplied by.
             auxiliary: theta_aux, which collects g.
         """
 
@@ -63,27 +74,41 @@ class Released:
         """One backward for everything; the taps of `clean` collect g on its way."""
         self._value = sft_loss.detach()
         self._float16 = float16_in_play(clean, [sft_loss, *leaves])
-        gradients, self._scale = self._scales.clean.gradients(
-            sft_loss, leaves, float16=self._float16, gate=clean.gate, forget=auxiliary.forget_gradient
+        pairs, self._scale = self._differentiate(
+            sft_loss, leaves, self._scales.clean, clean.gate, auxiliary.forget_gradient
         )
         clean.scale = self._scale
-        self._add(leaves, gradients, self._scale)
+        self._add(pairs, self._scale)
         self._gradients.pop(id(clean.anchor), None)
         if clean.observe:
-            auxiliary.gradient_from(leaves, gradients)
+            auxiliary.gradient_from([leaf for leaf, _ in pairs], [gradient for _, gradient in pairs])
+
+    def backward_explicit(self, sft_loss: Tensor, this: Pass, auxiliary: Auxiliary) -> None:
+        """A backward down to the components."""
+        _down_to_components(sft_loss, this, auxiliary, self._scales.ascent, float16=True)
 
     def total(self, consistency_term: Tensor) -> Tensor:
         """The graft of both terms' gradients onto the sum of their values."""
         if consistency_term.requires_grad:
-            leaves = leaves_of(consistency_term)
-            gradients, scale = self._scales.perturbed.gradients(consistency_term, leaves, float16=self._float16)
-            self._add(leaves, gradients, scale)
+            self._add(*self._differentiate(consistency_term, leaves_of(consistency_term), self._scales.perturbed))
         value = self._value + consistency_term.detach().to(self._value.device)
         return graft(value, self._gradients.values(), self._scale)
 
-    def _add(self, leaves: list[Tensor], gradients: tuple[Tensor | None, ...], scale: float) -> None:
-        for leaf, gradient in zip(leaves, gradients, strict=True):
+    def _differentiate(
+        self,
+        loss: Tensor,
+        leaves: list[Tensor],
+        scale: LossScale,
+        gate: Gate | None = None,
+        forget: Callable[[], None] = lambda: None,
+    ) -> tuple[Sequence[tuple[Tensor, Tensor | None]], float]:
+        gradients, used = scale.gradients(loss, leaves, float16=self._float16, gate=gate, forget=forget)
+        return list(zip(leaves, gradients, strict=True)), used
+
+    def _add(self, pairs: Sequence[tuple[Tensor, Tensor | None]], scale: float) -> None:
+        for leaf, gradient in pairs:
             if gradient is None:
+                self._gradients.setdefault(id(leaf), (leaf, None))
                 continue
             if scale != self._scale:
                 gradient = _exact(gradient) * (self._scale / scale)
@@ -97,16 +122,48 @@ def _exact(gradient: Tensor) -> Tensor:
     return gradient.float() if gradient.dtype is torch.float16 else gradient
 
 
+class ReleasedShards(Released):
+    """The same under FSDP2. Nothing is scaled for float16: a repeated backward would have to be repeated on all ranks.
+
+    Args:
+        shards: the sharded parameters.
+    """
+
+    def __init__(self, shards: Shards) -> None:
+        super().__init__()
+        self._shards = shards
+
+    def backward_explicit(self, sft_loss: Tensor, this: Pass, auxiliary: Auxiliary) -> None:
+        """A backward down to the components; a whole one where these are the shards."""
+        if not auxiliary.moves_weights:
+            _down_to_components(sft_loss, this, auxiliary, self._scales.ascent, float16=False)
+            return
+        pairs = self._shards.gradients_of(sft_loss, leaves_of(sft_loss))
+        auxiliary.gradient_from([leaf for leaf, _ in pairs], [gradient for _, gradient in pairs])
+
+    def _differentiate(
+        self,
+        loss: Tensor,
+        leaves: list[Tensor],
+        scale: LossScale,
+        gate: Gate | None = None,
+        forget: Callable[[], None] = lambda: None,
+    ) -> tuple[Sequence[tuple[Tensor, Tensor | None]], float]:
+        return self._shards.gradients_of(loss, leaves), 1.0
+
+
 class Retained:
     """The caller's backward runs through the graphs of both passes.
 
     Args:
         scales: for g in float16, remembered from step to step.
+        may_scale: False where ranks run in lockstep, and none may repeat a backward on its own.
     """
 
     keeps_graph = True
 
-    def __init__(self, scales: LossScales | None = None) -> None:
+    def __init__(self, scales: LossScales | None = None, *, may_scale: bool = True) -> None:
+        self._may_scale = may_scale
         self._scales = LossScales() if scales is None else scales
         self._sft_loss = torch.zeros(())
 
@@ -119,7 +176,7 @@ class Retained:
         gradients, clean.scale = self._scales.clean.gradients(
             sft_loss,
             wanted,
-            float16=float16_in_play(clean, [sft_loss, *leaves]),
+            float16=self._may_scale and float16_in_play(clean, [sft_loss, *leaves]),
             keep_graph=True,
             gate=clean.gate,
             forget=auxiliary.forget_gradient,
@@ -127,13 +184,17 @@ class Retained:
         if not clean.taps:
             auxiliary.gradient_from(auxiliary.leaves(), gradients)
 
+    def backward_explicit(self, sft_loss: Tensor, this: Pass, auxiliary: Auxiliary) -> None:
+        """A backward down to the components."""
+        _down_to_components(sft_loss, this, auxiliary, self._scales.ascent, float16=self._may_scale)
+
     def total(self, consistency_term: Tensor) -> Tensor:
         """The plain sum."""
         return self._sft_loss + consistency_term.to(self._sft_loss.device)
 
 
-def is_sharded(model: nn.Module) -> bool:
-    """Whether parameters are sharded over processes (FSDP, ZeRO-3), so that no gradients of leaves can be taken."""
-    return any(
-        type(p).__name__ == "DTensor" or hasattr(p, "ds_id") or hasattr(p, "_is_flat_param") for p in model.parameters()
-    )
+def _down_to_components(sft_loss: Tensor, this: Pass, auxiliary: Auxiliary, scale: LossScale, *, float16: bool) -> None:
+    leaves = auxiliary.leaves()
+    in_play = float16 and float16_in_play(this, [sft_loss, *leaves])
+    gradients, this.scale = scale.gradients(sft_loss, leaves, float16=in_play)
+    auxiliary.gradient_from(leaves, gradients)

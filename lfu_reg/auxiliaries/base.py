@@ -27,6 +27,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -34,6 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from lfu_reg.ascent import ascend, gradient_norm
+from lfu_reg.distributed.fsdp2 import Shards
 from lfu_reg.substitution import Replacement
 
 Components: TypeAlias = tuple[Tensor, ...]
@@ -85,10 +87,18 @@ def master_dtype(tensor: Tensor) -> torch.dtype:
 
 
 class Auxiliary(ABC):
-    """Protocol between the regularizer and theta_aux. Subclass `OutputAuxiliary` unless you need all of it."""
+    """Protocol between the regularizer and theta_aux. Subclass `OutputAuxiliary` unless you need all of it.
+
+    Attributes:
+        default_alpha, default_lam: the paper's values.
+        moves_weights: whether the components are the model's own parameters.
+        shards: FSDP2's sharded parameters during a step, None without FSDP2; set by the regularizer.
+    """
 
     default_alpha: float
     default_lam: float
+    moves_weights = False
+    shards: Shards | None = None
 
     @abstractmethod
     def sites(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> Mapping[str, nn.Module]:
@@ -118,6 +128,14 @@ class Auxiliary(ABC):
     @abstractmethod
     def gradient_from(self, leaves: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
         """Collect g from gradients with respect to leaves of the loss's graph (`leaves()` or trainable weights)."""
+
+    @abstractmethod
+    def replace_gradients(self, function: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]) -> None:
+        """Let g be what `function` makes of it: all of it by name, in the same order on every rank, zero for none."""
+
+    def shards_moved(self) -> AbstractContextManager[None]:
+        """Context in which FSDP2's shards are moved, where these are the components."""
+        return nullcontext()
 
     @abstractmethod
     def ascend(self, alpha: float) -> Tensor:
@@ -237,6 +255,17 @@ class OutputAuxiliary(Auxiliary):
     def frozen(self) -> OutputAuxiliary:
         """A shallow copy: `reset` binds new dictionaries and leaves those of earlier steps alone."""
         return copy.copy(self)
+
+    def replace_gradients(self, function: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]) -> None:
+        """Replace g of all components, those without a gradient included."""
+        named = {}
+        for name in sorted(self._components):
+            components = self._components[name]
+            gradients = self._gradients.get(name, [None] * len(components))
+            for i, (component, gradient) in enumerate(zip(components, gradients, strict=True)):
+                named[f"{name}/{i}"] = torch.zeros_like(component) if gradient is None else gradient
+        new = function(named)
+        self._gradients = {name: [new[f"{name}/{i}"] for i in range(len(cs))] for name, cs in self._components.items()}
 
     def ascend(self, alpha: float) -> Tensor:
         """Eq. 2 over all components that got a gradient."""

@@ -109,7 +109,8 @@ class LoRADeltas(OutputAuxiliary):
 
     def observe(self, call: Call) -> GradientRule:
         """As any auxiliary does; also decides which way pass 2 goes at this site."""
-        weight = _plain_weight(call.module)
+        # Under FSDP2 the weight that is seen here is a gathered copy, gone and replaced at the next forward.
+        weight = _plain_weight(call.module) if self.shards is None else None
         if weight is not None and self._pays(weight, call.y):
             self._merged[call.name] = weight
         return super().observe(call)

@@ -4,13 +4,15 @@ With PEFT these are the adapter's matrices, which is the authors' LoRA flavour; 
 (Table 6b). g is the SFT gradient that pass 1 takes anyway.
 
 The weights are never moved: pass 2 runs with theta + delta put in the place of the parameters, and the parameters
-themselves are put back whatever happens.
+themselves are put back whatever happens. Under FSDP2, which gathers its own copies, the shards are moved instead, and
+their old values copied back; g is averaged over ranks there, as FSDP reduces it.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -30,6 +32,7 @@ class WeightDeltas(Auxiliary):
 
     default_alpha = 0.1
     default_lam = 5.0
+    moves_weights = True
 
     def __init__(self, only: Callable[[str, nn.Parameter], bool] | None = None) -> None:
         self.only = only
@@ -46,6 +49,8 @@ class WeightDeltas(Auxiliary):
     def reset(self, generators: Generators) -> None:
         """Forget deltas and gradients."""
         self._deltas, self._gradients = {}, {}
+        if self.shards is not None:
+            self.shards.reshard()  # so that the parameters seen here are the shards
         # Looked up once a step: while pass 2 runs, moved tensors stand in the place of the parameters.
         self._parameters = {
             name: parameter
@@ -74,6 +79,18 @@ class WeightDeltas(Auxiliary):
             if gradient is not None:
                 self._gradients[name] = gradient.to_dense() if gradient.is_sparse else gradient
 
+    def replace_gradients(self, function: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]) -> None:
+        """Replace g of all trainable parameters, those without a gradient included."""
+        self._gradients = dict(
+            function({n: self._gradients.get(n, torch.zeros_like(p)) for n, p in self._parameters.items()})
+        )
+
+    def shards_moved(self) -> AbstractContextManager[None]:
+        """Shard + delta instead of every shard."""
+        if self.shards is None:
+            return nullcontext()
+        return self.shards.moved([(self._parameters[name], delta) for name, delta in self._deltas.items()])
+
     def ascend(self, alpha: float) -> Tensor:
         """Eq. 2 over all trainable parameters that got a gradient."""
         names = list(self._gradients)
@@ -95,7 +112,7 @@ class WeightDeltas(Auxiliary):
 
     def replacements(self) -> Iterable[Replacement]:
         """Parameter + delta instead of every parameter, in every module that holds it (tied weights)."""
-        if self._model is None:
+        if self._model is None or self.shards is not None:
             return ()
         moved = {id(self._parameters[name]): self._parameters[name] + delta for name, delta in self._deltas.items()}
         return (

@@ -1,0 +1,166 @@
+"""Gradients under FSDP2 (`torch.distributed.fsdp.fully_shard`), whose sharded parameters are on no autograd graph.
+
+The forward runs on gathered copies, and the reduced gradients appear in the shards' `.grad` when a real backward pass
+has run through FSDP's hooks. So that is what happens here: `.grad` is set aside, the backward runs, what it left is
+taken, and the old `.grad` is put back. All that is read of FSDP's private state is in this file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lfu_reg.graph import hooks_quiet
+
+
+def units_of(model: nn.Module) -> list[Any]:
+    """The modules of `model` that `fully_shard` was applied to, the outermost first."""
+    if not torch.distributed.is_available():
+        return []
+    from torch.distributed.fsdp import FSDPModule
+
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+class Shards:
+    """The sharded parameters of a model.
+
+    Args:
+        units: modules that `fully_shard` was applied to.
+        layers: modules whose outputs a loss may be computed from directly.
+    """
+
+    def __init__(self, units: Sequence[Any], layers: Iterable[nn.Module] = ()) -> None:
+        self._units = units
+        states = [unit._get_fsdp_state() for unit in units]
+        self._states = list(dict.fromkeys(states))  # fully_shard([a, b]) gives both the same one
+        self._groups = [group for state in self._states for group in _groups(state)]
+        inside = {id(layer) for layer in layers}
+        self._around = [
+            state
+            for unit, state in zip(units, states, strict=True)
+            if any(id(module) in inside for module in unit.modules() if module is not unit)
+        ]
+
+    def parameters(self) -> list[Any]:
+        """The trainable shards, DTensors."""
+        shards = [parameter.sharded_param for group in self._groups for parameter in group.fsdp_params]
+        return [shard for shard in shards if shard.requires_grad]
+
+    def meshes(self) -> list[Any]:
+        """The device meshes that parameters are sharded over."""
+        return [parameter.sharded_param.device_mesh for group in self._groups for parameter in group.fsdp_params[:1]]
+
+    def have_pending_gradients(self) -> bool:
+        """Whether unreduced gradients of earlier backward passes (gradient sync off) wait for the next one."""
+        return any(
+            getattr(group, "_partial_reduce_output", None) is not None
+            or any(
+                getattr(parameter, "unsharded_accumulated_grad", None) is not None
+                or getattr(getattr(parameter, "_unsharded_param", None), "grad", None) is not None
+                for parameter in group.fsdp_params
+            )
+            for group in self._groups
+        )
+
+    def gradients_of(self, loss: Tensor, leaves: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Reduced gradients of `loss`, by a backward pass that frees its graph.
+
+        They are reduced whether or not the user has switched that off to accumulate: sharded ones cannot be
+        accumulated otherwise.
+
+        Args:
+            loss: scalar.
+            leaves: those of its graph; gathered copies of shards among them.
+
+        Returns:
+            Every shard and every other leaf that got a gradient, with it.
+        """
+        copies = {id(getattr(p, "_unsharded_param", None)) for group in self._groups for p in group.fsdp_params}
+        shards = self.parameters()
+        wanted = [*shards, *(leaf for leaf in leaves if id(leaf) not in copies)]
+        with self._reducing(), self._entered(loss), _gradients_aside([*shards, *leaves]):
+            loss.backward()  # type: ignore[no-untyped-call]
+            return [(tensor, tensor.grad) for tensor in wanted if tensor.grad is not None]
+
+    @contextmanager
+    def moved(self, deltas: Sequence[tuple[Any, Any]]) -> Iterator[None]:
+        """Shards moved by deltas (pairs of DTensors) for the block, and put back to the last bit whatever happens."""
+        with torch.no_grad():
+            kept = [(shard.to_local(), shard.to_local().clone()) for shard, _ in deltas]
+        try:
+            with torch.no_grad():
+                for (local, _), (_, delta) in zip(kept, deltas, strict=True):
+                    local.add_(delta.to_local())
+            self.reshard()
+            yield
+        finally:
+            with torch.no_grad():
+                for local, before in kept:
+                    local.copy_(before)
+            self.reshard()
+
+    def reshard(self) -> None:
+        """Free gathered copies, so that the next forward gathers them anew."""
+        for unit in self._units:
+            unit.reshard()
+
+    @contextmanager
+    def _entered(self, loss: Tensor) -> Iterator[None]:
+        """Prepare units around the layers when the backward of `loss` starts.
+
+        FSDP does so when the gradient of a unit's output arrives. Pass 2's loss comes from the layers inside, and the
+        outputs of the units around them play no part in it.
+        """
+
+        def enter(gradient: Tensor) -> None:
+            for state in self._around:
+                state._pre_backward(gradient)
+
+        handle = loss.register_hook(enter)  # type: ignore[no-untyped-call]
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    @contextmanager
+    def _reducing(self) -> Iterator[None]:
+        """Reduce gradients in the block, and wait for them, whatever the user has set for accumulation."""
+        kept = [
+            (holder, name, getattr(holder, name))
+            for holder in (*self._groups, *(state._state_ctx for state in self._states))
+            for name in ("reduce_grads", "all_reduce_grads", "is_last_backward")
+            if hasattr(holder, name)
+        ]
+        try:
+            for holder, name, _ in kept:
+                setattr(holder, name, True)
+            yield
+        finally:
+            for holder, name, value in kept:
+                setattr(holder, name, value)
+
+
+@contextmanager
+def _gradients_aside(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """No `.grad` and no hooks on these tensors in the block; afterwards they have what they had before."""
+    kept = [(tensor, tensor.grad) for tensor in tensors]
+    with hooks_quiet(tensors):
+        try:
+            for tensor, _ in kept:
+                tensor.grad = None
+            yield
+        finally:
+            for tensor, gradient in kept:
+                tensor.grad = gradient
+
+
+def _groups(state: Any) -> list[Any]:
+    several = getattr(state, "_fsdp_param_groups", None)  # one only, without the plural, before torch 2.11
+    if several is not None:
+        return list(several)
+    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]

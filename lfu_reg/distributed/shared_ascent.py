@@ -1,0 +1,97 @@
+"""`sync_perturbation=True`: all ranks ascend along the gradient that is averaged over them.
+
+By default every rank has an undesirable self of its own, from its own samples. Here they share one: the SFT gradient
+with respect to theta_aux is averaged before it is normalised, and LoRA's random A comes from the first rank's seed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lfu_reg.distributed.collectives import all_agree, averaged, of_first_rank
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+NOT_INITIALISED = (
+    "sync_perturbation=True averages the ascent gradient over ranks, but torch.distributed is not initialised. Call "
+    "torch.distributed.init_process_group() first (torchrun and accelerate do), or leave sync_perturbation=False."
+)
+DIFFERENT_SITES = (
+    "sync_perturbation=True needs every rank to run the same layers, but {where} the components of this step are not "
+    "those of {others}: this rank has {number} tensors ({first}, ...). Choose layers that every batch runs, or leave "
+    "sync_perturbation=False."
+)
+
+
+class SharedAscent:
+    """Averages g over ranks.
+
+    Args:
+        process_group: the ranks; None: those that the engine (DDP, FSDP) spreads batches over, else all.
+    """
+
+    def __init__(self, process_group: ProcessGroup | None) -> None:
+        self._given = process_group
+        self._groups: Sequence[ProcessGroup] = ()
+        self._known: str | None = None
+
+    def begin(self, engine_groups: Sequence[ProcessGroup], seed: int, device: torch.device) -> int:
+        """Start a step; returns the seed that all ranks share.
+
+        Args:
+            engine_groups: the ranks that the engine spreads batches over.
+            seed: this rank's, which counts on the first rank only.
+            device: of the model.
+
+        Raises:
+            RuntimeError: if torch.distributed is not initialised.
+        """
+        if not (dist.is_available() and dist.is_initialized()):
+            raise RuntimeError(NOT_INITIALISED)
+        fallback = [group for group in (dist.group.WORLD,) if group is not None]
+        groups = [self._given] if self._given is not None else engine_groups or fallback
+        if self._known is None or list(groups) != list(self._groups):
+            self._groups, self._known = tuple(groups), None
+            seed = of_first_rank(seed, self._groups, device)
+        return seed
+
+    def forget(self) -> None:
+        """Ask the first rank for its seed again at the next step."""
+        self._known = None
+
+    def __call__(self, gradients: Mapping[str, Tensor], *, scale: float = 1.0) -> dict[str, Tensor]:
+        """The mean over ranks of g.
+
+        Args:
+            gradients: g by name, multiplied by this rank's scale.
+            scale: see `loss_scale.py`.
+
+        Raises:
+            RuntimeError: if ranks have gradients of different components: on every rank at the first step, later on
+                those where they changed.
+        """
+        here = hashlib.blake2b(
+            repr([(name, tuple(g.shape), g.dtype) for name, g in gradients.items()]).encode(), digest_size=7
+        ).hexdigest()
+        if self._known is None:
+            device = next((g.device for g in gradients.values()), torch.device("cpu"))
+            first = of_first_rank(int(here, 16), self._groups, device)
+            if not all_agree(first == int(here, 16), self._groups, device):
+                raise RuntimeError(_different(gradients, "on some ranks", "the first rank"))
+            self._known = here
+        if here != self._known:
+            raise RuntimeError(_different(gradients, "on this rank", "the first step"))
+        return averaged({name: g / scale for name, g in gradients.items()}, self._groups)
+
+
+def _different(gradients: Mapping[str, Tensor], where: str, others: str) -> str:
+    return DIFFERENT_SITES.format(
+        where=where, others=others, number=len(gradients), first=next(iter(gradients), "none")
+    )
