@@ -8,13 +8,14 @@ from statistics import median
 from typing import Any
 from unittest import mock
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from lfu_reg import regularizer
 from lfu_reg.cli.methods import Method
 from lfu_reg.cli.rounds import Clock
 from lfu_reg.cli.subjects import Subject
 from lfu_reg.consistency import consistency
+from lfu_reg.strategy_choice import choose_strategy
 
 PASSES = ("clean forward", "clean backward", "perturbed forward", "perturbed backward")
 BETWEEN = ("ascent", "distance", "graft", "bookkeeping")
@@ -67,10 +68,10 @@ def _instrumented(
             laps[name] += clock.now() - start
             yield value
 
-    new_strategy, running, replacements = reg._new_strategy, reg._replays.running, reg.auxiliary.replacements
+    running, replacements = reg._replays.running, reg.auxiliary.replacements
 
-    def strategy(model: nn.Module) -> Any:
-        made: Any = new_strategy(model)
+    def strategy(*settings: Any) -> Any:
+        made: Any = choose_strategy(*settings)
         made.backward_clean = timed("clean backward", made.backward_clean)
         made.total = timed("perturbed backward", made.total)
         return made
@@ -82,7 +83,7 @@ def _instrumented(
 
     with ExitStack() as patches:
         for target, name, wrapped in (
-            (reg, "_new_strategy", strategy),
+            (regularizer, "choose_strategy", strategy),
             (reg._replays, "running", lambda this: timed_entry("perturbed forward", running(this))),
             (reg.auxiliary, "replacements", timed("ascent", lambda: list(replacements()))),
             (reg.auxiliary, "ascend", timed("ascent", reg.auxiliary.ascend)),
