@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from tests.zoo import results
-from tests.zoo.table import exception_of
+from tests.zoo.table import NAMED, exception_of
 
 PAGE = Path(__file__).parents[2] / "docs" / "zoo.md"
 HEADINGS = {
@@ -68,6 +68,8 @@ def _table(rows: list[dict[str, str]]) -> str:
     for row in sorted(rows, key=lambda r: r["model_type"]):
         expected = exception_of(row["task"], row["model_type"])
         remark = "" if row["outcome"] == "exact" else f"{row['outcome']}: {expected.reason if expected else '?'}"
+        named = [text for part, text in NAMED.items() if part in row["remarks"]]
+        remark = "; ".join([*named, *([remark] if remark else [])])
         if row["dtype"] != "float64" and row["outcome"] != "not built":
             remark = f"{row['dtype']}. {remark}"
         cells = [row["model_type"], row["class_name"], f"{row['blocks']} / {row['ran']}", row["linears"]]

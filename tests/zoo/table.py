@@ -94,6 +94,17 @@ EXCEPTIONS: dict[tuple[str, str], Expected] = {
     ("image", "mobilenet_v2"): Expected("wrong", "l_cons is off", f"{_NORMALISED}; too large to be told apart"),
 }
 
+# Warnings that name what is left out, and what the page says of it; the rest of such a step is exact.
+NAMED = {
+    "never ran although their layers did": "linear maps that are never called get no delta: a warning names them",
+    "Every position counts": "no mask fits its hidden states, so every position counts: a warning says so",
+}
+
+
+def is_named(remark: str) -> bool:
+    """Whether a remark is one of these warnings."""
+    return remark.startswith("warns") and any(part in remark for part in NAMED)
+
 
 def exception_of(task: str, model_type: str) -> Expected | None:
     """The exception for a species, None where it has to be exact."""
