@@ -122,15 +122,18 @@ class EarlyExits:
 
     Attributes:
         listening: whether the running pass may be left early.
-        reached: whether it has all that it wants.
+        running: the running pass, if it may.
     """
 
     def __init__(self) -> None:
-        self.listening = self.reached = False
+        self.listening = False
+        self.running: Pass | None = None
 
     def on_call(self, name: str, compiled: bool, *call: Any) -> None:
         """What the hook on layer `name` does."""
-        if self.reached and torch.is_grad_enabled():
+        this = self.running
+        # Not while the pass is repeated for its backward (activation checkpointing).
+        if this is not None and this.recording and this.stop_after is not None and len(this.states) >= this.stop_after:
             raise EarlyExit
 
 
@@ -202,8 +205,8 @@ class ModelHooks:
 
     def _look(self) -> None:
         self.listening = self.running is not None or bool(self._repeats.running)
+        self._exits.running = self.running
         self._exits.listening = self.running is not None and self.running.stop_after is not None
-        self._exits.reached = False
 
     def on_call(self, name: str, compiled: bool, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """What the hook on `name` does; None leaves the output alone."""
@@ -250,7 +253,6 @@ class ModelHooks:
         if name in self.overwritten or this.capture == "cloned":
             kept = kept.clone()
         this.states.append(State(name, kept, tokens, kept._version))
-        self._exits.reached = this.stop_after is not None and len(this.states) >= this.stop_after
 
     def _tokens(self, name: str, y: Tensor, this: Pass) -> Tokens:
         axis = 1 if self._channels_first[name](y) else -1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from torch import nn
@@ -36,13 +38,14 @@ class Hook:
     def __init__(self, listener: Listener | None, name: str) -> None:
         self.listener = listener
         self.name = name
+        self._hand_on = hand_on() if listener is not None else None
 
     def __call__(self, *call: Any) -> Any:
         """Pass the call on. Kept this short as torch.compile traces it: looking at the name would tell layers apart."""
         listener = self.listener
         if listener is None or not listener.listening:
             return None
-        return _hand_on(self, call)
+        return self._hand_on(self, call)  # type: ignore[misc]
 
     def __deepcopy__(self, memo: Any) -> Hook:
         return Hook(None, self.name)
@@ -51,16 +54,21 @@ class Hook:
         return Hook, (None, self.name)
 
 
-@untraced_itself
-def _hand_on(hook: Hook, call: tuple[Any, ...]) -> Any:
-    # Inside of a function that is untraced altogether the region is not to be seen any more.
-    return _call_listener(hook, region() not in (None, False), call)
+@functools.cache
+def hand_on() -> Callable[[Hook, tuple[Any, ...]], Any]:
+    """How hooks hand calls on, unseen by torch.compile. Made at the first hook: the decorators import the compiler."""
 
+    @untraced
+    def call_listener(hook: Hook, compiled: bool, call: tuple[Any, ...]) -> Any:
+        assert hook.listener is not None
+        return hook.listener.on_call(hook.name, compiled, *call)
 
-@untraced
-def _call_listener(hook: Hook, compiled: bool, call: tuple[Any, ...]) -> Any:
-    assert hook.listener is not None
-    return hook.listener.on_call(hook.name, compiled, *call)
+    @untraced_itself
+    def hand_on(hook: Hook, call: tuple[Any, ...]) -> Any:
+        # Inside of a function that is untraced altogether the region is not to be seen any more.
+        return call_listener(hook, region() not in (None, False), call)
+
+    return hand_on
 
 
 def attached_already(model: nn.Module) -> bool:

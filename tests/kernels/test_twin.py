@@ -115,9 +115,8 @@ def test_the_stopped_side_gets_no_gradient() -> None:
 def test_second_derivatives_are_refused() -> None:
     _, perturbed = layers = make([(2, 3, 5)])
     loss, _ = mse_over_layers(*layers, None)
-    (gradient,) = torch.autograd.grad(loss.square(), perturbed, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+    with pytest.raises(RuntimeError, match="second derivatives"):
+        torch.autograd.grad(loss.square(), perturbed, create_graph=True)
 
 
 def test_upstream_gradient_that_is_not_one() -> None:
