@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lfu_reg.hooks import attached_already
+from lfu_reg.listeners import attached_already
 from tests.cases import plain_loss, token_batch
 from tests.plain_models import TinyLM
 

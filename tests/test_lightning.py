@@ -17,8 +17,8 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
 from lfu_reg import LfURegularizer, LfUWarning
-from lfu_reg.hooks import attached_already
 from lfu_reg.integrations.lightning import LfUCallback
+from lfu_reg.listeners import attached_already
 from tests.cases import plain_loss, seeded, token_batch
 from tests.compare import assert_same_gradients, gradients_of, mismatch
 from tests.loops import FIXED, STEERING, descended, values

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 import transformers as tf
 
 from lfu_reg import LfURegularizer, LfUWarning
-from lfu_reg.hooks import attached_already
 from lfu_reg.integrations.hf import LfUTrainer
+from lfu_reg.listeners import attached_already
 from tests.architectures import peft_llama
 from tests.cases import seeded
 from tests.compare import assert_same_gradients, gradients_of, mismatch
