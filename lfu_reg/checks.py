@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lfu_reg.listeners import attached_already
+from lfu_reg.schedules import check_schedule
 from lfu_reg.tokens import TokenMasks
 from lfu_reg.trunk import is_cache
 
@@ -70,20 +71,47 @@ def check_is_attached(model: object, attached: nn.Module) -> None:
     )
 
 
-def check_one_of(name: str, value: object, allowed: Collection[str]) -> None:
-    """Raise unless a setting is one of the allowed words."""
+def check_terms(*, alpha: object, lam: object, reduction: object, stop_gradient: object, strategy: object) -> None:
+    """Raise for a setting of the loss's terms and their gradients that is not allowed, or contradicts another."""
+    check_schedule("alpha", alpha)
+    check_schedule("lam", lam)
+    _check_one_of("reduction", reduction, ("mean", "sum"))
+    _check_one_of("stop_gradient", stop_gradient, ("clean", "perturbed", "none"))
+    _check_one_of("strategy", strategy, ("auto", "released", "retained"))
+    if strategy == "released" and stop_gradient != "clean":
+        raise ValueError(
+            f"strategy='released' frees the graph of the clean pass, through which stop_gradient={stop_gradient!r} "
+            "sends gradients. Use strategy='auto' or 'retained'."
+        )
+
+
+def check_amounts(*, ascent_steps: object, every: object, batch_fraction: object) -> None:
+    """Raise for a setting of how much is computed that is out of range."""
+    _check_count("ascent_steps", ascent_steps)
+    _check_count("every", every)
+    _check_fraction("batch_fraction", batch_fraction)
+
+
+def check_state(state: Collection[str]) -> None:
+    """Raise unless a state to load has what a regularizer's state has."""
+    if {"step", "seed"} - set(state):
+        raise ValueError(
+            f"The state has entries {sorted(state)}; it needs 'step' and 'seed', as LfURegularizer.state_dict() "
+            "gives them."
+        )
+
+
+def _check_one_of(name: str, value: object, allowed: Collection[str]) -> None:
     if value not in allowed:
         raise ValueError(f"{name}={value!r}; allowed are {', '.join(map(repr, allowed))}.")
 
 
-def check_count(name: str, value: object) -> None:
-    """Raise unless a setting is a whole number from 1."""
+def _check_count(name: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name}={value!r}; allowed are whole numbers from 1.")
 
 
-def check_fraction(name: str, value: object) -> None:
-    """Raise unless a setting is in (0, 1]."""
+def _check_fraction(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
         raise ValueError(f"{name}={value!r}; allowed are numbers above 0 and up to 1.")
 

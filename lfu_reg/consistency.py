@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lfu_reg.autocast import without_autocast
 from lfu_reg.distances.base import Distance, Reduction
-from lfu_reg.hooks import State, without_autocast
+from lfu_reg.passes import State
 from lfu_reg.tokens import rows
 
 

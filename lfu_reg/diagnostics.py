@@ -7,6 +7,7 @@ needs no device synchronisation.
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from statistics import fmean, median, pstdev
 
@@ -23,6 +24,15 @@ COLLAPSED = 1.0
 EXPLODED = 100.0
 # Two terms that swing by a third of their mean, each up when the other is down, are pulling against each other.
 SWING, OPPOSED = 0.33, -0.8
+
+NO_GRADIENT = (
+    "The consistency term has no gradient: no trainable parameter lies before the chosen layers, so it changes the "
+    "loss's value and trains nothing. Choose later layers, or train earlier ones."
+)
+EVAL_MODE = (
+    "LfURegularizer was called on a model in eval mode with gradients enabled: it returns the plain SFT loss there. "
+    "Call model.train() to have the regularizer applied."
+)
 
 
 class LfUWarning(UserWarning):
@@ -41,7 +51,7 @@ class Diagnostics:
         """Warn, once per kind."""
         if kind not in self._told:
             self._told.add(kind)
-            warnings.warn(message, LfUWarning, stacklevel=5)
+            warnings.warn(message, LfUWarning, stacklevel=_levels_to_the_user())
 
     def is_due(self, step: int) -> bool:
         """Whether a step is one at which values are looked at."""
@@ -148,3 +158,11 @@ class Diagnostics:
                 "The SFT loss and lam * l_cons swing against each other: each step towards one undoes the other. "
                 "Lower lam, or the learning rate.",
             )
+
+
+def _levels_to_the_user() -> int:
+    """The `stacklevel` by which a warning of our caller names the first line outside of this package."""
+    frame, level = sys._getframe(2), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == "lfu_reg":
+        frame, level = frame.f_back, level + 1
+    return level

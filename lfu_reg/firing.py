@@ -13,7 +13,7 @@ from torch import nn
 
 from lfu_reg.compiled import entrances
 from lfu_reg.diagnostics import Diagnostics
-from lfu_reg.hooks import Pass
+from lfu_reg.passes import Pass
 
 SILENT = (
     "These modules never ran although their layers did, so LfU does not act on them: {}. Nothing is wrong where their "

@@ -8,133 +8,31 @@ once.
 from __future__ import annotations
 
 import threading
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from lfu_reg import outputs
+from lfu_reg.autocast import in_float16, without_autocast
 from lfu_reg.auxiliaries.base import Auxiliary, Call, GradientRule, Tokens
 from lfu_reg.compiled import forget_graphs
+from lfu_reg.early_exit import EarlyExits
 from lfu_reg.graph import no_view, take_part
 from lfu_reg.layers import channels_first, is_encoder_layer
 from lfu_reg.listeners import Hook
+from lfu_reg.passes import Gate, Pass, State
 from lfu_reg.repeats import Repeats
-from lfu_reg.substitution import Replacement, substituted
-from lfu_reg.tokens import TokenMasks
+from lfu_reg.substitution import substituted
 
 TRANSFORMED = (
     "The model ran inside of a torch.func transform (vmap, grad, jvp), whose tensors do not live beyond it: no hidden "
     "state can be kept for the second pass. Call the model outside of the transform in sft_loss_fn."
 )
-
-
-class EarlyExit(BaseException):
-    """Leaves the forward pass after the last hidden state that is wanted. Not an Exception: no model may swallow it."""
-
-
-@dataclass
-class State:
-    """One captured hidden state h_{l,t}.
-
-    Attributes:
-        name: the layer.
-        hidden: its hidden state, as the layer returned it.
-        tokens: the positions that count.
-        version: of `hidden` when it was captured; a later one means that the model wrote over it.
-    """
-
-    name: str
-    hidden: Tensor
-    tokens: Tokens
-    version: int
-
-    def of(self, samples: Tensor | None) -> Tensor:
-        """The hidden state of the given samples (numbers along the batch dimension); None is all of them."""
-        return self.hidden if samples is None else self.hidden.index_select(0, samples.to(self.hidden.device))
-
-
-@dataclass
-class Gate:
-    """All that a tap knows of its pass: a reference to the pass and its states would be a cycle through the graph.
-
-    Attributes:
-        is_open: while the backward of the pass may collect gradients.
-        finite: where it is asked for, whether each gradient collected is finite, as scalars that nobody has read.
-    """
-
-    is_open: bool = True
-    finite: list[Tensor] | None = None
-
-
-@dataclass
-class Pass:
-    """One pass through the model.
-
-    Attributes:
-        tokens: the batch's token masks.
-        observe: tap the sites, so that the backward of this pass collects the ascent direction.
-        apply: run with the auxiliary components in place.
-        capture: keep hidden states: "detached", "attached" to the graph, "cloned" (attached, and safe from being
-            overwritten), or None.
-        stop_after: leave early after this many captured states.
-        recording: False once the forward is over: hooks then run only to repeat it (activation checkpointing).
-        gate: open while the backward of a tapped pass may collect gradients.
-        states: what was captured, in order of execution.
-        fired: how often each hooked module ran with gradients.
-        compiled: whether any of them ran in a region of torch.compile.
-        taps: the edges of the graph at which taps wait for gradients.
-        anchor: leaf on which taps depend that would otherwise not be part of the graph.
-        replaced: tensors that stand in the place of parameters during the pass.
-        buffers: what a repeat of checkpointed blocks writes to copies of.
-        outlives: whether the graph is backpropagated after the pass, so that checkpoints must bring the pass along.
-        float16: whether anything at the hooks ran in float16.
-        scale: what the loss, and so g, was multiplied by in the backward of this pass.
-    """
-
-    tokens: TokenMasks
-    observe: bool = False
-    apply: bool = False
-    capture: str | None = "detached"
-    stop_after: int | None = None
-    recording: bool = True
-    gate: Gate = field(default_factory=Gate)
-    states: list[State] = field(default_factory=list)
-    fired: Counter[str] = field(default_factory=Counter)
-    compiled: bool = False
-    taps: list[GradientEdge] = field(default_factory=list)
-    anchor: Tensor = field(default_factory=lambda: torch.zeros((), requires_grad=True))
-    replaced: Sequence[Replacement] = ()
-    buffers: list[tuple[nn.Module, str]] = field(default_factory=list)
-    outlives: bool = False
-    float16: bool = False
-    scale: float = 1.0
-
-
-class EarlyExits:
-    """Raises `EarlyExit` at the end of the layer whose hidden state was the last one wanted.
-
-    Attributes:
-        listening: whether the running pass may be left early.
-        running: the running pass, if it may.
-    """
-
-    def __init__(self) -> None:
-        self.listening = False
-        self.running: Pass | None = None
-
-    def on_call(self, name: str, compiled: bool, *call: Any) -> None:
-        """What the hook on layer `name` does."""
-        this = self.running
-        # Not while the pass is repeated for its backward (activation checkpointing).
-        if this is not None and this.recording and this.stop_after is not None and len(this.states) >= this.stop_after:
-            raise EarlyExit
 
 
 class ModelHooks:
@@ -228,7 +126,7 @@ class ModelHooks:
                 "is no hidden state to compare or to steer. Choose other layers with layers=...."
             )
         y = outputs.get(output, path)
-        if not this.float16 and _in_float16(y):
+        if not this.float16 and in_float16(y):
             this.float16 = True
         tokens = self._tokens(name, y, this)
         changed = self._at_site(Call(name, module, _first_input(args, kwargs), y, tokens), this, auxiliary)
@@ -272,18 +170,3 @@ def _tap(rule: GradientRule | None, gate: Gate) -> Callable[[Tensor], None]:
 
 def _first_input(args: Any, kwargs: Any) -> Tensor | None:
     return next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point()), None)
-
-
-def _in_float16(tensor: Tensor) -> bool:
-    device = tensor.device.type
-    return tensor.dtype is torch.float16 or (
-        torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) is torch.float16
-    )
-
-
-def without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """Context in which operations run in the dtype of their arguments."""
-    # The components are cast to the activation's dtype here; autocast would change the dtype of what a layer returns.
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()

@@ -18,6 +18,11 @@ LayerChoice: TypeAlias = str | int | slice | Sequence[int] | Sequence[str] | Cal
 THIRDS = ("early", "middle", "late")
 
 
+def is_preset(choice: LayerChoice) -> bool:
+    """Whether a choice is one of the words that fit every model, and names or numbers no layer."""
+    return isinstance(choice, str) and choice in ("all", *THIRDS)
+
+
 def choose_layers(model: nn.Module, choice: LayerChoice = "all") -> dict[str, nn.Module]:
     """The chosen layers by module name, in the order of `model.named_modules()`.
 
@@ -38,7 +43,7 @@ def choose_layers(model: nn.Module, choice: LayerChoice = "all") -> dict[str, nn
     if callable(choice) and not isinstance(choice, (str, type)):
         chosen = [name for name, module in modules.items() if choice(name, module)]
         return _checked(chosen, modules, "the callable given as layers", model)
-    if isinstance(choice, str) and choice not in ("all", *THIRDS):
+    if isinstance(choice, str) and not is_preset(choice):
         return _checked(_match(choice, modules), modules, f"layers={choice!r}", model)
     if isinstance(choice, Iterable) and not isinstance(choice, str):
         listed: list[Any] = list(choice)

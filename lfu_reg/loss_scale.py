@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from lfu_reg.graph import gradients_of
-from lfu_reg.hooks import Gate, Pass
+from lfu_reg.passes import Gate, Pass
 
 # GradScaler's: the first scale, and so many steps without an overflow until it is doubled.
 FIRST_SCALE = 2.0**16

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import random
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +66,16 @@ class RandomState:
         random.setstate(self.python)
         if self.numpy is not None:
             sys.modules["numpy"].random.set_state(self.numpy)
+
+
+@contextmanager
+def random_state_kept(devices: Iterable[torch.device]) -> Iterator[None]:
+    """The caller's random stream goes on where it is now, whatever the block draws."""
+    here = RandomState.capture(devices)
+    try:
+        yield
+    finally:
+        here.restore()
 
 
 class StepDraws:

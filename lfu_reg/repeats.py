@@ -7,15 +7,12 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
 
 from lfu_reg import checkpointing
 from lfu_reg.auxiliaries.base import Auxiliary
 from lfu_reg.buffers import on_copies
+from lfu_reg.passes import Pass
 from lfu_reg.substitution import substituted
-
-if TYPE_CHECKING:
-    from lfu_reg.hooks import Pass
 
 REMOVED = (
     "backward() reached a checkpointed block of a loss of LfURegularizer after remove(): the block cannot run again as "

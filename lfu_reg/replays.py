@@ -14,13 +14,15 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lfu_reg.diagnostics import Diagnostics
 from lfu_reg.distributed.collectives import all_agree
 from lfu_reg.distributed.engine import Engine
-from lfu_reg.distributed.fsdp2 import units_of
-from lfu_reg.hooks import ModelHooks, Pass, State
+from lfu_reg.early_exit import early_exit_is_safe
+from lfu_reg.hooks import ModelHooks
+from lfu_reg.passes import Pass, State
+from lfu_reg.sft_loss import SFTLoss
 from lfu_reg.tokens import TokenMasks
 from lfu_reg.trunk import Trunk, replay
 
@@ -49,22 +51,20 @@ class Replays:
     def prepare(
         self,
         step: int,
-        model: nn.Module,
+        sft: SFTLoss,
         clean: Pass,
         tokens: TokenMasks,
         samples: Tensor | None,
-        loss_function: Callable[[], None],
         engine: Engine,
     ) -> None:
         """Choose what to replay for this step; puts right clean states that the model has written over.
 
         Args:
             step: number of the step.
-            model: what the user trains, the attached module or a wrapper of it.
+            sft: the loss function of the step.
             clean: pass 1.
             tokens: masks of the samples that are replayed.
             samples: the samples of the batch to replay, None for all.
-            loss_function: runs the user's loss function again, in the random state of pass 1.
             engine: how the model is spread over processes.
 
         Raises:
@@ -72,21 +72,21 @@ class Replays:
         """
         overwritten = {state.name for state in clean.states if state.hidden._version != state.version}
         self._hooks.overwritten |= overwritten
-        batch_size = clean.states[0].hidden.shape[0]
         candidates: list[tuple[str, Callable[[], None], bool]] = [
             (
                 name or "the model",
-                partial(replay, calls, samples, batch_size),
+                partial(replay, calls, samples, clean.batch_size),
                 not any(call.enters_a_context for call in calls),
             )
-            for name, calls in self._trunk.replays(model)
+            for name, calls in self._trunk.replays(sft.model)
             if engine.can_start_at(calls[0].module)
         ]
+        loss_function = partial(sft.repeat, samples, clean.batch_size)
         candidates.append((LOSS_FUNCTION, loss_function, False))  # the user's code runs to its end
         candidates = [c for c in candidates if c[0] not in self._wrong]
         due = str(step + 1).strip("0") == "1"
-        if due or self._model_id != id(model):
-            self._model_id, self._may_exit_early = id(model), early_exit_is_safe(model)
+        if due or self._model_id != id(sft.model):
+            self._model_id, self._may_exit_early = id(sft.model), early_exit_is_safe(sft.model)
         for name, run, may_be_left in candidates:
             self._stop_after = len(clean.states) if self._may_exit_early and may_be_left else None
             self._run = run
@@ -126,13 +126,6 @@ class Replays:
             self._run()
             this.recording = False
             yield this
-
-
-def early_exit_is_safe(model: nn.Module) -> bool:
-    """Whether a forward may be left by an exception: sharded engines keep track of its end."""
-    if units_of(model) or any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
-        return False
-    return not any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def _repeats(again: list[State], clean: list[State], samples: Tensor | None, overwritten: set[str]) -> bool:

@@ -19,8 +19,8 @@ from lfu_reg.auxiliaries import Auxiliary
 from lfu_reg.distributed.fsdp2 import Shards
 from lfu_reg.graft import graft
 from lfu_reg.graph import leaves_of
-from lfu_reg.hooks import Gate, Pass
 from lfu_reg.loss_scale import LossScale, LossScales, float16_in_play
+from lfu_reg.passes import Gate, Pass
 
 
 class Strategy(Protocol):

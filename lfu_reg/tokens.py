@@ -89,8 +89,10 @@ class TokenMasks:
             self._cache[key] = mask, index
         return self._cache[key]
 
-    def select(self, chosen: Tensor) -> TokenMasks:
-        """The masks of the given samples (numbers along the batch dimension) only."""
+    def select(self, chosen: Tensor | None) -> TokenMasks:
+        """The masks of the given samples (numbers along the batch dimension) only; None is all of them."""
+        if chosen is None:
+            return self
         part = object.__new__(TokenMasks)
         part._cache, part._virtual, part.matched_given, part.matched = {}, self._virtual, False, False
         for name in ("given", "_labels", "_attention", "_decoder_attention"):

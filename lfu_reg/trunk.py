@@ -18,27 +18,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lfu_reg import adapters
+from lfu_reg.autocast import Autocast
 from lfu_reg.compiled import entrances
-from lfu_reg.hooks import EarlyExit
+from lfu_reg.early_exit import EarlyExit
 from lfu_reg.listeners import Hook
 from lfu_reg.randomness import RandomState
 
 # Arguments that hold per-position vectors without a batch dimension.
 _UNBATCHED = ("cache_position", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens")
-
-
-@dataclass(frozen=True)
-class Autocast:
-    """The autocast state of one device type."""
-
-    device_type: str
-    enabled: bool
-    dtype: torch.dtype
-
-    @classmethod
-    def current(cls, device_type: str) -> Autocast:
-        """The state here and now."""
-        return cls(device_type, torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type))
 
 
 @dataclass(frozen=True)

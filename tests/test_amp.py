@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from lfu_reg import LfURegularizer, LfUWarning
 from lfu_reg.ascent import ascend, gradient_norm
-from lfu_reg.hooks import Pass
 from lfu_reg.loss_scale import FIRST_SCALE, GROWTH_INTERVAL, LossScale
+from lfu_reg.passes import Pass
 from lfu_reg.strategies import Released
 from lfu_reg.tokens import TokenMasks
 from tests.cases import Loss, seeded
@@ -115,7 +115,7 @@ def test_the_ascent_is_that_of_float32(name: str, strategy: str) -> None:
     for loss in (loss_32, loss_16):
         for more in ({}, {"undesirable": TINY.batch(5)}):
             with LfURegularizer(copy.deepcopy(model), make_auxiliary(name), **options) as reg:
-                reg(reg._model, TINY.batch(), loss, **more)
+                reg(reg._attached.model, TINY.batch(), loss, **more)
                 found.append((reg.metrics["ascent_grad_norm"], flat(reg.perturbation)))
     for (norm_32, delta_32), (norm_16, delta_16) in zip(found[:2], found[2:], strict=True):
         assert float(norm_16) == pytest.approx(float(norm_32), rel=FLOAT16)

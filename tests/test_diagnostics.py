@@ -201,3 +201,22 @@ def test_a_forward_that_cannot_be_repeated_is_told_once_and_not_checked_at_every
         assert warnings_of(reg, model, steps=3, loss=counted) == []
     handle.remove()
     assert len(calls) == 3 * 2  # pass 1, and pass 2 by the loss function
+
+
+@pytest.mark.parametrize("where", ["before a step", "in a step", "at the figures"])
+def test_warnings_name_the_users_line(where: str) -> None:
+    """However deep in the package they come from: Python then shows that line, and filters by module work."""
+    model = TINY.make()
+    reg = LfURegularizer(model, "steering", lam=1e-30 if where == "at the figures" else None)
+    model.train(where != "before a step")
+    if where == "in a step":
+        model.requires_grad_(False)
+        model.head.requires_grad_(True)
+
+    def steps() -> None:
+        for _ in range(50):
+            reg(model, TINY.batch(), TINY.loss)
+
+    with pytest.warns(LfUWarning) as told:
+        steps()
+    assert {warning.filename for warning in told} == {__file__}

@@ -47,7 +47,7 @@ def test_an_adapter_layer_is_hooked_as_a_whole(kind: str) -> None:
     moved = {name for name, (_, b) in reg.perturbation.items() if bool(b.any())}
     assert moved == set(linear_maps(model, case.layers))
     assert len(moved) == case.linears
-    assert set(reg._hooks._sites) == moved  # nothing inside of an adapter layer, not even what is never called
+    assert set(reg._attached.hooks._sites) == moved  # nothing inside of an adapter layer, not even what is never called
 
 
 def test_an_adapter_on_an_embedding_is_no_linear_map() -> None:

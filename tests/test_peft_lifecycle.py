@@ -83,12 +83,12 @@ def test_wrappers_that_run_what_they_wrap_keep_its_hooks() -> None:
 
     model = LLAMA.make()
     reg = attached(model, "lora")
-    hooks = reg._hooks
+    hooks = reg._attached.hooks
     want = outcome(reg, model)
     reg.load_state_dict({"step": 0, "seed": 3})
     model.model.layers[1].mlp = Wrapper(model.model.layers[1].mlp)
     loss, gradients = outcome(reg, model)
-    assert reg._hooks is hooks
+    assert reg._attached.hooks is hooks
     same((loss, {key.replace("mlp.inner", "mlp"): value for key, value in gradients.items()}), want)
 
 

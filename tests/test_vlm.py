@@ -95,7 +95,7 @@ def test_a_trained_projector_before_the_language_model(name: str, make: Any, str
     """The language model's inputs have a history, so what is replayed is the model around it."""
     pair = run_pair(case(make), name, reg_options={"layers": ONLY_LANGUAGE, "strategy": strategy})
     assert pair.reg.layers == LANGUAGE
-    assert pair.reg._replays._checked == "model"
+    assert pair.reg._attached.replays._checked == "model"
     pair.check()
     assert float(pair.want.consistency) > 0
     assert bool(pair.model.model.multi_modal_projector.linear_1.weight.grad.any())

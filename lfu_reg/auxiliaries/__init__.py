@@ -1,9 +1,10 @@
-"""theta_aux, one flavour a file; `base.py` shows how to write another."""
+"""theta_aux, one flavour a file; `output.py` shows how to write another."""
 
 from collections.abc import Callable
 
-from lfu_reg.auxiliaries.base import Auxiliary, Call, Components, OutputAuxiliary, Tokens, master_dtype
+from lfu_reg.auxiliaries.base import Auxiliary, Call, Components, Tokens, master_dtype
 from lfu_reg.auxiliaries.lora import LoRADeltas
+from lfu_reg.auxiliaries.output import OutputAuxiliary
 from lfu_reg.auxiliaries.random_directions import RandomDirections
 from lfu_reg.auxiliaries.steering import SteeringVectors
 from lfu_reg.auxiliaries.weights import WeightDeltas

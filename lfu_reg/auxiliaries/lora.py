@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from lfu_reg import adapters
-from lfu_reg.auxiliaries.base import Call, Components, Generators, GradientRule, OutputAuxiliary, master_dtype
+from lfu_reg.auxiliaries.base import Call, Components, Generators, GradientRule, master_dtype
+from lfu_reg.auxiliaries.output import OutputAuxiliary
 from lfu_reg.linears import TargetModules, find_linears, linear_sizes
 from lfu_reg.substitution import Replacement
 from lfu_reg.tokens import rows

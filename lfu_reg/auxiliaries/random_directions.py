@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from lfu_reg.auxiliaries.base import Call, Components, GradientRule, OutputAuxiliary
+from lfu_reg.auxiliaries.base import Call, Components, GradientRule
+from lfu_reg.auxiliaries.output import OutputAuxiliary
 
 
 class RandomDirections(OutputAuxiliary):

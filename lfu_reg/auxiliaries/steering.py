@@ -13,7 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lfu_reg.auxiliaries.base import Call, Components, GradientRule, OutputAuxiliary, master_dtype
+from lfu_reg.auxiliaries.base import Call, Components, GradientRule, master_dtype
+from lfu_reg.auxiliaries.output import OutputAuxiliary
 from lfu_reg.tokens import rows
 
 

@@ -196,8 +196,7 @@ def _without_values() -> ExitStack:
     patches = ExitStack()
     for target, stand_in in (
         ("lfu_reg.replays._repeats", lambda *args: True),
-        ("lfu_reg.regularizer.RandomState.capture", lambda *args: mock.Mock()),
-        ("lfu_reg.trunk.RandomState.capture", lambda *args: mock.Mock()),
+        ("lfu_reg.randomness.RandomState.capture", lambda *args: mock.Mock()),
         ("torch.Tensor.uniform_", lambda tensor, *args, **kwargs: tensor),
     ):
         patches.enter_context(mock.patch(target, stand_in))

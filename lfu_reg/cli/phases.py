@@ -68,7 +68,7 @@ def _instrumented(
             laps[name] += clock.now() - start
             yield value
 
-    running, replacements = reg._replays.running, reg.auxiliary.replacements
+    running, replacements = reg._attached.replays.running, reg.auxiliary.replacements
 
     def strategy(*settings: Any) -> Any:
         made: Any = choose_strategy(*settings)
@@ -84,7 +84,7 @@ def _instrumented(
     with ExitStack() as patches:
         for target, name, wrapped in (
             (regularizer, "choose_strategy", strategy),
-            (reg._replays, "running", lambda this: timed_entry("perturbed forward", running(this))),
+            (reg._attached.replays, "running", lambda this: timed_entry("perturbed forward", running(this))),
             (reg.auxiliary, "replacements", timed("ascent", lambda: list(replacements()))),
             (reg.auxiliary, "ascend", timed("ascent", reg.auxiliary.ascend)),
             (regularizer, "consistency", timed("distance", consistency)),

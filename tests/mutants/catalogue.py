@@ -97,7 +97,7 @@ MUTANTS = (
         6,
         "float16 is noticed where the hidden states are float32",
         "hooks.py",
-        "        if not this.float16 and _in_float16(y):\n",
+        "        if not this.float16 and in_float16(y):\n",
         "        if y.dtype is torch.float16:\n",
         "tests/test_amp.py::test_small_gradients_under_autocast",
     ),
@@ -200,7 +200,7 @@ MUTANTS = (
     Mutant(
         25,
         "gradients of a module that runs twice add up",
-        "auxiliaries/base.py",
+        "auxiliaries/output.py",
         "            new if old is None else old if new is None else old + new\n",
         "            new\n",
         "tests/test_zoo.py::test_gradients_equal_the_oracles[albert-steering-released]",
@@ -264,7 +264,7 @@ MUTANTS = (
     Mutant(
         8,
         "moved outputs keep the memory layout by which dropout draws",
-        "auxiliaries/base.py",
+        "auxiliaries/output.py",
         "return changed if changed.stride() == y.stride() else torch.empty_like(y).copy_(changed)",
         "return changed",
         "tests/test_memory_layout.py::test_steering_keeps_the_strides_that_dropout_draws_by",

@@ -1,0 +1,40 @@
+"""torch.autocast: its state, noted down or set aside, and whether it brings float16 into play."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Autocast:
+    """The autocast state of one device type."""
+
+    device_type: str
+    enabled: bool
+    dtype: torch.dtype
+
+    @classmethod
+    def current(cls, device_type: str) -> Autocast:
+        """The state here and now."""
+        return cls(device_type, torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type))
+
+
+def in_float16(tensor: Tensor) -> bool:
+    """Whether a tensor is float16, or an operation on it would be under autocast."""
+    device = tensor.device.type
+    return tensor.dtype is torch.float16 or (
+        torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) is torch.float16
+    )
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Context in which operations run in the dtype of their arguments."""
+    # Components are cast to the activation's dtype: under autocast a layer would return another one than it did.
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()

@@ -1,0 +1,181 @@
+"""Auxiliary components that change what some modules return.
+
+`OutputAuxiliary` does the bookkeeping for all of them; a new one says where (`sites`), with what (`start`) and how
+(`apply`), and nothing else:
+
+    class Gains(OutputAuxiliary):
+        '''One factor per channel of every chosen layer: h' = h * (1 + c).'''
+
+        default_alpha, default_lam = 0.1, 0.1
+
+        def sites(self, model, layers):
+            return layers
+
+        def start(self, call, generator):
+            return (call.y.new_zeros(call.y.shape[-1], dtype=master_dtype(call.y)),)
+
+        def apply(self, components, call):
+            (c,) = components
+            return call.y * (1 + c.to(call.y.dtype))
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lfu_reg.ascent import ascend, gradient_norm
+from lfu_reg.auxiliaries.base import Auxiliary, Call, Components, Generators, GradientRule
+
+
+class OutputAuxiliary(Auxiliary):
+    """Auxiliary components that change the outputs of some modules."""
+
+    def __init__(self) -> None:
+        self._components: dict[str, Components] = {}
+        self._gradients: dict[str, list[Tensor | None]] = {}
+        self._generators: Generators = torch.Generator
+        self._required = False
+
+    @abstractmethod
+    def start(self, call: Call, generator: torch.Generator) -> Components:
+        """The components of one site at "no change", made when it first runs in a step: so device and sizes are known.
+
+        Args:
+            call: the first call of the site in this step.
+            generator: the step's seeded generator on the device of `call.y`.
+        """
+
+    @abstractmethod
+    def apply(self, components: Components, call: Call) -> Tensor:
+        """`call.y` with the components in place: a new tensor (never written in place) of the same shape and dtype."""
+
+    def gradient_rule(self, components: Components, call: Call) -> GradientRule:
+        """Rule from dl/dy to the gradients of the components at "no change".
+
+        The default differentiates `apply`. It keeps x and y alive until the backward pass reaches the site; override it
+        with a closed form that keeps less.
+        """
+        call = replace(call, x=None if call.x is None else call.x.detach(), y=call.y.detach())
+
+        def rule(grad_y: Tensor) -> Sequence[Tensor | None]:
+            with torch.enable_grad():
+                leaves = [component.detach().requires_grad_() for component in components]
+                changed = self.apply(tuple(leaves), call)
+                return torch.autograd.grad(changed, leaves, grad_y, allow_unused=True)
+
+        return rule
+
+    def groups(self, names: Sequence[str]) -> Sequence[int] | None:
+        """Group numbers for a separate normalisation, one per site; None for one global norm (the paper)."""
+        return None
+
+    def direction(self, gradients: list[Tensor]) -> list[Tensor]:
+        """The direction to go, before normalisation: the gradient, as in the paper."""
+        return gradients
+
+    # What the regularizer calls.
+
+    def reset(self, generators: Generators) -> None:
+        """Forget components and gradients."""
+        self._components, self._gradients, self._generators, self._required = {}, {}, generators, False
+
+    def observe(self, call: Call) -> GradientRule:
+        """`gradient_rule`, adding what it gives to g."""
+        rule = self.gradient_rule(self._at(call), call)
+        name = call.name  # and not `call`: the rule ends up in a hook of call.y, which would keep itself alive
+
+        def collect(grad_y: Tensor) -> Sequence[Tensor | None]:
+            gradients = rule(grad_y)
+            self._collect(name, gradients)
+            return gradients
+
+        return collect
+
+    def apply_at(self, call: Call) -> Tensor:
+        """`apply` with the components of the call's site."""
+        return _laid_out_like(call.y, self.apply(self._at(call), call))
+
+    def leaves(self) -> list[Tensor]:
+        """The components."""
+        return [component for components in self._components.values() for component in components]
+
+    def require_gradients(self, required: bool) -> None:
+        """Make components leaves that require gradients, also those yet to be started, or plain tensors again."""
+        self._required = required
+        for name, components in self._components.items():
+            self._components[name] = tuple(c.detach().requires_grad_(required) for c in components)
+
+    def gradient_from(self, leaves: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+        """Pick the components' gradients out of others."""
+        by_leaf = {id(leaf): gradient for leaf, gradient in zip(leaves, gradients, strict=True)}
+        for name, components in self._components.items():
+            self._collect(name, [by_leaf.get(id(component)) for component in components])
+
+    def forget_gradient(self) -> None:
+        """Drop what was collected of g."""
+        self._gradients = {}
+
+    def frozen(self) -> OutputAuxiliary:
+        """A shallow copy: `reset` binds new dictionaries and leaves those of earlier steps alone."""
+        return copy.copy(self)
+
+    def replace_gradients(self, function: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]) -> None:
+        """Replace g of all components, those without a gradient included."""
+        named = {}
+        for name in sorted(self._components):
+            components = self._components[name]
+            gradients = self._gradients.get(name, [None] * len(components))
+            for i, (component, gradient) in enumerate(zip(components, gradients, strict=True)):
+                named[f"{name}/{i}"] = torch.zeros_like(component) if gradient is None else gradient
+        new = function(named)
+        self._gradients = {name: [new[f"{name}/{i}"] for i in range(len(cs))] for name, cs in self._components.items()}
+
+    def ascend(self, alpha: float) -> Tensor:
+        """Eq. 2 over all components that got a gradient."""
+        moving = [(name, i) for name, gs in self._gradients.items() for i, g in enumerate(gs) if g is not None]
+        gradients = self.direction([g for gs in self._gradients.values() for g in gs if g is not None])
+        self._gradients = {}
+        if not gradients:
+            return torch.zeros(())
+        names = list(dict.fromkeys(name for name, _ in moving))
+        groups = self.groups(names)
+        per_group = None if groups is None else [groups[names.index(name)] for name, _ in moving]
+        for (name, i), step in zip(moving, ascend(gradients, alpha, per_group=per_group), strict=True):
+            components = list(self._components[name])
+            components[i] = components[i].detach() + step
+            self._components[name] = tuple(components)
+        return gradient_norm(gradients)
+
+    def perturbation(self) -> dict[str, Any]:
+        """Name of a site to its component, or to the tuple of them where there are several."""
+        return {
+            name: components[0].detach() if len(components) == 1 else tuple(c.detach() for c in components)
+            for name, components in self._components.items()
+        }
+
+    def _at(self, call: Call) -> Components:
+        if call.name not in self._components:
+            with torch.no_grad():
+                components = self.start(call, self._generators(call.y.device))
+            self._components[call.name] = tuple(c.requires_grad_(self._required) for c in components)
+        return self._components[call.name]
+
+    def _collect(self, name: str, gradients: Sequence[Tensor | None]) -> None:
+        # Adding up: a shared layer, or a loss function that calls the model twice, passes a site more than once.
+        collected = self._gradients.get(name, [None] * len(gradients))
+        self._gradients[name] = [
+            new if old is None else old if new is None else old + new
+            for old, new in zip(collected, gradients, strict=True)
+        ]
+
+
+def _laid_out_like(y: Tensor, changed: Tensor) -> Tensor:
+    """`changed` with the strides of `y`: dropout draws in the order of memory, so pass 2 would draw another mask."""
+    return changed if changed.stride() == y.stride() else torch.empty_like(y).copy_(changed)

@@ -1,0 +1,41 @@
+"""Pass 2 leaves the forward after the last layer whose hidden state is wanted; the rest would be thrown away."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from lfu_reg.distributed.fsdp2 import units_of
+from lfu_reg.passes import Pass
+
+
+class EarlyExit(BaseException):
+    """Leaves the forward pass after the last hidden state that is wanted. Not an Exception: no model may swallow it."""
+
+
+class EarlyExits:
+    """Raises `EarlyExit` at the end of the layer whose hidden state was the last one wanted.
+
+    Attributes:
+        listening: whether the running pass may be left early.
+        running: the running pass.
+    """
+
+    def __init__(self) -> None:
+        self.listening = False
+        self.running: Pass | None = None
+
+    def on_call(self, name: str, compiled: bool, *call: Any) -> None:
+        """What the hook on layer `name` does."""
+        this = self.running
+        # Not while the pass is repeated for its backward (activation checkpointing).
+        if this is not None and this.recording and this.stop_after is not None and len(this.states) >= this.stop_after:
+            raise EarlyExit
+
+
+def early_exit_is_safe(model: nn.Module) -> bool:
+    """Whether a forward may be left by an exception: sharded engines keep track of its end."""
+    if units_of(model) or any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        return False
+    return not any(hasattr(parameter, "ds_id") for parameter in model.parameters())
