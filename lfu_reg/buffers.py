@@ -20,7 +20,7 @@ class BufferWatch:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._before = {key: (buffer, buffer._version) for key, buffer in _buffers(model)}
+        self._before = {key: (buffer, _version(buffer)) for key, buffer in _buffers(model)}
         self._model = model
 
     def changed(self) -> list[tuple[nn.Module, str]]:
@@ -30,7 +30,7 @@ class BufferWatch:
         modules = {
             key[0]
             for key, buffer in now
-            if (before := self._before.get(key)) is None or before[0] is not buffer or before[1] != buffer._version
+            if (before := self._before.get(key)) is None or before[0] is not buffer or before[1] != _version(buffer)
         }
         return [key for key, _ in now if key[0] in modules]
 
@@ -55,6 +55,12 @@ def _buffers(model: nn.Module) -> list[tuple[tuple[nn.Module, str], Tensor]]:
     return [
         ((module, name), buffer)
         for module in model.modules()
+        if module._buffers
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]
+
+
+def _version(buffer: Tensor) -> int:
+    # A buffer that an evaluation replaced under inference_mode has no counter: it cannot be written outside of it.
+    return 0 if buffer.is_inference() else buffer._version

@@ -170,3 +170,14 @@ def test_lstm_and_cnn_work_with_steering() -> None:
     for case in (LSTM, CNN):
         model = case.make()
         LfURegularizer(model, "steering")(model, case.batch(), case.loss).backward()
+
+
+def test_a_buffer_that_an_evaluation_replaced() -> None:
+    """Under inference_mode, as rotary embeddings that grow with the sequence do: such a tensor counts no versions."""
+    model = TINY.make()
+    model.blocks[0].register_buffer("scale", torch.ones(1), persistent=False)
+    with torch.inference_mode():
+        model.blocks[0].scale = torch.ones(1)
+    reg = LfURegularizer(model, "steering")
+    reg(model, TINY.batch(), TINY.loss).backward()
+    assert float(reg.metrics["consistency_loss"]) > 0
