@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from lfu_reg.distributed.ddp import wrappers_of
-from lfu_reg.distributed.fsdp2 import Shards, units_of
+from lfu_reg.distributed.fsdp2 import Shards, units_among
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -67,15 +67,16 @@ def engine_of(model: nn.Module, attached: nn.Module, layers: Iterable[nn.Module]
             break
     if not (dist.is_available() and dist.is_initialized()):
         return Engine()
-    old = tuple(module for module in model.modules() if type(module).__name__ == "FullyShardedDataParallel")
+    modules = list(model.modules())  # one walk for all that follows: it is taken at every step
+    old = tuple(module for module in modules if type(module).__name__ == "FullyShardedDataParallel")
     if old:
         groups = (getattr(old[0], "process_group", dist.group.WORLD),)
         return Engine("FSDP1", units=old, groups=_given(groups), in_lockstep=True)
-    units = units_of(model)
+    units = units_among(modules)
     if units:
         shards = Shards(units, layers)
         return Engine("FSDP2", shards, tuple(units), _mesh_groups(shards), in_lockstep=True)
-    for parameter in model.parameters():
+    for parameter in (p for module in modules for p in module._parameters.values()):
         if hasattr(parameter, "ds_id"):
             return Engine("ZeRO-3", groups=_given([dist.group.WORLD]), in_lockstep=True)
         if type(parameter).__name__ == "DTensor":

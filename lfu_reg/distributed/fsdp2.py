@@ -19,11 +19,16 @@ from lfu_reg.graph import hooks_quiet
 
 def units_of(model: nn.Module) -> list[Any]:
     """The modules of `model` that `fully_shard` was applied to, the outermost first."""
+    return units_among(model.modules())
+
+
+def units_among(modules: Iterable[nn.Module]) -> list[Any]:
+    """Those of the modules that `fully_shard` was applied to."""
     if not torch.distributed.is_available():
         return []
     from torch.distributed.fsdp import FSDPModule
 
-    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+    return [module for module in modules if isinstance(module, FSDPModule)]
 
 
 class Shards:
