@@ -78,7 +78,7 @@ class Trunk:
     """
 
     def __init__(self, model: nn.Module, layers: Iterable[str], devices: Callable[[], list[torch.device]]) -> None:
-        self._devices = devices
+        self._devices, self._in_use = devices, list[torch.device]()
         self._calls: dict[str, list[RecordedCall]] = {}
         self.listening = False
         self._handles: list[RemovableHandle] = []
@@ -97,6 +97,7 @@ class Trunk:
     def recording(self) -> Iterator[None]:
         """Record every call in the block that runs with gradients; forget the calls recorded before."""
         self._calls, self.listening = {}, True
+        self._in_use = self._devices()  # looks at every layer, so not at each call
         try:
             yield
         finally:
@@ -119,7 +120,8 @@ class Trunk:
         Args:
             model: what the user trains, the attached module or a wrapper of it.
         """
-        compiled = entrances(model)
+        any_compiled = any(call.compiled for calls in self._calls.values() for call in calls)
+        compiled = entrances(model) if any_compiled else {}  # a walk over all modules
         found: list[tuple[str, list[RecordedCall]]] = []
         for name in reversed(self.names):
             recorded = self._calls.get(name, [])
@@ -137,14 +139,13 @@ class Trunk:
         """What the hook on `name` does."""
         if not torch.is_grad_enabled():
             return
-        devices = self._devices()
-        types = dict.fromkeys(["cpu", *(device.type for device in devices)])
+        types = dict.fromkeys(["cpu", *(device.type for device in self._in_use)])
         self._calls.setdefault(name, []).append(
             RecordedCall(
                 module,
                 args,
                 dict(kwargs),
-                RandomState.capture(devices),
+                RandomState.capture(self._in_use),
                 tuple(Autocast.current(t) for t in types),
                 compiled,
             )
