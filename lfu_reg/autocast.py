@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,20 @@ class Autocast:
     def current(cls, device_type: str) -> Autocast:
         """The state here and now."""
         return cls(device_type, torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type))
+
+
+@contextmanager
+def no_autocast() -> Iterator[None]:
+    """No autocast for any device in the block.
+
+    The step takes its gradients inside of the caller's `with autocast():`, where a plain loop backpropagates outside
+    of it. Operations of the backward would be cast anew there, also those of parts that ran in full precision.
+    """
+    accelerator = torch.accelerator.current_accelerator() if hasattr(torch, "accelerator") else None
+    with ExitStack() as off:
+        for device_type in dict.fromkeys(("cpu", "cuda", *([] if accelerator is None else [accelerator.type]))):
+            off.enter_context(without_autocast(device_type))
+        yield
 
 
 def in_float16(tensor: Tensor) -> bool:

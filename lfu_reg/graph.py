@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.autograd.graph import GradientEdge
 
+from lfu_reg.autocast import no_autocast
+
 
 def leaves_of(loss: Tensor) -> list[Tensor]:
     """Leaf tensors that `loss` depends on, each once.
@@ -67,7 +69,7 @@ def gradients_of(
         upstream: scalar by which every gradient is multiplied, None for 1.
         keep_graph: leave the graph for another backward.
     """
-    with hooks_quiet([leaf for leaf in wanted if isinstance(leaf, Tensor)]):
+    with hooks_quiet([leaf for leaf in wanted if isinstance(leaf, Tensor)]), no_autocast():
         # It takes a mixture as well, whatever its annotation says.
         return torch.autograd.grad(loss, wanted, upstream, retain_graph=keep_graph, allow_unused=True)  # type: ignore[arg-type]
 

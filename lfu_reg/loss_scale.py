@@ -11,7 +11,7 @@ over as it is, for the caller's scaler to skip.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -33,7 +33,7 @@ class LossScale:
 
     def __init__(self) -> None:
         self.value = FIRST_SCALE
-        self._good_steps = 0
+        self.good_steps = 0
 
     def gradients(
         self,
@@ -79,10 +79,10 @@ class LossScale:
             forget()
 
     def _succeeded(self, scale: float) -> None:
-        self._good_steps = self._good_steps + 1 if scale == self.value else 0
+        self.good_steps = self.good_steps + 1 if scale == self.value else 0
         self.value = scale
-        if self._good_steps == GROWTH_INTERVAL:
-            self.value, self._good_steps = 2 * scale, 0
+        if self.good_steps == GROWTH_INTERVAL:
+            self.value, self.good_steps = 2 * scale, 0
 
 
 @dataclass
@@ -98,6 +98,16 @@ class LossScales:
     clean: LossScale = field(default_factory=LossScale)
     ascent: LossScale = field(default_factory=LossScale)
     perturbed: LossScale = field(default_factory=LossScale)
+
+    def state_dict(self) -> dict[str, tuple[float, int]]:
+        """Name to scale and number of good steps."""
+        return {name: (scale.value, scale.good_steps) for name, scale in vars(self).items()}
+
+    def load_state_dict(self, state: Mapping[str, Sequence[float]]) -> None:
+        """Continue with these; what is missing starts anew."""
+        for name, scale in vars(self).items():
+            value, good_steps = state.get(name, (FIRST_SCALE, 0))
+            scale.value, scale.good_steps = float(value), int(good_steps)
 
 
 def float16_in_play(this: Pass, tensors: Iterable[Tensor]) -> bool:

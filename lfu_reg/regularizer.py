@@ -32,7 +32,7 @@ from lfu_reg.distributed.shared_ascent import SharedAscent
 from lfu_reg.gradient_pass import gradient_pass
 from lfu_reg.graph import leaves_of
 from lfu_reg.layers import LayerChoice
-from lfu_reg.loss_scale import LossScales
+from lfu_reg.loss_scale import LossScales, float16_in_play
 from lfu_reg.passes import Pass
 from lfu_reg.randomness import StepDraws, random_state_kept
 from lfu_reg.schedules import Schedule, value_at
@@ -190,6 +190,8 @@ class LfURegularizer:
             sft_loss = attached.clean_forward(sft, clean, first=step == 0)
             leaves = leaves_of(sft_loss)
             attached.check_clean(clean, leaves, sft.model, step)
+            if not strategy.scales_float16 and float16_in_play(clean, [sft_loss, *leaves]):
+                self._diagnostics.tell("float16 shards", UNSCALED_FLOAT16)
             # ... and one backward gives d l_SFT / d theta and g = d l_SFT / d theta_aux.
             with on_copies(clean.buffers):
                 strategy.backward_clean(sft_loss, leaves, clean, self.auxiliary)
@@ -243,7 +245,8 @@ class LfURegularizer:
         strategy = choose_strategy(self.strategy, self.stop_gradient, engine, self.auxiliary, self._scales)
         self.auxiliary.shards = engine.shards
         if self._shares_ascent(engine):
-            self.seed = self._shared_ascent.begin(engine.groups, self.seed, self._attached.devices()[0])
+            home = next(iter(self._attached.devices()), torch.device("cpu"))
+            self.seed = self._shared_ascent.begin(engine.groups, self.seed, home)
         return engine, strategy
 
     def _ascend(self, alpha: float, scale: float, engine: Engine) -> Tensor:
@@ -275,14 +278,15 @@ class LfURegularizer:
         finally:
             self._disabled = before
 
-    def state_dict(self) -> dict[str, int]:
-        """What a resumed run needs to continue bit for bit: the step count, and the seed of all draws."""
-        return {"step": self._steps, "seed": self.seed}
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to continue bit for bit: step count, seed of all draws, scales of float16."""
+        return {"step": self._steps, "seed": self.seed, "loss_scales": self._scales.state_dict()}
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a `state_dict`."""
         checks.check_state(state)
         self._steps, self.seed = int(state["step"]), int(state["seed"])
+        self._scales.load_state_dict(state.get("loss_scales", {}))
         self._shared_ascent.forget()
 
     @property

@@ -28,9 +28,11 @@ class Strategy(Protocol):
 
     Attributes:
         keeps_graph: whether the graphs of both passes outlive the step, with what checkpointed blocks need to repeat.
+        scales_float16: whether gradients that float16 would lose are taken of a scaled loss.
     """
 
     keeps_graph: bool
+    scales_float16: bool
 
     def backward_clean(self, sft_loss: Tensor, leaves: list[Tensor], clean: Pass, auxiliary: Auxiliary) -> None:
         """Take g, and d l_SFT / d theta if the graph is to be released.
@@ -63,6 +65,7 @@ class Released:
     """
 
     keeps_graph = False
+    scales_float16 = True
 
     def __init__(self, scales: LossScales | None = None) -> None:
         self._scales = LossScales() if scales is None else scales
@@ -129,6 +132,8 @@ class ReleasedShards(Released):
         shards: the sharded parameters.
     """
 
+    scales_float16 = False
+
     def __init__(self, shards: Shards) -> None:
         super().__init__()
         self._shards = shards
@@ -163,7 +168,7 @@ class Retained:
     keeps_graph = True
 
     def __init__(self, scales: LossScales | None = None, *, may_scale: bool = True) -> None:
-        self._may_scale = may_scale
+        self.scales_float16 = may_scale
         self._scales = LossScales() if scales is None else scales
         self._sft_loss = torch.zeros(())
 
@@ -176,7 +181,7 @@ class Retained:
         gradients, clean.scale = self._scales.clean.gradients(
             sft_loss,
             wanted,
-            float16=self._may_scale and float16_in_play(clean, [sft_loss, *leaves]),
+            float16=self.scales_float16 and float16_in_play(clean, [sft_loss, *leaves]),
             keep_graph=True,
             gate=clean.gate,
             forget=auxiliary.forget_gradient,
@@ -186,7 +191,7 @@ class Retained:
 
     def backward_explicit(self, sft_loss: Tensor, this: Pass, auxiliary: Auxiliary) -> None:
         """A backward down to the components."""
-        _down_to_components(sft_loss, this, auxiliary, self._scales.ascent, float16=self._may_scale)
+        _down_to_components(sft_loss, this, auxiliary, self._scales.ascent, float16=self.scales_float16)
 
     def total(self, consistency_term: Tensor) -> Tensor:
         """The plain sum."""

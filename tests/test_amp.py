@@ -441,3 +441,58 @@ def test_components_are_float32_and_outputs_keep_their_dtype(name: str, autocast
     parts = [p for value in reg.perturbation.values() for p in (value if isinstance(value, tuple) else (value,))]
     assert {part.dtype for part in parts} == {torch.float32}
     assert float(reg.metrics["consistency_loss"]) > 0
+
+
+class FullPrecisionIsland(nn.Module):
+    """A block whose second half is kept out of autocast, as norms and routers often are."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.inside, self.island = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.inside(x).tanh().float()
+        with torch.autocast("cpu", enabled=False):
+            return x + self.island(x)
+
+
+def islands(width: int = 24) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(*(FullPrecisionIsland(width) for _ in range(3)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["lora", "steering", "weights"])
+def test_the_step_inside_of_the_callers_autocast(name: str, dtype: torch.dtype) -> None:
+    """Its backward passes run as a plain loop's, which is told to backpropagate outside of autocast."""
+    model, x = islands(), torch.randn(4, 64, 24, generator=torch.Generator().manual_seed(1))
+
+    def loss_fn(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return model(batch["x"]).square().mean()
+
+    plain = copy.deepcopy(model)
+    with torch.autocast("cpu", dtype):
+        plain_loss = loss_fn(plain, {"x": x})
+    plain_loss.backward()
+    # So small a lambda leaves the SFT gradient alone; 64 samples are enough for LoRA to be merged into the weights.
+    with LfURegularizer(model, name, layers=["0", "1", "2"], lam=1e-30, seed=0) as reg:
+        with torch.autocast("cpu", dtype):
+            loss = reg(model, {"x": x}, loss_fn)
+        loss.backward()
+    for (where, got), want in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert got.grad is not None
+        torch.testing.assert_close(got.grad, want.grad, rtol=1e-5, atol=1e-8, msg=where)
+
+
+def test_the_scales_are_resumed() -> None:
+    model = islands()
+    reg = LfURegularizer(model, "steering", layers=["0"])
+    reg._scales.clean.value, reg._scales.perturbed.good_steps = 64.0, 7
+    state = reg.state_dict()
+    reg.remove()
+    resumed = LfURegularizer(model, "steering", layers=["0"])
+    resumed.load_state_dict(state)
+    assert resumed._scales.clean.value == 64.0
+    assert resumed._scales.perturbed.good_steps == 7
+    resumed.load_state_dict({"step": 3, "seed": 1})  # of an older version
+    assert resumed._scales.clean.value == 2.0**16

@@ -181,3 +181,20 @@ def test_a_buffer_that_an_evaluation_replaced() -> None:
     reg = LfURegularizer(model, "steering")
     reg(model, TINY.batch(), TINY.loss).backward()
     assert float(reg.metrics["consistency_loss"]) > 0
+
+
+def test_part_of_a_batch_that_is_not_along_the_first_dimension() -> None:
+    class TimeFirst(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    batch = {"x": torch.randn(9, 3, 4), "labels": torch.ones(3, 9, dtype=torch.long)}
+    reg = LfURegularizer(TimeFirst(), "steering", batch_fraction=0.9, seed=0)
+    with pytest.raises(ValueError, match="samples along the first dimension"):
+        reg(reg._attached.model, batch, lambda model, batch: model(batch["x"]).square().mean())

@@ -206,8 +206,7 @@ def test_resumed_bit_for_bit(name: str, dropout: float, at: int) -> None:
         assert torch.equal(got, want)
 
 
-def trained(name: str, seed: int, meet: Callable[[], Any]) -> tuple[list[float], nn.Module]:
-    model = seeded(TinyLM, seed)
+def trained(name: str, seed: int, model: nn.Module, meet: Callable[[], Any]) -> tuple[list[float], nn.Module]:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     reg = LfURegularizer(model, make_auxiliary(name), alpha=0.05, seed=seed)
     losses = []
@@ -224,13 +223,14 @@ def trained(name: str, seed: int, meet: Callable[[], Any]) -> tuple[list[float],
 @pytest.mark.parametrize("name", AUXILIARIES)
 def test_two_threads_with_separate_models(name: str) -> None:
     """Without random layers: torch's generator of random numbers is one for all threads."""
-    alone = [trained(name, seed, lambda: None) for seed in (1, 2)]
+    alone = [trained(name, seed, seeded(TinyLM, seed), lambda: None) for seed in (1, 2)]
+    models = {seed: seeded(TinyLM, seed) for seed in (1, 2)}
     barrier = threading.Barrier(2, timeout=60)
     together: dict[int, tuple[list[float], nn.Module]] = {}
 
     def work(seed: int) -> None:
         try:
-            together[seed] = trained(name, seed, barrier.wait)
+            together[seed] = trained(name, seed, models[seed], barrier.wait)
         except BaseException:
             barrier.abort()
             raise

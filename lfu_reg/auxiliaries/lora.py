@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lfu_reg import adapters
+from lfu_reg.autocast import without_autocast
 from lfu_reg.auxiliaries.base import Call, Components, Generators, GradientRule, master_dtype
 from lfu_reg.auxiliaries.output import OutputAuxiliary
 from lfu_reg.linears import TargetModules, find_linears, linear_sizes
@@ -134,9 +135,9 @@ class LoRADeltas(OutputAuxiliary):
     def _merge(self, weight: _Weight, a: Tensor, b: Tensor) -> Tensor:
         parameter = weight.holder._parameters["weight"]
         assert parameter is not None
-        if weight.transposed:
-            return torch.addmm(parameter, a.t(), b.t(), alpha=self.scale)
-        return torch.addmm(parameter, b, a, alpha=self.scale)
+        left, right = (a.t(), b.t()) if weight.transposed else (b, a)
+        with without_autocast(parameter.device.type):
+            return torch.addmm(parameter, left, right, alpha=self.scale)
 
     @staticmethod
     def _pays(weight: _Weight, y: Tensor) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lfu_reg.autocast import no_autocast
 from lfu_reg.graph import hooks_quiet
 
 
@@ -88,7 +89,7 @@ class Shards:
         copies = {id(getattr(p, "_unsharded_param", None)) for group in self._groups for p in group.fsdp_params}
         shards = self.parameters()
         wanted = [*shards, *(leaf for leaf in leaves if id(leaf) not in copies)]
-        with self._reducing(), self._entered(loss), _gradients_aside([*shards, *leaves]):
+        with self._reducing(), self._entered(loss), _gradients_aside([*shards, *leaves]), no_autocast():
             loss.backward()  # type: ignore[no-untyped-call]
             return [(tensor, tensor.grad) for tensor in wanted if tensor.grad is not None]
 
