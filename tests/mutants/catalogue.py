@@ -38,6 +38,14 @@ MUTANTS = (
         "tests/test_checkpointing_retained.py::test_several_live_graphs",
     ),
     Mutant(
+        3,
+        "checkpointed layers that a backward repeats run to their end",
+        "early_exit.py",
+        "if this is not None and this.recording and this.stop_after",
+        "if this is not None and this.stop_after",
+        "tests/test_checkpointing.py::test_ways_to_checkpoint",
+    ),
+    Mutant(
         4,
         "linear maps that never run are told",
         "firing.py",
