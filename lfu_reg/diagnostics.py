@@ -29,6 +29,10 @@ NO_GRADIENT = (
     "The consistency term has no gradient: no trainable parameter lies before the chosen layers, so it changes the "
     "loss's value and trains nothing. Choose later layers, or train earlier ones."
 )
+UNSCALED_FLOAT16 = (
+    "float16 with sharded parameters: gradients are taken inside of the step, before a GradScaler multiplies the loss, "
+    "and here the step cannot scale it itself, so small gradients are lost. Use bfloat16, or DistributedDataParallel."
+)
 EVAL_MODE = (
     "LfURegularizer was called on a model in eval mode with gradients enabled: it returns the plain SFT loss there. "
     "Call model.train() to have the regularizer applied."

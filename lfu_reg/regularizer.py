@@ -24,7 +24,7 @@ from lfu_reg.auxiliaries import Auxiliary, make_auxiliary
 from lfu_reg.buffers import on_copies
 from lfu_reg.compiled import failures_explained, unwrapped
 from lfu_reg.consistency import consistency, relative_distance
-from lfu_reg.diagnostics import EVAL_MODE, NO_GRADIENT, Diagnostics
+from lfu_reg.diagnostics import EVAL_MODE, NO_GRADIENT, UNSCALED_FLOAT16, Diagnostics
 from lfu_reg.distances import DistanceChoice, make_distance
 from lfu_reg.distances.base import Reduction
 from lfu_reg.distributed.engine import Engine

@@ -99,9 +99,9 @@ class TokenMasks:
             mask = getattr(self, name)
             if mask is not None and len(mask) <= int(chosen[-1]):
                 raise ValueError(
-                    f"batch_fraction < 1 needs the samples along the first dimension of hidden states and masks: sample "
-                    f"{int(chosen[-1])} is not in a mask of shape {list(mask.shape)}. Use batch_fraction=1.0, or every=k "
-                    "for a lower cost."
+                    "batch_fraction < 1 needs the samples along the first dimension of hidden states and masks: sample "
+                    f"{int(chosen[-1])} is not in a mask of shape {list(mask.shape)}. Use batch_fraction=1.0, or "
+                    "every=k for a lower cost."
                 )
             setattr(part, name, None if mask is None else mask.index_select(0, chosen.to(mask.device)))
         return part

@@ -326,11 +326,11 @@ def test_nothing_is_read_or_repeated_without_float16(dtype: torch.dtype | None) 
     reg = LfURegularizer(model, "lora", alpha=0.05, lam=0.5)
     for seed in range(2):
         reg(model, TINY.batch(seed), loss_in(dtype))
-    assert reg._scales.clean._good_steps == reg._scales.perturbed._good_steps == 0
+    assert reg._scales.clean.good_steps == reg._scales.perturbed.good_steps == 0
     half = model_in(torch.bfloat16)
     reg = LfURegularizer(half, "lora", alpha=0.05, lam=0.5)
     reg(half, TINY.batch(), loss_in(None))
-    assert reg._scales.clean._good_steps == 0
+    assert reg._scales.clean.good_steps == 0
 
 
 # ------------------------------------------------------------------ the ascent step
@@ -473,15 +473,15 @@ def test_the_step_inside_of_the_callers_autocast(name: str, dtype: torch.dtype) 
     plain = copy.deepcopy(model)
     with torch.autocast("cpu", dtype):
         plain_loss = loss_fn(plain, {"x": x})
-    plain_loss.backward()
+    (plain_loss * 2.0**12).backward()
     # So small a lambda leaves the SFT gradient alone; 64 samples are enough for LoRA to be merged into the weights.
     with LfURegularizer(model, name, layers=["0", "1", "2"], lam=1e-30, seed=0) as reg:
         with torch.autocast("cpu", dtype):
             loss = reg(model, {"x": x}, loss_fn)
-        loss.backward()
-    for (where, got), want in zip(model.named_parameters(), plain.parameters(), strict=True):
+        (loss * 2.0**12).backward()
+    for got, want in zip(model.parameters(), plain.parameters(), strict=True):
         assert got.grad is not None
-        torch.testing.assert_close(got.grad, want.grad, rtol=1e-5, atol=1e-8, msg=where)
+        torch.testing.assert_close(got.grad, want.grad, rtol=2e-3 if dtype is torch.float16 else 1e-5, atol=1e-4)
 
 
 def test_the_scales_are_resumed() -> None:

@@ -126,6 +126,14 @@ MUTANTS = (
         "tests/test_amp.py::test_float16_weights",
     ),
     Mutant(
+        6,
+        "the step's backward passes leave the caller's autocast",
+        "graph.py",
+        "for leaf in wanted if isinstance(leaf, Tensor)]), no_autocast():",
+        "for leaf in wanted if isinstance(leaf, Tensor)]):",
+        "tests/test_amp.py::test_the_step_inside_of_the_callers_autocast",
+    ),
+    Mutant(
         7,
         "components are cast to the activation's dtype",
         "auxiliaries/steering.py",
