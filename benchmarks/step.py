@@ -23,8 +23,8 @@ COMMANDS = {
     "cpu_lora": "small --batch 8 --tokens 128 --rounds 8 --methods all --time-budget 1.5",
     "cpu_full": f"small --tuning full --batch 8 --tokens 128 --rounds 8 --methods {LFU},{OTHERS}",
     "cpu_qwen3-0.6b": f"qwen3-0.6b --layers 4 --batch 2 --tokens 32 --rounds 4 --methods {LFU}",
-    "cuda_llama-3.1-8b_lora": f"llama-3.1-8b --batch 1 --tokens 512 {GPU}",
-    "cuda_qwen3-8b_lora": f"qwen3-8b --batch 1 --tokens 512 {GPU}",
+    "cuda_llama-3.1-8b_lora": f"llama-3.1-8b --batch 4 --tokens 512 {GPU}",
+    "cuda_qwen3-8b_lora": f"qwen3-8b --batch 4 --tokens 512 {GPU}",
     "cuda_qwen3-0.6b_lora": f"qwen3-0.6b --batch 8 --tokens 512 {GPU}",
     "cuda_qwen3-0.6b_full": f"qwen3-0.6b --tuning full --batch 8 --tokens 512 {GPU}",
 }
