@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from torch.nn.modules import module as torch_module
 
 from lfu_reg.distributed.fsdp2 import units_of
+from lfu_reg.listeners import Hook
 from lfu_reg.passes import Pass
 
 
@@ -39,3 +41,29 @@ def early_exit_is_safe(model: nn.Module) -> bool:
     if units_of(model) or any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
         return False
     return not any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def hooks_stay_paired(start: nn.Module, last: nn.Module) -> bool:
+    """Whether an exit from `last` skips no forward hook but ours, whose pre-hook has run.
+
+    Skipped are those of every module from `start`, where the forward begins, down to `last`, and on `last` what was
+    registered after our own. `always_call=True` helps no hook: torch keeps that promise for an `Exception` only.
+    """
+    if torch_module._global_forward_hooks:
+        return False
+    return not any(
+        _skips_a_hook(module, last) and any(inner is last for inner in module.modules())
+        for module in start.modules()
+        if module._forward_hooks
+    )
+
+
+def _skips_a_hook(module: nn.Module, last: nn.Module) -> bool:
+    hooks = list(module._forward_hooks.values())
+    if module is last:
+        hooks = hooks[1 + max((i for i, hook in enumerate(hooks) if _is_exit(hook)), default=-1) :]
+    return not all(isinstance(hook, Hook) for hook in hooks)
+
+
+def _is_exit(hook: object) -> bool:
+    return isinstance(hook, Hook) and isinstance(hook.listener, EarlyExits)
