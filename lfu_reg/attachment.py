@@ -96,7 +96,7 @@ class Attachment:
         """Take all hooks off the model, and let go of it."""
         self.hooks.remove()
         self.trunk.remove()
-        self.replays.forget()
+        self.replays.remove()
         self._places.forget()
         if self._model is not None:
             self._auxiliary.let_go(self._model)

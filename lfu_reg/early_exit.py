@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -43,26 +44,31 @@ def early_exit_is_safe(model: nn.Module) -> bool:
     return not any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
-def hooks_stay_paired(start: nn.Module, last: nn.Module) -> bool:
-    """Whether an exit from `last` skips no forward hook but ours, whose pre-hook has run.
+def way_out(start: nn.Module, last: nn.Module) -> list[nn.Module]:
+    """The modules that an exit from `last` leaves if the forward begins at `start`: both, and those between."""
+    return [module for module in start.modules() if any(inner is last for inner in module.modules())]
 
-    Skipped are those of every module from `start`, where the forward begins, down to `last`, and on `last` what was
-    registered after our own. `always_call=True` helps no hook: torch keeps that promise for an `Exception` only.
+
+def hooks_stay_paired(way: Iterable[nn.Module], last: nn.Module) -> bool:
+    """Whether an exit skips no forward hook but ours: its pre-hook has run, and what that opened would stay open.
+
+    On `last`, hooks that were registered before our own have run, too. `always_call=True` helps no hook: torch keeps
+    that promise for an `Exception` only.
+
+    Args:
+        way: see `way_out`.
+        last: the layer that the forward is left from.
     """
     if torch_module._global_forward_hooks:
         return False
-    return not any(
-        _skips_a_hook(module, last) and any(inner is last for inner in module.modules())
-        for module in start.modules()
-        if module._forward_hooks
-    )
+    return all(isinstance(hook, Hook) for module in way for hook in _skipped(module, last))
 
 
-def _skips_a_hook(module: nn.Module, last: nn.Module) -> bool:
-    hooks = list(module._forward_hooks.values())
-    if module is last:
-        hooks = hooks[1 + max((i for i, hook in enumerate(hooks) if _is_exit(hook)), default=-1) :]
-    return not all(isinstance(hook, Hook) for hook in hooks)
+def _skipped(module: nn.Module, last: nn.Module) -> list[object]:
+    hooks: list[object] = list(module._forward_hooks.values())
+    if module is not last:
+        return hooks
+    return hooks[1 + max((i for i, hook in enumerate(hooks) if _is_exit(hook)), default=-1) :]
 
 
 def _is_exit(hook: object) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lfu_reg.diagnostics import Diagnostics
 from lfu_reg.distributed.collectives import all_agree
 from lfu_reg.distributed.engine import Engine
-from lfu_reg.early_exit import early_exit_is_safe, hooks_stay_paired
+from lfu_reg.early_exit import early_exit_is_safe, hooks_stay_paired, way_out
 from lfu_reg.hooks import ModelHooks
 from lfu_reg.passes import Pass, State
 from lfu_reg.sft_loss import SFTLoss
@@ -46,12 +46,18 @@ class Replays:
         self._checked = ""
         self._digits = 0  # of the number of the last step
         self._model_id, self._may_exit_early = 0, False
+        self._ways_out: dict[tuple[nn.Module, nn.Module], list[nn.Module]] = {}  # by where a forward begins and ends
         self._run: Callable[[], None] = _nothing
         self._stop_after: int | None = None
 
     def forget(self) -> None:
         """Let go of the call that was chosen, with its inputs."""
         self._run = _nothing
+
+    def remove(self) -> None:
+        """Let go of the model."""
+        self.forget()
+        self._ways_out = {}
 
     def prepare(
         self,
@@ -94,8 +100,9 @@ class Replays:
         due, self._digits = len(str(turn + 1)) != self._digits, len(str(turn + 1))
         if due or self._model_id != id(sft.model):
             self._model_id, self._may_exit_early = id(sft.model), early_exit_is_safe(sft.model)
+            self._ways_out = {}
         for name, run, start in candidates:
-            may_be_left = self._may_exit_early and start is not None and hooks_stay_paired(start, last)
+            may_be_left = start is not None and self._may_be_left(start, last)
             self._stop_after = len(clean.states) if may_be_left else None
             self._run = run
             if not (due or overwritten or name != self._checked):
@@ -125,6 +132,13 @@ class Replays:
             "states, so l_cons measures that difference as well. Usual causes: random draws outside of torch's, "
             "numpy's and Python's global generators, or state that every forward changes.",
         )
+
+    def _may_be_left(self, start: nn.Module, last: nn.Module) -> bool:
+        if not self._may_exit_early:
+            return False
+        if (start, last) not in self._ways_out:
+            self._ways_out[start, last] = way_out(start, last)  # walks over all modules, so not at every step
+        return hooks_stay_paired(self._ways_out[start, last], last)
 
     @contextmanager
     def running(self, this: Pass) -> Iterator[Pass]:

@@ -289,8 +289,8 @@ MUTANTS = (
         4,
         "no early exit past the forward hooks of others",
         "replays.py",
-        "start is not None and hooks_stay_paired(start, last)",
-        "start is not None",
+        "        return hooks_stay_paired(self._ways_out[start, last], last)\n",
+        "        return True\n",
         "tests/test_early_exit.py::test_pairs_of_hooks_stay_balanced",
     ),
     Mutant(
