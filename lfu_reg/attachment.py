@@ -87,10 +87,19 @@ class Attachment:
             self.trunk.remove()
             self._attach(self.model)
 
+    def forget(self) -> None:
+        """Let go of the inputs of a step."""
+        self.trunk.forget()
+        self.replays.forget()
+
     def remove(self) -> None:
         """Take all hooks off the model, and let go of it."""
         self.hooks.remove()
         self.trunk.remove()
+        self.replays.remove()
+        self._places.forget()
+        if self._model is not None:
+            self._auxiliary.let_go(self._model)
         self._model, self.modules = None, {}
 
     @property
@@ -152,26 +161,28 @@ class Attachment:
         clean.buffers += watch.changed()
         return loss
 
-    def check_clean(self, clean: Pass, leaves: Sequence[Tensor], model: nn.Module, step: int) -> None:
+    def check_clean(self, clean: Pass, leaves: Sequence[Tensor], model: nn.Module, turn: int) -> None:
         """Look at pass 1: whether what was hooked ran, with something to train and tokens that count.
 
         Args:
             clean: the pass, after its forward.
             leaves: what its loss depends on.
             model: what the user trains, the attached module or a wrapper of it.
-            step: number of the step.
+            turn: number of the step among those that `every` leaves.
 
         Raises:
             ValueError: if the loss trains nothing, or if the user's token mask fits no hidden state.
-            RuntimeError: for layers that did not run, or ran without their hooks.
+            RuntimeError: for layers that did not run, or ran without their hooks, or whose outputs were written to past
+                the hooks.
         """
         checks.check_trainable(leaves, clean.anchor)
+        checks.check_not_written(watch.name for watch in clean.watched if watch.was_written)
         ran, named = {state.name for state in clean.states}, not is_preset(self._choice)
         checks.check_layers_ran(self.hooks.captured, ran, named=named)
         self._firing.check(clean, model)
         hidden_states = [state.hidden for state in clean.states]
         checks.check_token_mask(clean.tokens, hidden_states)
-        if self._diagnostics.is_due(step) and (
+        if self._diagnostics.is_due(turn) and (
             message := checks.masks_without_effect(clean.tokens, hidden_states, self.trunk.arguments())
         ):
             self._diagnostics.tell("no mask", message)

@@ -23,8 +23,13 @@ NO_REPLICAS = (
     "torch.nn.parallel.DistributedDataParallel with one process per GPU (torchrun), or hide the other GPUs with "
     "CUDA_VISIBLE_DEVICES (transformers' Trainer wraps in DataParallel when it sees several)."
 )
-
-
+WRITTEN = (
+    "After these modules had returned, the model wrote in place into the memory of their outputs, by way of another "
+    "tensor: {}. Such an output is a view of that tensor, or the tensor under another name. What LfU adds to the "
+    "output would be missing there, and the write in the gradients. Let the module return a copy (y.clone()) or write "
+    'out of place (x = x * 2 for x.mul_(2)); or use auxiliary="weights", which leaves outputs alone, or other '
+    "layers=...."
+)
 EVERY_POSITION_COUNTS = (
     "Every position counts in the consistency term, padding and prompts too: no mask of the batch fits the hidden "
     "states (shapes {shapes}), {offered}. Give token_mask=..., a callable of the batch that returns a mask shaped like "
@@ -192,6 +197,12 @@ def check_layers_ran(layers: Collection[str], ran: Collection[str], *, named: bo
             "torch._dynamo.config.skip_nnmodule_hook_guards = False before the models first run, or call "
             "torch.compiler.reset() after attaching."
         )
+
+
+def check_not_written(names: Iterable[str]) -> None:
+    """Raise if the model wrote past our hooks into outputs of the named modules."""
+    if written := sorted({repr(name) for name in names}):
+        raise RuntimeError(WRITTEN.format(", ".join(written[:5]) + (", ..." if len(written) > 5 else "")))
 
 
 def check_same_layers(clean: Sequence[str], perturbed: Sequence[str]) -> None:

@@ -50,6 +50,7 @@ class Diagnostics:
         self._told: set[str] = set()
         self._window: list[tuple[Tensor, Tensor, Tensor]] = []
         self._history: list[float] = []
+        self._period: int | None = None  # in which a step was watched last
 
     def tell(self, kind: str, message: str) -> None:
         """Warn, once per kind."""
@@ -57,13 +58,19 @@ class Diagnostics:
             self._told.add(kind)
             warnings.warn(message, LfUWarning, stacklevel=_levels_to_the_user())
 
-    def is_due(self, step: int) -> bool:
-        """Whether a step is one at which values are looked at."""
-        return step == 0 or (step + 1) % LOOK_EVERY == 0
+    def is_due(self, turn: int) -> bool:
+        """Whether a step is one at which values are looked at: the first one watched in a new period.
+
+        Args:
+            turn: number of the step among those that `every` leaves. It follows from the step's number alone, so
+                resumed runs look where uninterrupted ones do (and at their first step).
+        """
+        # Not `(turn + 1) % LOOK_EVERY == 0`: the regularizer may be off (lam = 0) at that very step.
+        return self._period != (turn + 1) // LOOK_EVERY
 
     def watch(
         self,
-        step: int,
+        turn: int,
         sft_loss: Tensor,
         weighted: Tensor,
         gradient_norm: Tensor,
@@ -73,7 +80,7 @@ class Diagnostics:
         """Take note of one step, and look at the last ones when it is due.
 
         Args:
-            step: number of the step.
+            turn: see `is_due`.
             sft_loss: l_SFT.
             weighted: lam * l_cons.
             gradient_norm: ||g||.
@@ -81,8 +88,9 @@ class Diagnostics:
             alpha: length of the ascent step.
         """
         self._window.append((sft_loss, weighted, gradient_norm))
-        if not self.is_due(step):
+        if not self.is_due(turn):
             return
+        self._period = (turn + 1) // LOOK_EVERY
         sft, consistency, norms = ([float(value) for value in column] for column in zip(*self._window, strict=True))
         self._window = []
         rounding = torch.finfo(torch.promote_types(sft_loss.dtype, torch.float32)).eps

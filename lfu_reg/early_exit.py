@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
+from torch.nn.modules import module as torch_module
 
 from lfu_reg.distributed.fsdp2 import units_of
+from lfu_reg.listeners import Hook
 from lfu_reg.passes import Pass
 
 
@@ -39,3 +42,34 @@ def early_exit_is_safe(model: nn.Module) -> bool:
     if units_of(model) or any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
         return False
     return not any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def way_out(start: nn.Module, last: nn.Module) -> list[nn.Module]:
+    """The modules that an exit from `last` leaves if the forward begins at `start`: both, and those between."""
+    return [module for module in start.modules() if any(inner is last for inner in module.modules())]
+
+
+def hooks_stay_paired(way: Iterable[nn.Module], last: nn.Module) -> bool:
+    """Whether an exit skips no forward hook but ours: its pre-hook has run, and what that opened would stay open.
+
+    On `last`, hooks that were registered before our own have run, too. `always_call=True` helps no hook: torch keeps
+    that promise for an `Exception` only.
+
+    Args:
+        way: see `way_out`.
+        last: the layer that the forward is left from.
+    """
+    if torch_module._global_forward_hooks:
+        return False
+    return all(isinstance(hook, Hook) for module in way for hook in _skipped(module, last))
+
+
+def _skipped(module: nn.Module, last: nn.Module) -> list[object]:
+    hooks: list[object] = list(module._forward_hooks.values())
+    if module is not last:
+        return hooks
+    return hooks[1 + max((i for i, hook in enumerate(hooks) if _is_exit(hook)), default=-1) :]
+
+
+def _is_exit(hook: object) -> bool:
+    return isinstance(hook, Hook) and isinstance(hook.listener, EarlyExits)

@@ -28,6 +28,7 @@ from lfu_reg.listeners import Hook
 from lfu_reg.passes import Gate, Pass, State
 from lfu_reg.repeats import Repeats
 from lfu_reg.substitution import substituted
+from lfu_reg.writes import WriteWatch
 
 TRANSFORMED = (
     "The model ran inside of a torch.func transform (vmap, grad, jvp), whose tensors do not live beyond it: no hidden "
@@ -60,7 +61,7 @@ class ModelHooks:
         self.overwritten: set[str] = set()  # layers whose outputs the model changes in place: these need a copy
         self._auxiliary = auxiliary
         self._sites = set(sites)
-        self.captured = {""} if head is not None else set(layers)
+        self.captured = {"": head} if head is not None else dict(layers)
         self._encoder = {name for name in layers if is_encoder_layer(name, layers)}
         modules = {**layers, **sites, **({"": head} if head is not None else {})}
         self._channels_first = {name: channels_first(module) for name, module in modules.items()}
@@ -69,9 +70,9 @@ class ModelHooks:
         for name, module in modules.items():
             # First of all hooks, whenever the others came: what they capture or change is then downstream of ours.
             self._handles.append(module.register_forward_hook(Hook(self, name), with_kwargs=True, prepend=True))
-        for name in self.captured:
+        for name, module in self.captured.items():
             # Last of those there are, so that what others opened around the layer (checkpoint, FSDP) is closed.
-            self._handles.append(modules[name].register_forward_hook(Hook(self._exits, name), with_kwargs=True))
+            self._handles.append(module.register_forward_hook(Hook(self._exits, name), with_kwargs=True))
         # A compiled block shares its graphs with its siblings, and torch tells a module with hooks from one without
         # only where both have some. So every other module of the same classes gets an idle one.
         classes, hooked = {type(module) for module in modules.values()}, set(modules.values())
@@ -84,7 +85,7 @@ class ModelHooks:
         """Take every hook off again."""
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        self._handles, self.captured = [], {}
         self._repeats.possible = False
 
     @contextmanager
@@ -144,6 +145,8 @@ class ModelHooks:
             if this.recording:
                 y.register_hook(_tap(auxiliary.observe(call), this.gate))  # type: ignore[no-untyped-call]
                 this.taps.append(get_gradient_edge(y))
+                if y is not call.y and WriteWatch.can_watch(call.y):
+                    this.watched.append(WriteWatch(call.name, call.y))
             return y
 
     def _keep(self, name: str, hidden: Tensor, tokens: Tokens, this: Pass) -> None:

@@ -5,7 +5,7 @@ Tensors are detached and stay on their devices, so only who reads a figure waits
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -13,9 +13,17 @@ from torch import Tensor
 from lfu_reg.passes import State
 
 
-def plain_step(loss: Tensor, *, alpha: float, lam: float) -> dict[str, Any]:
-    """Of a step without the regularizer: one that `every` leaves out, or that lam = 0 does."""
-    return {"loss": loss.detach(), "sft_loss": loss.detach(), "alpha": alpha, "lam": lam}
+def plain_step(loss: Tensor, before: Mapping[str, Any], *, alpha: float, lam: float) -> dict[str, Any]:
+    """Of a step without the regularizer: one that `every` leaves out, or that lam = 0 does.
+
+    Args:
+        loss: l_SFT.
+        before: figures of the step before, of which the last relative distance stays.
+        alpha: length of the ascent step.
+        lam: weight of the consistency term.
+    """
+    kept = {key: before[key] for key in ("relative_distance",) if key in before}
+    return {"loss": loss.detach(), "sft_loss": loss.detach(), **kept, "alpha": alpha, "lam": lam}
 
 
 def regularized_step(

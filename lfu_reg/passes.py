@@ -13,6 +13,7 @@ from torch.autograd.graph import GradientEdge
 from lfu_reg.auxiliaries.base import Tokens
 from lfu_reg.substitution import Replacement
 from lfu_reg.tokens import TokenMasks
+from lfu_reg.writes import WriteWatch
 
 
 @dataclass
@@ -66,6 +67,7 @@ class Pass:
         fired: how often each hooked module ran with gradients.
         compiled: whether any of them ran in a region of torch.compile.
         taps: the edges of the graph at which taps wait for gradients.
+        watched: outputs in whose place the model got another tensor on the same memory, for the sake of a tap.
         anchor: leaf on which taps depend that would otherwise not be part of the graph.
         replaced: tensors that stand in the place of parameters during the pass.
         buffers: what a repeat of checkpointed blocks writes to copies of.
@@ -85,6 +87,7 @@ class Pass:
     fired: Counter[str] = field(default_factory=Counter)
     compiled: bool = False
     taps: list[GradientEdge] = field(default_factory=list)
+    watched: list[WriteWatch] = field(default_factory=list)
     anchor: Tensor = field(default_factory=lambda: torch.zeros((), requires_grad=True))
     replaced: Sequence[Replacement] = ()
     buffers: list[tuple[nn.Module, str]] = field(default_factory=list)

@@ -32,6 +32,10 @@ class Places:
                 self._children[id(parent), key] = parent, key, child
                 parent = child
 
+    def forget(self) -> None:
+        """Let go of the model."""
+        self._children = {}
+
     def are_taken(self) -> bool:
         """Whether a module, or one above it, has been replaced by something that does not run it as it was."""
         for place, (parent, key, child) in self._children.items():

@@ -84,9 +84,9 @@ class LfURegularizer:
     Attributes:
         layers: names of the hooked layers.
         metrics: figures of the last step: "loss", "sft_loss", "consistency_loss", "ascent_grad_norm",
-            "distance/<layer>", "relative_distance" (||h' - h|| / ||h||, measured at the first step and every 50th),
-            "empty_steps" (how many had no token that counts, so that l_cons = 0), "alpha", "lam". Detached tensors on
-            their devices, so reading one is what synchronises.
+            "distance/<layer>", "relative_distance" (||h' - h|| / ||h||, measured at the first regularized step
+            and every 50th), "empty_steps" (how many had no token that counts, so that l_cons = 0), "alpha", "lam".
+            Detached tensors on their devices, so reading one is what synchronises.
 
     Raises:
         TypeError, ValueError: for settings out of range, or layers that do not exist; the message lists what there is.
@@ -163,7 +163,7 @@ class LfURegularizer:
         alpha, lam = value_at("alpha", self.alpha, step), value_at("lam", self.lam, step)
         if step % self.every or lam == 0:
             loss = checks.check_loss(sft_loss_fn(model, batch), first=step == 0)
-            self.metrics = metrics.plain_step(loss, alpha=alpha, lam=lam)
+            self.metrics = metrics.plain_step(loss, self.metrics, alpha=alpha, lam=lam)
         else:
             try:
                 with failures_explained():
@@ -173,12 +173,12 @@ class LfURegularizer:
                 self.auxiliary.reset(torch.Generator)
                 raise
             finally:
-                self._attached.trunk.forget()
+                self._attached.forget()
         self._steps += 1
         return loss
 
     def _regularized(self, sft: SFTLoss, undesirable: Any, alpha: float, lam: float) -> Tensor:
-        attached, step = self._attached, self._steps
+        attached, step, turn = self._attached, self._steps, self._steps // self.every
         engine, strategy = self._prepare(sft.model)
         draws = StepDraws(self.seed, step)
         self.auxiliary.reset(draws.generator)
@@ -189,7 +189,7 @@ class LfURegularizer:
         with attached.hooks.run(clean):
             sft_loss = attached.clean_forward(sft, clean, first=step == 0)
             leaves = leaves_of(sft_loss)
-            attached.check_clean(clean, leaves, sft.model, step)
+            attached.check_clean(clean, leaves, sft.model, turn)
             if not strategy.scales_float16 and float16_in_play(clean, [sft_loss, *leaves]):
                 self._diagnostics.tell("float16 shards", UNSCALED_FLOAT16)
             # ... and one backward gives d l_SFT / d theta and g = d l_SFT / d theta_aux.
@@ -208,7 +208,7 @@ class LfURegularizer:
             # Pass 2: the hidden states of the undesirable self (Eq. 4) ...
             samples = draws.samples(clean.batch_size, self.batch_fraction)
             tokens = sft.tokens.select(samples)
-            attached.replays.prepare(step, sft, clean, tokens, samples, engine)
+            attached.replays.prepare(turn, sft, clean, tokens, samples, engine)
             perturbed = clean.with_components(tokens, list(self.auxiliary.replacements()))
             with self.auxiliary.shards_moved(), attached.replays.running(perturbed):
                 attached.check_perturbed(perturbed, clean, samples)
@@ -223,8 +223,8 @@ class LfURegularizer:
                 loss = strategy.total(lam * l_cons)
 
         self._empty_steps += clean.is_empty()
-        reached = relative_distance(h, h_prime, samples) if self._diagnostics.is_due(step) else None
-        self._diagnostics.watch(step, sft_loss, (lam * l_cons).detach(), gradient_norm, reached, alpha)
+        reached = relative_distance(h, h_prime, samples) if self._diagnostics.is_due(turn) else None
+        self._diagnostics.watch(turn, sft_loss, (lam * l_cons).detach(), gradient_norm, reached, alpha)
         self.metrics = metrics.regularized_step(
             loss=loss,
             sft_loss=sft_loss,

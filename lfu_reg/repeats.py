@@ -53,7 +53,7 @@ class Repeats:
             kind = type(self._auxiliary).__name__
             return checkpointing.refused(f"{kind}.frozen() does not say how to keep the components of a step")
         # Without the states, which would be a cycle through the graph that holds on to the checkpoint.
-        slim = replace(this, capture=None, recording=False, states=[], taps=[])
+        slim = replace(this, capture=None, recording=False, states=[], taps=[], watched=[])
         return checkpointing.repeated_in(partial(self._again, slim, frozen))
 
     @contextmanager

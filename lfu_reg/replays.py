@@ -2,9 +2,9 @@
 
 A replay that differs from pass 1 although nothing is perturbed would measure that difference instead of the
 perturbation: surroundings that the trunk's inputs do not show (a context entered by the loss function), randomness
-from elsewhere. So at steps 1, 10, 100, ..., and whenever another call is to be replayed, an unperturbed replay is
-compared with pass 1; what fails is not used again, and the next larger module is tried, at last the loss function
-itself. Where forward passes communicate, ranks decide together: each has to run the same number of them.
+from elsewhere. So at regularized steps 1, 10, 100, ..., and whenever another call is to be replayed, an unperturbed
+replay is compared with pass 1; what fails is not used again, and the next larger module is tried, at last the loss
+function itself. Where forward passes communicate, ranks decide together: each has to run the same number of them.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lfu_reg.diagnostics import Diagnostics
 from lfu_reg.distributed.collectives import all_agree
 from lfu_reg.distributed.engine import Engine
-from lfu_reg.early_exit import early_exit_is_safe
+from lfu_reg.early_exit import early_exit_is_safe, hooks_stay_paired, way_out
 from lfu_reg.hooks import ModelHooks
 from lfu_reg.passes import Pass, State
 from lfu_reg.sft_loss import SFTLoss
@@ -44,13 +44,24 @@ class Replays:
         self._diagnostics = diagnostics
         self._wrong: set[str] = set()
         self._checked = ""
+        self._digits = 0  # of the number of the last step
         self._model_id, self._may_exit_early = 0, False
-        self._run: Callable[[], None] = lambda: None
+        self._ways_out: dict[tuple[nn.Module, nn.Module], list[nn.Module]] = {}  # by where a forward begins and ends
+        self._run: Callable[[], None] = _nothing
         self._stop_after: int | None = None
+
+    def forget(self) -> None:
+        """Let go of the call that was chosen, with its inputs."""
+        self._run = _nothing
+
+    def remove(self) -> None:
+        """Let go of the model."""
+        self.forget()
+        self._ways_out = {}
 
     def prepare(
         self,
-        step: int,
+        turn: int,
         sft: SFTLoss,
         clean: Pass,
         tokens: TokenMasks,
@@ -60,7 +71,7 @@ class Replays:
         """Choose what to replay for this step; puts right clean states that the model has written over.
 
         Args:
-            step: number of the step.
+            turn: number of the step among those that `every` leaves.
             sft: the loss function of the step.
             clean: pass 1.
             tokens: masks of the samples that are replayed.
@@ -72,23 +83,27 @@ class Replays:
         """
         overwritten = {state.name for state in clean.states if state.hidden._version != state.version}
         self._hooks.overwritten |= overwritten
-        candidates: list[tuple[str, Callable[[], None], bool]] = [
+        last = self._hooks.captured[clean.states[-1].name]
+        candidates: list[tuple[str, Callable[[], None], nn.Module | None]] = [
             (
                 name or "the model",
                 partial(replay, calls, samples, clean.batch_size),
-                not any(call.enters_a_context for call in calls),
+                None if any(call.enters_a_context for call in calls) else calls[0].module,
             )
             for name, calls in self._trunk.replays(sft.model)
             if engine.can_start_at(calls[0].module)
         ]
         loss_function = partial(sft.repeat, samples, clean.batch_size)
-        candidates.append((LOSS_FUNCTION, loss_function, False))  # the user's code runs to its end
+        candidates.append((LOSS_FUNCTION, loss_function, None))  # the user's code runs to its end
         candidates = [c for c in candidates if c[0] not in self._wrong]
-        due = str(step + 1).strip("0") == "1"
+        # The first one with more digits: at 10 or 100 itself lam may be 0. Ranks agree, as it follows from the step.
+        due, self._digits = len(str(turn + 1)) != self._digits, len(str(turn + 1))
         if due or self._model_id != id(sft.model):
             self._model_id, self._may_exit_early = id(sft.model), early_exit_is_safe(sft.model)
-        for name, run, may_be_left in candidates:
-            self._stop_after = len(clean.states) if self._may_exit_early and may_be_left else None
+            self._ways_out = {}
+        for name, run, start in candidates:
+            may_be_left = start is not None and self._may_be_left(start, last)
+            self._stop_after = len(clean.states) if may_be_left else None
             self._run = run
             if not (due or overwritten or name != self._checked):
                 return
@@ -118,6 +133,13 @@ class Replays:
             "numpy's and Python's global generators, or state that every forward changes.",
         )
 
+    def _may_be_left(self, start: nn.Module, last: nn.Module) -> bool:
+        if not self._may_exit_early:
+            return False
+        if (start, last) not in self._ways_out:
+            self._ways_out[start, last] = way_out(start, last)  # walks over all modules, so not at every step
+        return hooks_stay_paired(self._ways_out[start, last], last)
+
     @contextmanager
     def running(self, this: Pass) -> Iterator[Pass]:
         """Run the chosen replay under `this`; the block is for its backward, while hooks still repeat the pass."""
@@ -126,6 +148,10 @@ class Replays:
             self._run()
             this.recording = False
             yield this
+
+
+def _nothing() -> None:
+    """What there is to replay outside of a step."""
 
 
 def _repeats(again: list[State], clean: list[State], samples: Tensor | None, overwritten: set[str]) -> bool:

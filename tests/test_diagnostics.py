@@ -47,6 +47,36 @@ def test_negligible_term() -> None:
     assert "alpha" in told[0]
 
 
+def off_at_looks(step: int) -> float:
+    return 0.0 if step == 0 or (step + 1) % 50 == 0 else 1e-20
+
+
+SKIPPING: dict[str, dict[str, Any]] = {
+    **{f"every={every}": {"every": every, "lam": 1e-20} for every in (2, 3, 4, 5, 10)},
+    "lam=0": {"lam": off_at_looks},
+}
+
+
+@pytest.mark.parametrize("options", SKIPPING.values(), ids=SKIPPING)
+def test_steps_that_are_left_out_do_not_blind_it(options: dict[str, Any]) -> None:
+    """It looks at every 50th regularized step, whichever number that has."""
+    model = TINY.make()
+    reg = LfURegularizer(model, "steering", alpha=0.05, **options)
+    told: list[str] = []
+    measured: list[Any] = []
+    every = options.get("every", 1)
+    for step in range(52 * every if every > 1 else 152):
+        told += warnings_of(reg, model, 1)
+        distance = reg.metrics.get("relative_distance")
+        assert distance is not None or step == 0
+        if distance is not None and not any(distance is before for before in measured):
+            measured.append(distance)
+        assert len(reg._diagnostics._window) < 50
+    assert len(told) == 1
+    assert "lam" in told[0]
+    assert len(measured) >= 2
+
+
 class NormalisedLM(TinyLM):
     """Batch normalisation right after every block takes out a steering vector, whatever it is."""
 

@@ -112,6 +112,29 @@ def test_nothing_lives_after_backward(name: str, strategy: str) -> None:
         handle.remove()
 
 
+@pytest.mark.parametrize("way", ["trunk", "loss function"])
+@pytest.mark.parametrize("name", AUXILIARIES)
+def test_the_batch_goes_with_the_step_and_the_model_with_remove(name: str, way: str) -> None:
+    """Also where the user keeps the regularizer, for its metrics."""
+    model, batch = seeded(llama), LLAMA.batch()
+
+    def by_embeddings(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        given = {"inputs_embeds": model.model.embed_tokens(batch["input_ids"]), "labels": batch["labels"]}
+        return model(**given).loss
+
+    reg = LfURegularizer(model, make_auxiliary(name))
+    inputs, body = weakref.ref(batch["input_ids"]), weakref.ref(model)
+    reg(model, batch, LLAMA.loss if way == "trunk" else by_embeddings).backward()
+    del batch
+    gc.collect()
+    assert inputs() is None, "the step's inputs live on"
+    reg.remove()
+    del model
+    gc.collect()
+    assert body() is None, "the model lives on"
+    assert float(reg.metrics["loss"]) > 0
+
+
 @pytest.mark.parametrize("strategy", ["released", "retained"])
 @pytest.mark.parametrize("name", AUXILIARIES)
 def test_no_growth_over_steps(name: str, strategy: str) -> None:

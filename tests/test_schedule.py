@@ -196,3 +196,45 @@ def test_eval_steps_are_not_counted() -> None:
     model.eval()
     reg(model, TINY.batch(), TINY.loss)
     assert reg.state_dict() == before
+
+
+def observed(reg: LfURegularizer, model: Any, steps: range) -> tuple[list[int], list[int]]:
+    """The steps at which a replay was compared with pass 1, and those at which the relative distance was measured."""
+    calls: list[int] = []
+    counter = model.blocks[0].register_forward_hook(lambda *_: calls.append(1))
+    compared, measured = [], []
+    for step in steps:
+        before = reg.metrics.get("relative_distance")
+        calls.clear()
+        reg(model, TINY.batch(), TINY.loss)
+        compared += [step] * (len(calls) == 3)
+        measured += [step] * (reg.metrics.get("relative_distance") is not before)
+    counter.remove()
+    return compared, measured
+
+
+WHEN: dict[str, tuple[dict[str, Any], list[int], list[int]]] = {
+    "always": ({}, [0, 9, 99], [0, 49, 99]),
+    "every=2": ({"every": 2}, [0, 18], [0, 98]),
+    "every=3": ({"every": 3}, [0, 27], [0]),
+    "warm-up": ({"lam": lambda step: 0.1 * (step >= 7)}, [7, 9, 99], [7, 49, 99]),
+    "off when due": ({"lam": lambda step: 0.1 * ((step + 1) % 10 > 0)}, [0, 10, 100], [0, 50, 100]),
+}
+
+
+@pytest.mark.parametrize(("options", "compared", "measured"), WHEN.values(), ids=WHEN)
+def test_looks_go_by_the_regularized_steps(options: dict[str, Any], compared: list[int], measured: list[int]) -> None:
+    model = TINY.make()
+    assert observed(LfURegularizer(model, "steering", **options), model, range(101)) == (compared, measured)
+
+
+@pytest.mark.parametrize(("options", "compared", "measured"), WHEN.values(), ids=WHEN)
+def test_a_resumed_run_looks_where_an_uninterrupted_one_does(
+    options: dict[str, Any], compared: list[int], measured: list[int]
+) -> None:
+    """And at its own first step, which is number 12 in each of these."""
+    model = TINY.make()
+    reg = LfURegularizer(model, "steering", **options)
+    reg.load_state_dict({**reg.state_dict(), "step": 12})
+    expected = tuple([12, *(step for step in steps if step > 12)] for steps in (compared, measured))
+    assert observed(reg, model, range(12, 101)) == expected

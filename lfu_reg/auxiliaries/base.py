@@ -134,6 +134,9 @@ class Auxiliary(ABC):
         """What stands in the place of parameters in pass 2, for components that are no hook's business."""
         return ()
 
+    def let_go(self, model: nn.Module) -> None:  # noqa: B027  most remember nothing of it
+        """Forget `model`, from which the regularizer was removed."""
+
     def forget_gradient(self) -> None:
         """Drop what was collected of g: the backward that gave it is repeated."""
         self.ascend(0.0)

@@ -46,6 +46,11 @@ class WeightDeltas(Auxiliary):
         self._model = model
         return {}
 
+    def let_go(self, model: nn.Module) -> None:
+        """Forget the model and its parameters; another one that was attached since is kept."""
+        if self._model is model:
+            self._model, self._parameters = None, {}
+
     def reset(self, generators: Generators) -> None:
         """Forget deltas and gradients."""
         self._deltas, self._gradients = {}, {}

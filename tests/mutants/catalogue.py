@@ -278,6 +278,22 @@ MUTANTS = (
         "tests/test_memory_layout.py::test_in_place_operations_on_views",
     ),
     Mutant(
+        26,
+        "writes into the base of a tapped view are refused",
+        "attachment.py",
+        "if watch.was_written)",
+        "if False)",
+        "tests/test_writes.py::test_writing_past_the_hooks_is_refused",
+    ),
+    Mutant(
+        4,
+        "no early exit past the forward hooks of others",
+        "replays.py",
+        "        return hooks_stay_paired(self._ways_out[start, last], last)\n",
+        "        return True\n",
+        "tests/test_early_exit.py::test_pairs_of_hooks_stay_balanced",
+    ),
+    Mutant(
         8,
         "moved outputs keep the memory layout by which dropout draws",
         "auxiliaries/output.py",
