@@ -49,27 +49,21 @@ def way_out(start: nn.Module, last: nn.Module) -> list[nn.Module]:
     return [module for module in start.modules() if any(inner is last for inner in module.modules())]
 
 
-def hooks_stay_paired(way: Iterable[nn.Module], last: nn.Module) -> bool:
+def hooks_stay_paired(way: Iterable[nn.Module]) -> bool:
     """Whether an exit skips no forward hook but ours: its pre-hook has run, and what that opened would stay open.
 
-    On `last`, hooks that were registered before our own have run, too. `always_call=True` helps no hook: torch keeps
-    that promise for an `Exception` only.
+    Where the forward is left, hooks registered before our own have run, too. `always_call=True` helps no hook: torch
+    keeps that promise for an `Exception` only.
 
     Args:
         way: see `way_out`.
-        last: the layer that the forward is left from.
     """
     if torch_module._global_forward_hooks:
         return False
-    return all(isinstance(hook, Hook) for module in way for hook in _skipped(module, last))
+    return all(isinstance(hook, Hook) for module in way for hook in _after_the_exit(module))
 
 
-def _skipped(module: nn.Module, last: nn.Module) -> list[object]:
+def _after_the_exit(module: nn.Module) -> list[object]:
     hooks: list[object] = list(module._forward_hooks.values())
-    if module is not last:
-        return hooks
-    return hooks[1 + max((i for i, hook in enumerate(hooks) if _is_exit(hook)), default=-1) :]
-
-
-def _is_exit(hook: object) -> bool:
-    return isinstance(hook, Hook) and isinstance(hook.listener, EarlyExits)
+    exits = (i for i, hook in enumerate(hooks) if isinstance(hook, Hook) and isinstance(hook.listener, EarlyExits))
+    return hooks[1 + max(exits, default=-1) :]

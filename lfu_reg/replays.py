@@ -138,7 +138,7 @@ class Replays:
             return False
         if (start, last) not in self._ways_out:
             self._ways_out[start, last] = way_out(start, last)  # walks over all modules, so not at every step
-        return hooks_stay_paired(self._ways_out[start, last], last)
+        return hooks_stay_paired(self._ways_out[start, last])
 
     @contextmanager
     def running(self, this: Pass) -> Iterator[Pass]:

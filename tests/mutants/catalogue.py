@@ -289,7 +289,7 @@ MUTANTS = (
         4,
         "no early exit past the forward hooks of others",
         "replays.py",
-        "        return hooks_stay_paired(self._ways_out[start, last], last)\n",
+        "        return hooks_stay_paired(self._ways_out[start, last])\n",
         "        return True\n",
         "tests/test_early_exit.py::test_pairs_of_hooks_stay_balanced",
     ),
