@@ -163,7 +163,7 @@ def _runner(key: str, subject: Subject) -> Callable[[], None]:
         return make_method(key, subject).run
     method = lfu_method(key, LFU[key], subject, {})
     assert method.regularizer is not None
-    method.regularizer.load_state_dict({"step": 1, "seed": 0})  # past the first step's look at values
+    method.regularizer.load_state_dict({"step": 1, "seed": 0})  # past the first step's look at the loss
     method.run()
     return method.run
 
@@ -196,6 +196,7 @@ def _without_values() -> ExitStack:
     patches = ExitStack()
     for target, stand_in in (
         ("lfu_reg.replays._repeats", lambda *args: True),
+        ("lfu_reg.diagnostics.Diagnostics.is_due", lambda *args: False),
         ("lfu_reg.randomness.RandomState.capture", lambda *args: mock.Mock()),
         ("torch.Tensor.uniform_", lambda tensor, *args, **kwargs: tensor),
     ):
