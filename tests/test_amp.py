@@ -14,7 +14,7 @@ from lfu_reg import LfURegularizer, LfUWarning
 from lfu_reg.ascent import ascend, gradient_norm
 from lfu_reg.loss_scale import FIRST_SCALE, GROWTH_INTERVAL, LossScale
 from lfu_reg.passes import Pass
-from lfu_reg.strategies import Released
+from lfu_reg.strategies import Released, Retained
 from lfu_reg.tokens import TokenMasks
 from tests.cases import Loss, seeded
 from tests.compare import assert_same_gradients, gradients_of, mismatch
@@ -496,3 +496,17 @@ def test_the_scales_are_resumed() -> None:
     assert resumed._scales.perturbed.good_steps == 7
     resumed.load_state_dict({"step": 3, "seed": 1})  # of an older version
     assert resumed._scales.clean.value == 2.0**16
+
+
+def test_float16_that_the_step_cannot_scale_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under sharding, where ranks would have to repeat a backward together."""
+    monkeypatch.setattr("lfu_reg.regularizer.choose_strategy", lambda *args: Retained(may_scale=False))
+    model, x = islands(), torch.randn(4, 8, 24)
+
+    def loss_fn(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return model(batch["x"]).square().mean()
+
+    with LfURegularizer(model, "steering", layers=["0"], lam=0.1) as reg:
+        reg(model, {"x": x}, loss_fn)  # full precision: nothing to tell
+        with torch.autocast("cpu", torch.float16), pytest.warns(LfUWarning, match="Use bfloat16"):
+            reg(model, {"x": x}, loss_fn)
