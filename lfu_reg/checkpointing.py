@@ -37,6 +37,9 @@ _changing = threading.Lock()
 # By thread: in what to repeat the checkpoints that are entered there.
 _surroundings: dict[int, Surroundings] = {}
 _entrances: dict[str, Function] = {}
+# By thread: why the checkpoints that are entered there are refused; and what stands behind the watch for them.
+_reasons: dict[int, str] = {}
+_entered: list[Function] = []
 # Repeats put tensors into modules for a while, so there is one at a time, from whatever thread; one may hold another.
 _repeating = threading.RLock()
 
@@ -73,21 +76,38 @@ def repeated_in(surroundings: Surroundings) -> Iterator[None]:
 
 @contextmanager
 def refused(reason: str) -> Iterator[None]:
-    """Raise RuntimeError if a non-reentrant checkpoint is entered in the block."""
+    """Raise RuntimeError if this thread enters a non-reentrant checkpoint in the block."""
+    thread = threading.get_ident()
+    with _changing:
+        if not _reasons:
+            _watch_saved_tensors()
+        before = _reasons.get(thread)
+        _reasons[thread] = reason
+    try:
+        yield
+    finally:
+        with _changing:
+            if before is None:
+                del _reasons[thread]
+            else:
+                _reasons[thread] = before
+            if not _reasons:
+                torch.autograd.graph.saved_tensors_hooks.__enter__ = _entered.pop()  # type: ignore[method-assign]
+
+
+def _watch_saved_tensors() -> None:
     # Public, and there is no checkpoint without it; other users of saved-tensor hooks are let through.
     hooks = torch.autograd.graph.saved_tensors_hooks
     enter = hooks.__enter__
 
     def watched(self: Any) -> None:
-        if type(self).__module__ == torch.utils.checkpoint.__name__:
+        reason = _reasons.get(threading.get_ident())
+        if reason is not None and type(self).__module__ == torch.utils.checkpoint.__name__:
             raise RuntimeError(REFUSED.format(reason=reason))
         enter(self)
 
+    _entered.append(enter)
     hooks.__enter__ = watched  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        hooks.__enter__ = enter  # type: ignore[method-assign]
 
 
 def _replace_entrances() -> None:

@@ -308,3 +308,29 @@ def one_step_with(reg: LfURegularizer, model: nn.Module) -> dict[str, Tensor | N
     torch.manual_seed(7)
     reg(model, TINY.batch(), TINY.loss).backward()
     return gradients_of(model)
+
+
+def test_refusing_in_two_threads_at_the_same_time() -> None:
+    """The first to leave must not take the other's watch away, nor the last one leave it behind."""
+    enter = torch.autograd.graph.saved_tensors_hooks.__enter__
+    inside, left = threading.Event(), threading.Event()
+    found: list[str] = []
+
+    def other() -> None:
+        with checkpointing.refused("of the other"):
+            inside.set()
+            left.wait(30)
+            try:
+                torch.utils.checkpoint.checkpoint(nn.Linear(2, 2), torch.ones(1, 2), use_reentrant=False)
+            except RuntimeError as error:
+                found.append(str(error))
+
+    thread = threading.Thread(target=other)
+    with checkpointing.refused("of this one"):
+        thread.start()
+        inside.wait(30)
+    left.set()
+    thread.join(30)
+    assert "of the other" in found[0]
+    assert torch.autograd.graph.saved_tensors_hooks.__enter__ is enter
+    torch.utils.checkpoint.checkpoint(nn.Linear(2, 2), torch.ones(1, 2), use_reentrant=False)
