@@ -32,9 +32,11 @@ def no_autocast() -> Iterator[None]:
     The step takes its gradients inside of the caller's `with autocast():`, where a plain loop backpropagates outside
     of it. Operations of the backward would be cast anew there, also those of parts that ran in full precision.
     """
-    accelerator = torch.accelerator.current_accelerator() if hasattr(torch, "accelerator") else None
+    types = ["cpu", "cuda"]
+    if torch.accelerator.is_available() and (device := torch.accelerator.current_accelerator()) is not None:
+        types.append(device.type)
     with ExitStack() as off:
-        for device_type in dict.fromkeys(("cpu", "cuda", *([] if accelerator is None else [accelerator.type]))):
+        for device_type in dict.fromkeys(types):
             off.enter_context(without_autocast(device_type))
         yield
 
