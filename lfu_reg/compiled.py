@@ -21,9 +21,19 @@ from torch import nn
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-# What torch.compile runs the frames of this thread with: None or False outside of its regions. Private, but as old as
-# the oldest torch supported; where it is gone, replays may run uncompiled.
-region: Callable[[], Any] = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: None)
+
+def _region_getter() -> Callable[[], Any]:
+    # Private. torch 2.6 gives the answer away without counting the reference, and crashes after some calls.
+    found = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", None)
+    if found is None or tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7):
+        return lambda: None
+    getter: Callable[[], Any] = found
+    return getter
+
+
+# What torch.compile runs the frames of this thread with: None or False outside of its regions. Where there is no telling,
+# replays may run uncompiled.
+region = _region_getter()
 
 FULLGRAPH = (
     "The model is compiled with fullgraph=True, which a step of LfURegularizer cannot keep: its hooks break the graph "
