@@ -31,8 +31,8 @@ def _region_getter() -> Callable[[], Any]:
     return getter
 
 
-# What torch.compile runs the frames of this thread with: None or False outside of its regions. Where there is no telling,
-# replays may run uncompiled.
+# What torch.compile runs the frames of this thread with: None or False outside of its regions. Where there is no
+# telling, replays may run uncompiled.
 region = _region_getter()
 
 FULLGRAPH = (
