@@ -10,16 +10,20 @@ from torch import Tensor, nn
 from lfu_reg import checks
 from lfu_reg.auxiliaries import Auxiliary
 from lfu_reg.buffers import BufferWatch
+from lfu_reg.chain import Chain
 from lfu_reg.compiled import graphs_for_two_backwards
 from lfu_reg.diagnostics import Diagnostics
 from lfu_reg.distances.base import Distance
 from lfu_reg.distributed.ddp import Wrappers
 from lfu_reg.distributed.engine import Engine, engine_of
 from lfu_reg.firing import Firing
+from lfu_reg.graph import leaves_of
 from lfu_reg.hooks import ModelHooks
 from lfu_reg.layers import LayerChoice, choose_layers, is_preset
+from lfu_reg.loss_scale import float16_in_play
 from lfu_reg.passes import Pass
 from lfu_reg.places import Places
+from lfu_reg.prefix import shared_prefix
 from lfu_reg.randomness import devices_of
 from lfu_reg.replays import Replays
 from lfu_reg.sft_loss import SFTLoss
@@ -43,6 +47,7 @@ class Attachment:
         modules: the chosen layers by name.
         hooks: capture hidden states, and run the model with theta_aux in place.
         trunk: records calls in pass 1.
+        chain: records the calls of layers in pass 1.
         replays: repeats one of them in pass 2.
 
     Raises:
@@ -53,6 +58,7 @@ class Attachment:
     modules: dict[str, nn.Module]
     hooks: ModelHooks
     trunk: Trunk
+    chain: Chain
     replays: Replays
 
     def __init__(
@@ -76,26 +82,31 @@ class Attachment:
         self.layers, self.modules = tuple(chosen), chosen
         self.hooks = ModelHooks(model, chosen, sites, self._auxiliary, head=model if self._on_logits else None)
         self.trunk = Trunk(model, [] if self._on_logits else self.layers, self.devices)
-        self.replays = Replays(self.hooks, self.trunk, self._diagnostics)
+        at_sites = sites if self._auxiliary.acts_at_sites and not self._on_logits else None
+        self.chain = Chain(model, self.layers, at_sites, self.devices)
+        self.replays = Replays(self.hooks, self.trunk, self.chain, self._diagnostics)
         self._firing = Firing(self.layers, sites, self._diagnostics)
-        self._places = Places(model, [*chosen, *sites, *self.trunk.names])
+        self._places = Places(model, [*chosen, *sites, *self.trunk.names, *self.chain.names])
 
     def follow(self) -> None:
         """Hook what is there now, where adapters were put around the hooked modules or merged into them."""
         if self._places.are_taken():
             self.hooks.remove()
             self.trunk.remove()
+            self.chain.remove()
             self._attach(self.model)
 
     def forget(self) -> None:
         """Let go of the inputs of a step."""
         self.trunk.forget()
+        self.chain.forget()
         self.replays.forget()
 
     def remove(self) -> None:
         """Take all hooks off the model, and let go of it."""
         self.hooks.remove()
         self.trunk.remove()
+        self.chain.remove()
         self.replays.remove()
         self._places.forget()
         if self._model is not None:
@@ -136,13 +147,14 @@ class Attachment:
             checks.check_resident(self.model)
         return engine_of(model, self.model, self.modules.values())
 
-    def clean_forward(self, sft: SFTLoss, clean: Pass, *, first: bool) -> Tensor:
+    def clean_forward(self, sft: SFTLoss, clean: Pass, *, first: bool, shares_prefix: bool) -> Tensor:
         """The forward of pass 1, with everything noted down that later passes are to repeat or to leave alone.
 
         Args:
             sft: the loss function of the step.
             clean: the running pass.
             first: whether this is the first step, at which the loss's value is checked as well.
+            shares_prefix: whether pass 2 may start behind what no perturbation reaches.
 
         Returns:
             l_SFT with its graph.
@@ -153,6 +165,7 @@ class Attachment:
         watch = BufferWatch(self.model)
         with (
             self.trunk.recording(),
+            self.chain.recording(shares_prefix and self.replays.can_shorten),
             graphs_for_two_backwards(clean.outlives),
             self._wrappers.must_run(sft.model, self.model),
         ):
@@ -160,6 +173,26 @@ class Attachment:
         clean.recording = False
         clean.buffers += watch.changed()
         return loss
+
+    def leaves_of(self, sft_loss: Tensor, clean: Pass) -> list[Tensor]:
+        """The leaves of pass 1's graph, of which `clean` is given the prefix if there is one to share.
+
+        Args:
+            sft_loss: scalar with the graph of pass 1.
+            clean: the pass, after its forward.
+
+        Raises:
+            RuntimeError: if the graph holds a reentrant checkpoint.
+        """
+        cut = self.chain.cut
+        if cut is not None and self.chain.is_whole() and self.trunk.runs_once_and_bare():
+            clean.prefix = prefix = shared_prefix(sft_loss, cut)
+            if prefix is not None:
+                leaves = [*prefix.above, *prefix.below]
+                if not float16_in_play(clean, [sft_loss, *leaves]):
+                    return leaves
+                clean.prefix = None
+        return leaves_of(sft_loss)
 
     def check_clean(self, clean: Pass, leaves: Sequence[Tensor], model: nn.Module, turn: int) -> None:
         """Look at pass 1: whether what was hooked ran, with something to train and tokens that count.

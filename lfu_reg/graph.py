@@ -29,9 +29,38 @@ def leaves_of(loss: Tensor) -> list[Tensor]:
     Raises:
         RuntimeError: if the graph holds a reentrant checkpoint, whose inner leaves cannot be seen.
     """
+    if loss.grad_fn is None:
+        return [loss] if loss.requires_grad else []
+    return _walk(loss.grad_fn)[0]
+
+
+def leaves_above_and_below(loss: Tensor, cut: Tensor) -> tuple[list[Tensor], list[Tensor]] | None:
+    """The leaves that `loss` depends on other than through `cut`, and those that `cut` depends on.
+
+    Args:
+        loss: tensor with a graph.
+        cut: tensor in that graph.
+
+    Returns:
+        The leaves; None where a part of the graph belongs to both, so that something flows around the cut.
+
+    Raises:
+        RuntimeError: if the graph holds a reentrant checkpoint.
+    """
+    if not cut.requires_grad:
+        return leaves_of(loss), []
+    if cut.grad_fn is None or loss.grad_fn is None:
+        return None
+    below, nodes_below = _walk(cut.grad_fn)
+    above, nodes_above = _walk(loss.grad_fn, (cut.grad_fn, cut.output_nr))
+    return None if nodes_below & nodes_above else (above, below)
+
+
+def _walk(start: Any, stop: tuple[Any, int] | None = None) -> tuple[list[Tensor], set[Any]]:
+    """Leaves and nodes that a node depends on, itself included; edges that are equal to `stop` are not followed."""
     found: list[Tensor] = []
-    seen: set[Any] = {None}
-    stack: list[Any] = [loss.grad_fn]
+    seen: set[Any] = set()
+    stack: list[Any] = [start]
     while stack:
         node = stack.pop()
         if node in seen:
@@ -48,10 +77,8 @@ def leaves_of(loss: Tensor) -> list[Tensor]:
                 'model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False}) in '
                 "transformers, torch.utils.checkpoint.checkpoint(..., use_reentrant=False) by hand."
             )
-        stack.extend(parent for parent, _ in node.next_functions)
-    if loss.grad_fn is None and loss.requires_grad:
-        found.append(loss)
-    return found
+        stack.extend(edge[0] for edge in node.next_functions if edge[0] is not None and edge != stop)
+    return found, seen
 
 
 def gradients_of(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from lfu_reg.auxiliaries.base import Tokens
+from lfu_reg.prefix import SharedPrefix
 from lfu_reg.substitution import Replacement
 from lfu_reg.tokens import TokenMasks
 from lfu_reg.writes import WriteWatch
@@ -73,6 +74,7 @@ class Pass:
         buffers: what a repeat of checkpointed blocks writes to copies of.
         outlives: whether the graph is backpropagated after the pass, so that checkpoints must bring the pass along.
         float16: whether anything at the hooks ran in float16.
+        prefix: the part of its graph that waits for pass 2, if there is one.
         scale: what the loss, and so g, was multiplied by in the backward of this pass.
     """
 
@@ -93,6 +95,7 @@ class Pass:
     buffers: list[tuple[nn.Module, str]] = field(default_factory=list)
     outlives: bool = False
     float16: bool = False
+    prefix: SharedPrefix | None = None
     scale: float = 1.0
 
     @property
@@ -110,6 +113,10 @@ class Pass:
         return Pass(
             tokens, apply=True, capture="attached", replaced=replaced, buffers=self.buffers, outlives=self.outlives
         )
+
+    def on_trial(self) -> Pass:
+        """The same pass without a backward: what it captures is compared, and thrown away."""
+        return Pass(self.tokens, apply=self.apply, replaced=self.replaced, buffers=self.buffers)
 
     def is_empty(self) -> bool:
         """Whether no token of any captured state counts."""

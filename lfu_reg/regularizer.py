@@ -30,7 +30,6 @@ from lfu_reg.distances.base import Reduction
 from lfu_reg.distributed.engine import Engine
 from lfu_reg.distributed.shared_ascent import SharedAscent
 from lfu_reg.gradient_pass import gradient_pass
-from lfu_reg.graph import leaves_of
 from lfu_reg.layers import LayerChoice
 from lfu_reg.loss_scale import LossScales, float16_in_play
 from lfu_reg.passes import Pass
@@ -187,8 +186,9 @@ class LfURegularizer:
         kept = "detached" if self.stop_gradient == "clean" else "cloned"
         clean = Pass(sft.tokens, capture=kept, observe=undesirable is None, outlives=strategy.keeps_graph)
         with attached.hooks.run(clean):
-            sft_loss = attached.clean_forward(sft, clean, first=step == 0)
-            leaves = leaves_of(sft_loss)
+            shares = strategy.shares_prefix and not engine.in_lockstep
+            sft_loss = attached.clean_forward(sft, clean, first=step == 0, shares_prefix=shares)
+            leaves = attached.leaves_of(sft_loss, clean)
             attached.check_clean(clean, leaves, sft.model, turn)
             if not strategy.scales_float16 and float16_in_play(clean, [sft_loss, *leaves]):
                 self._diagnostics.tell("float16 shards", UNSCALED_FLOAT16)
@@ -208,8 +208,8 @@ class LfURegularizer:
             # Pass 2: the hidden states of the undesirable self (Eq. 4) ...
             samples = draws.samples(clean.batch_size, self.batch_fraction)
             tokens = sft.tokens.select(samples)
-            attached.replays.prepare(turn, sft, clean, tokens, samples, engine)
             perturbed = clean.with_components(tokens, list(self.auxiliary.replacements()))
+            attached.replays.prepare(turn, sft, clean, perturbed, samples, engine)
             with self.auxiliary.shards_moved(), attached.replays.running(perturbed):
                 attached.check_perturbed(perturbed, clean, samples)
                 # ... and their distance to the clean ones (Eq. 5).
@@ -219,8 +219,10 @@ class LfURegularizer:
                 )
                 if not l_cons.requires_grad:
                     self._diagnostics.tell("no gradient", NO_GRADIENT)
-                # l_SFT + lam * l_cons (Eq. 6).
-                loss = strategy.total(lam * l_cons)
+                strategy.backward_perturbed(lam * l_cons)
+            # l_SFT + lam * l_cons (Eq. 6).
+            with attached.hooks.run(clean):
+                loss = strategy.total()
 
         self._empty_steps += clean.is_empty()
         reached = relative_distance(h, h_prime, samples) if self._diagnostics.is_due(turn) else None

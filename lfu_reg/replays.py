@@ -16,6 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from lfu_reg.chain import Chain
 from lfu_reg.diagnostics import Diagnostics
 from lfu_reg.distributed.collectives import all_agree
 from lfu_reg.distributed.engine import Engine
@@ -23,10 +24,10 @@ from lfu_reg.early_exit import early_exit_is_safe, hooks_stay_paired, way_out
 from lfu_reg.hooks import ModelHooks
 from lfu_reg.passes import Pass, State
 from lfu_reg.sft_loss import SFTLoss
-from lfu_reg.tokens import TokenMasks
 from lfu_reg.trunk import Trunk, replay
 
 LOSS_FUNCTION = "the loss function"
+CHAIN = "the layers from the first perturbed one on"
 
 
 class Replays:
@@ -35,15 +36,17 @@ class Replays:
     Args:
         hooks: of the regularizer.
         trunk: recorded calls.
+        chain: a shorter way.
         diagnostics: told when nothing repeats pass 1.
     """
 
-    def __init__(self, hooks: ModelHooks, trunk: Trunk, diagnostics: Diagnostics) -> None:
+    def __init__(self, hooks: ModelHooks, trunk: Trunk, chain: Chain, diagnostics: Diagnostics) -> None:
         self._hooks = hooks
         self._trunk = trunk
+        self._chain = chain
         self._diagnostics = diagnostics
         self._wrong: set[str] = set()
-        self._checked = ""
+        self._checked, self._chain_checked = "", False
         self._digits = 0  # of the number of the last step
         self._model_id, self._may_exit_early = 0, False
         self._ways_out: dict[tuple[nn.Module, nn.Module], list[nn.Module]] = {}  # by where a forward begins and ends
@@ -64,7 +67,7 @@ class Replays:
         turn: int,
         sft: SFTLoss,
         clean: Pass,
-        tokens: TokenMasks,
+        perturbed: Pass,
         samples: Tensor | None,
         engine: Engine,
     ) -> None:
@@ -74,7 +77,7 @@ class Replays:
             turn: number of the step among those that `every` leaves.
             sft: the loss function of the step.
             clean: pass 1.
-            tokens: masks of the samples that are replayed.
+            perturbed: pass 2, before it runs.
             samples: the samples of the batch to replay, None for all.
             engine: how the model is spread over processes.
 
@@ -106,8 +109,9 @@ class Replays:
             self._stop_after = len(clean.states) if may_be_left else None
             self._run = run
             if not (due or overwritten or name != self._checked):
+                self._shorten(clean, perturbed, samples, check=False)
                 return
-            with self.running(Pass(tokens)) as plain:
+            with self.running(Pass(perturbed.tokens)) as plain:
                 pass
             repeats = _repeats(plain.states, clean.states, samples, overwritten)
             device = clean.states[0].hidden.device
@@ -115,6 +119,8 @@ class Replays:
                 self._checked = name
                 if overwritten:
                     clean.states[:] = plain.states
+                else:
+                    self._shorten(clean, perturbed, samples, check=True)
                 return
             self._wrong.add(name)
         self._wrong.discard(LOSS_FUNCTION)
@@ -132,6 +138,38 @@ class Replays:
             "states, so l_cons measures that difference as well. Usual causes: random draws outside of torch's, "
             "numpy's and Python's global generators, or state that every forward changes.",
         )
+
+    @property
+    def can_shorten(self) -> bool:
+        """Whether the chain has not been found wrong."""
+        return CHAIN not in self._wrong
+
+    def _shorten(self, clean: Pass, perturbed: Pass, samples: Tensor | None, *, check: bool) -> None:
+        """Take the chain instead of the chosen replay, where it has the same hidden states, perturbed as well."""
+        if clean.prefix is None or not self.can_shorten:
+            return
+        if not check:
+            check = not self._chain_checked
+        long = None
+        if check:
+            with self.running(perturbed.on_trial()) as long:
+                pass
+        before = self._run, self._stop_after
+        self._run = partial(self._chain.run, self._hooks, clean.prefix.start, samples, clean.batch_size)
+        self._stop_after = None
+        if long is not None and not self._is_right(perturbed.on_trial(), long):
+            self._wrong.add(CHAIN)
+            self._run, self._stop_after = before
+        else:
+            self._chain_checked = True
+
+    def _is_right(self, trial: Pass, long: Pass) -> bool:
+        try:
+            with self.running(trial):
+                pass
+        except Exception:  # a layer of anybody's may need what a call of its own does not give it
+            return False
+        return _repeats(trial.states, long.states, None, set(), ulps=4)
 
     def _may_be_left(self, start: nn.Module, last: nn.Module) -> bool:
         if not self._may_exit_early:
@@ -154,7 +192,9 @@ def _nothing() -> None:
     """What there is to replay outside of a step."""
 
 
-def _repeats(again: list[State], clean: list[State], samples: Tensor | None, overwritten: set[str]) -> bool:
+def _repeats(
+    again: list[State], clean: list[State], samples: Tensor | None, overwritten: set[str], ulps: float | None = None
+) -> bool:
     if [state.name for state in again] != [state.name for state in clean]:
         return False
     for one, other in zip(again, clean, strict=True):
@@ -166,7 +206,8 @@ def _repeats(again: list[State], clean: list[State], samples: Tensor | None, ove
         if before.shape != after.shape:
             return False
         # Kernels on a GPU need not repeat to the last bit; another dropout mask is off by much more than this.
-        tolerance = torch.finfo(before.dtype).eps ** 0.5
+        eps = torch.finfo(before.dtype).eps
+        tolerance = eps**0.5 if ulps is None else ulps * eps
         if not (after - before).float().norm() <= tolerance * before.float().norm():
             return False
     return True

@@ -21,6 +21,7 @@ from lfu_reg.graft import graft
 from lfu_reg.graph import leaves_of
 from lfu_reg.loss_scale import LossScale, LossScales, float16_in_play
 from lfu_reg.passes import Gate, Pass
+from lfu_reg.prefix import SharedPrefix
 
 
 class Strategy(Protocol):
@@ -29,10 +30,12 @@ class Strategy(Protocol):
     Attributes:
         keeps_graph: whether the graphs of both passes outlive the step, with what checkpointed blocks need to repeat.
         scales_float16: whether gradients that float16 would lose are taken of a scaled loss.
+        shares_prefix: whether `clean.prefix` may be set, whose backward then waits for both passes.
     """
 
     keeps_graph: bool
     scales_float16: bool
+    shares_prefix: bool
 
     def backward_clean(self, sft_loss: Tensor, leaves: list[Tensor], clean: Pass, auxiliary: Auxiliary) -> None:
         """Take g, and d l_SFT / d theta if the graph is to be released.
@@ -53,8 +56,11 @@ class Strategy(Protocol):
             auxiliary: theta_aux, which collects g.
         """
 
-    def total(self, consistency_term: Tensor) -> Tensor:
-        """l_SFT + lam * l_cons, differentiable."""
+    def backward_perturbed(self, consistency_term: Tensor) -> None:
+        """Take d (lam * l_cons) / d theta if the graph is to be released."""
+
+    def total(self) -> Tensor:
+        """l_SFT + lam * l_cons, differentiable. Called with the hooks of pass 1 in place."""
 
 
 class Released:
@@ -66,17 +72,21 @@ class Released:
 
     keeps_graph = False
     scales_float16 = True
+    shares_prefix = True
 
     def __init__(self, scales: LossScales | None = None) -> None:
         self._scales = LossScales() if scales is None else scales
         self._value = torch.zeros(())
+        self._prefix: SharedPrefix | None = None
         self._float16, self._scale = False, 1.0
         self._gradients: dict[int, tuple[Tensor, Tensor | None]] = {}
 
     def backward_clean(self, sft_loss: Tensor, leaves: list[Tensor], clean: Pass, auxiliary: Auxiliary) -> None:
         """One backward for everything; the taps of `clean` collect g on its way."""
-        self._value = sft_loss.detach()
+        self._value, self._prefix = sft_loss.detach(), clean.prefix
         self._float16 = float16_in_play(clean, [sft_loss, *leaves])
+        if clean.prefix is not None:
+            leaves = clean.prefix.above
         pairs, self._scale = self._differentiate(
             sft_loss, leaves, self._scales.clean, clean.gate, auxiliary.forget_gradient
         )
@@ -90,12 +100,19 @@ class Released:
         """A backward down to the components."""
         _down_to_components(sft_loss, this, auxiliary, self._scales.ascent, float16=True)
 
-    def total(self, consistency_term: Tensor) -> Tensor:
-        """The graft of both terms' gradients onto the sum of their values."""
+    def backward_perturbed(self, consistency_term: Tensor) -> None:
+        """A second backward, added to the first."""
         if consistency_term.requires_grad:
             self._add(*self._differentiate(consistency_term, leaves_of(consistency_term), self._scales.perturbed))
-        value = self._value + consistency_term.detach().to(self._value.device)
-        return graft(value, self._gradients.values(), self._scale)
+        if self._prefix is not None:
+            self._prefix.collect(self._gradients.pop(id(self._prefix.start), (None, None))[1])
+        self._value = self._value + consistency_term.detach().to(self._value.device)
+
+    def total(self) -> Tensor:
+        """The graft of both terms' gradients onto the sum of their values."""
+        if self._prefix is not None:
+            self._add(self._prefix.backward(), 1.0)
+        return graft(self._value, self._gradients.values(), self._scale)
 
     def _differentiate(
         self,
@@ -105,8 +122,11 @@ class Released:
         gate: Gate | None = None,
         forget: Callable[[], None] = lambda: None,
     ) -> tuple[Sequence[tuple[Tensor, Tensor | None]], float]:
-        gradients, used = scale.gradients(loss, leaves, float16=self._float16, gate=gate, forget=forget)
-        return list(zip(leaves, gradients, strict=True)), used
+        edge = [] if gate is None or self._prefix is None or self._prefix.edge is None else [self._prefix.edge]
+        gradients, used = scale.gradients(loss, [*leaves, *edge], float16=self._float16, gate=gate, forget=forget)
+        if edge and self._prefix is not None:
+            self._prefix.collect(gradients[-1])
+        return list(zip(leaves, gradients, strict=False)), used
 
     def _add(self, pairs: Sequence[tuple[Tensor, Tensor | None]], scale: float) -> None:
         for leaf, gradient in pairs:
@@ -133,6 +153,7 @@ class ReleasedShards(Released):
     """
 
     scales_float16 = False
+    shares_prefix = False
 
     def __init__(self, shards: Shards) -> None:
         super().__init__()
@@ -166,11 +187,12 @@ class Retained:
     """
 
     keeps_graph = True
+    shares_prefix = False
 
     def __init__(self, scales: LossScales | None = None, *, may_scale: bool = True) -> None:
         self.scales_float16 = may_scale
         self._scales = LossScales() if scales is None else scales
-        self._sft_loss = torch.zeros(())
+        self._sft_loss = self._consistency_term = torch.zeros(())
 
     def backward_clean(self, sft_loss: Tensor, leaves: list[Tensor], clean: Pass, auxiliary: Auxiliary) -> None:
         """A backward down to the taps, or to the weights where these are the auxiliary components."""
@@ -193,9 +215,13 @@ class Retained:
         """A backward down to the components."""
         _down_to_components(sft_loss, this, auxiliary, self._scales.ascent, float16=self.scales_float16)
 
-    def total(self, consistency_term: Tensor) -> Tensor:
+    def backward_perturbed(self, consistency_term: Tensor) -> None:
+        """Nothing but a note of the term."""
+        self._consistency_term = consistency_term
+
+    def total(self) -> Tensor:
         """The plain sum."""
-        return self._sft_loss + consistency_term.to(self._sft_loss.device)
+        return self._sft_loss + self._consistency_term.to(self._sft_loss.device)
 
 
 def _down_to_components(sft_loss: Tensor, this: Pass, auxiliary: Auxiliary, scale: LossScale, *, float16: bool) -> None:

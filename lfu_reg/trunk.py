@@ -46,7 +46,7 @@ class RecordedCall:
         """Whether no input has a history in pass 1's graph, which is gone, and none is a KV cache, which grows."""
         return not any(
             value.requires_grad and not value.is_leaf if isinstance(value, Tensor) else is_cache(value)
-            for value in _flatten((self.args, self.kwargs))
+            for value in flatten((self.args, self.kwargs))
         )
 
     @property
@@ -113,6 +113,13 @@ class Trunk:
     def forget(self) -> None:
         """Let go of the recorded inputs."""
         self._calls = {}
+
+    def runs_once_and_bare(self) -> bool:
+        """Whether each of its modules ran once, uncompiled, and set up nothing that its layers depend on."""
+        return all(
+            len(calls) == 1 and not calls[0].enters_a_context and not calls[0].compiled
+            for calls in self._calls.values()
+        )
 
     def replays(self, model: nn.Module) -> list[tuple[str, list[RecordedCall]]]:
         """What can be replayed, by module name, the deepest module first.
@@ -194,12 +201,13 @@ def _is_called(module: nn.Module) -> bool:
     return not isinstance(module, (nn.ModuleList, nn.ModuleDict))
 
 
-def _flatten(value: Any) -> Iterator[Any]:
+def flatten(value: Any) -> Iterator[Any]:
+    """What is in nested mappings, tuples and lists."""
     if isinstance(value, Mapping):
         for entry in value.values():
-            yield from _flatten(entry)
+            yield from flatten(entry)
     elif isinstance(value, (tuple, list)):
         for entry in value:
-            yield from _flatten(entry)
+            yield from flatten(entry)
     else:
         yield value

@@ -74,12 +74,14 @@ class Auxiliary(ABC):
     Attributes:
         default_alpha, default_lam: the paper's values.
         moves_weights: whether the components are the model's own parameters.
+        acts_at_sites: whether the components change nothing but what the sites return.
         shards: FSDP2's sharded parameters during a step, None without FSDP2; set by the regularizer.
     """
 
     default_alpha: float
     default_lam: float
     moves_weights = False
+    acts_at_sites = False
     shards: Shards | None = None
 
     @abstractmethod

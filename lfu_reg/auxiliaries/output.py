@@ -37,6 +37,8 @@ from lfu_reg.auxiliaries.base import Auxiliary, Call, Components, Generators, Gr
 class OutputAuxiliary(Auxiliary):
     """Auxiliary components that change the outputs of some modules."""
 
+    acts_at_sites = True
+
     def __init__(self) -> None:
         self._components: dict[str, Components] = {}
         self._gradients: dict[str, list[Tensor | None]] = {}
