@@ -186,12 +186,13 @@ class Attachment:
         """
         cut = self.chain.cut
         if cut is not None and self.chain.is_whole() and self.trunk.runs_once_and_bare():
-            clean.prefix = prefix = shared_prefix(sft_loss, cut)
-            if prefix is not None:
-                leaves = [*prefix.above, *prefix.below]
-                if not float16_in_play(clean, [sft_loss, *leaves]):
-                    return leaves
-                clean.prefix = None
+            prefix = shared_prefix(sft_loss, cut)
+            leaves = [] if prefix is None else [*prefix.above, *prefix.below]
+            # A scaled loss may have to be backpropagated again, which the part that waits would not follow.
+            if prefix is not None and not float16_in_play(clean, [sft_loss, *leaves]):
+                clean.prefix = prefix
+                return leaves
+        self.chain.forget()  # it holds on to the graph
         return leaves_of(sft_loss)
 
     def check_clean(self, clean: Pass, leaves: Sequence[Tensor], model: nn.Module, turn: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -118,6 +118,14 @@ def hooks_quiet(leaves: Sequence[Tensor]) -> Iterator[None]:
     finally:
         for hooks, kept in hooked:
             hooks.update(kept)
+
+
+def nothing_saved() -> AbstractContextManager[None]:
+    """Context in which graphs are built that keep no tensors, for a forward that is never backpropagated.
+
+    Hooks are to run as with gradients, which `no_grad` would not have.
+    """
+    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, lambda nothing: nothing)
 
 
 def take_part(tensor: Tensor, anchor: Tensor) -> Tensor:

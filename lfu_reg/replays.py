@@ -21,6 +21,7 @@ from lfu_reg.diagnostics import Diagnostics
 from lfu_reg.distributed.collectives import all_agree
 from lfu_reg.distributed.engine import Engine
 from lfu_reg.early_exit import early_exit_is_safe, hooks_stay_paired, way_out
+from lfu_reg.graph import nothing_saved
 from lfu_reg.hooks import ModelHooks
 from lfu_reg.passes import Pass, State
 from lfu_reg.sft_loss import SFTLoss
@@ -111,7 +112,7 @@ class Replays:
             if not (due or overwritten or name != self._checked):
                 self._shorten(clean, perturbed, samples, check=False)
                 return
-            with self.running(Pass(perturbed.tokens)) as plain:
+            with nothing_saved(), self.running(Pass(perturbed.tokens)) as plain:
                 pass
             repeats = _repeats(plain.states, clean.states, samples, overwritten)
             device = clean.states[0].hidden.device
@@ -152,7 +153,7 @@ class Replays:
             check = not self._chain_checked
         long = None
         if check:
-            with self.running(perturbed.on_trial()) as long:
+            with nothing_saved(), self.running(perturbed.on_trial()) as long:
                 pass
         before = self._run, self._stop_after
         self._run = partial(self._chain.run, self._hooks, clean.prefix.start, samples, clean.batch_size)
@@ -165,7 +166,7 @@ class Replays:
 
     def _is_right(self, trial: Pass, long: Pass) -> bool:
         try:
-            with self.running(trial):
+            with nothing_saved(), self.running(trial):
                 pass
         except Exception:  # a layer of anybody's may need what a call of its own does not give it
             return False
