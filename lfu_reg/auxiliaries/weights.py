@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lfu_reg.ascent import ascend, gradient_norm
 from lfu_reg.auxiliaries.base import Auxiliary, Call, Generators, GradientRule
+from lfu_reg.module_walk import modules_of
 from lfu_reg.substitution import Replacement
 
 
@@ -122,7 +123,7 @@ class WeightDeltas(Auxiliary):
         moved = {id(self._parameters[name]): self._parameters[name] + delta for name, delta in self._deltas.items()}
         return (
             (module, name, moved[id(parameter)])
-            for module in self._model.modules()
+            for module in modules_of(self._model)
             for name, parameter in module._parameters.items()
             if id(parameter) in moved
         )
