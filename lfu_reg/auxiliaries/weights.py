@@ -103,10 +103,11 @@ class WeightDeltas(Auxiliary):
         if not names:
             return torch.zeros(())
         gradients = [self._gradients[name] for name in names]
-        for name, step in zip(names, ascend(gradients, alpha), strict=True):
+        norm = gradient_norm(gradients)
+        for name, step in zip(names, ascend(gradients, alpha, norm=norm), strict=True):
             self._deltas[name] = self._deltas[name] + step if name in self._deltas else step
         self._gradients = {}
-        return gradient_norm(gradients)
+        return norm
 
     def perturbation(self) -> dict[str, Any]:
         """Parameter name to delta."""
