@@ -60,8 +60,8 @@ class _Graft(torch.autograd.Function):
 def _handed_over(
     gradients: list[Tensor | None], grad_output: Tensor, scale: float, dtypes: list[torch.dtype]
 ) -> list[Tensor | None]:
-    # The usual case, where looking at it waits for no device: then they are the leaves' own, as after any backward.
-    as_they_are = grad_output.device.type == "cpu" and float(grad_output) == scale
+    # The usual case, where a look waits for no device: then the gradients are the leaves' own, as after any backward.
+    as_they_are = type(grad_output) is Tensor and grad_output.device.type == "cpu" and float(grad_output) == scale
     factors: dict[tuple[torch.device, torch.dtype], Tensor] = {}
     handed: list[Tensor | None] = []
     for gradient, dtype in zip(gradients, dtypes, strict=True):
