@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import nn
 
+from lfu_reg.module_walk import modules_of
+
 # PEFT's forward takes these for itself: it hooks its layers for the length of the call, and the model inside never
 # sees them. A replay of what is inside would leave them out, and an exception would leave PEFT's hooks behind.
 _CONTEXT_ARGUMENTS = ("adapter_names", "alora_offsets")
@@ -45,7 +47,7 @@ def virtual_tokens(model: nn.Module) -> int:
 
     Those of prefix tuning are counted as well, but are keys and values: its hidden states are no longer than the batch.
     """
-    for module in model.modules():
+    for module in modules_of(model):
         if vars(module).get("_is_prompt_learning"):
             config: Any = getattr(module, "active_peft_config", None)
             return int(getattr(config, "num_virtual_tokens", 0) or 0)

@@ -22,7 +22,7 @@ def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
         Scalar on the device of the first tensor.
     """
     device = gradients[0].device
-    norms = [_norm(gradient) for gradient in gradients]
+    norms = _norms(gradients)
     # The norm of sharded gradients is the root of a sum over ranks, which one all-reduce takes for all of them.
     sharded: list[Any] = [norm for norm in norms if hasattr(norm, "full_tensor")]
     if sharded:
@@ -31,7 +31,9 @@ def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
     return _norm(torch.stack([norm.to(device) for norm in norms]))
 
 
-def ascend(gradients: Sequence[Tensor], alpha: float, *, per_group: Sequence[int] | None = None) -> list[Tensor]:
+def ascend(
+    gradients: Sequence[Tensor], alpha: float, *, per_group: Sequence[int] | None = None, norm: Tensor | None = None
+) -> list[Tensor]:
     """The step alpha * g / ||g||_2; zero where the norm is zero or not finite.
 
     Args:
@@ -39,26 +41,55 @@ def ascend(gradients: Sequence[Tensor], alpha: float, *, per_group: Sequence[int
         alpha: step length, the norm of what is returned.
         per_group: group number of each tensor; then every group gets a step of length alpha of its own
             (per-layer normalisation). None is one global norm, as in the paper.
+        norm: the global norm, `gradient_norm(gradients)`, where it is known already.
 
     Returns:
         One tensor per gradient, same shapes.
     """
-    groups = [0] * len(gradients) if per_group is None else list(per_group)
+    if per_group is None:
+        return _normalised(gradients, alpha, gradient_norm(gradients) if norm is None else norm)
     step: list[Tensor] = [gradients[0]] * len(gradients)
-    for group in dict.fromkeys(groups):
-        members = [i for i, g in enumerate(groups) if g == group]
-        norm = gradient_norm([gradients[i] for i in members])
-        # A direction of zero or infinite length is no direction: stay put, and let the diagnostics say so.
-        usable = torch.isfinite(norm) & (norm > 0)
-        factor = torch.where(usable, alpha / norm, torch.zeros_like(norm))
-        for i in members:
-            # In at least float32, as the norm: alpha / ||g|| of a small gradient is infinite in float16.
-            scaled = gradients[i].to(norm.dtype) * factor.to(gradients[i].device)
-            step[i] = torch.where(usable.to(scaled.device), scaled, torch.zeros_like(scaled)).to(gradients[i].dtype)
+    for group in dict.fromkeys(per_group):
+        members = [i for i, g in enumerate(per_group) if g == group]
+        mine = [gradients[i] for i in members]
+        for i, moved in zip(members, _normalised(mine, alpha, gradient_norm(mine)), strict=True):
+            step[i] = moved
     return step
 
 
+def _normalised(gradients: Sequence[Tensor], alpha: float, norm: Tensor) -> list[Tensor]:
+    # A direction of zero or infinite length is no direction: stay put, and let the diagnostics say so.
+    usable = torch.isfinite(norm) & (norm > 0)
+    factor = torch.where(usable, alpha / norm, torch.zeros_like(norm))
+    # In at least float32, as the norm: alpha / ||g|| of a small gradient is infinite in float16.
+    wide = [gradient.to(norm.dtype) for gradient in gradients]
+    if _are_alike([norm, *wide]):
+        scaled = list(torch._foreach_mul(wide, factor))
+    else:
+        scaled = [gradient * factor.to(gradient.device) for gradient in wide]
+    # Zero times infinity is NaN. Only where a look waits for no device is it known that there is none.
+    if not (type(usable) is Tensor and usable.device.type == "cpu" and usable):
+        scaled = [torch.where(usable.to(step.device), step, torch.zeros_like(step)) for step in scaled]
+    return [step.to(gradient.dtype) for step, gradient in zip(scaled, gradients, strict=True)]
+
+
+def _norms(tensors: Sequence[Tensor]) -> list[Tensor]:
+    if _are_alike(tensors):
+        return list(torch._foreach_norm([tensor.detach() for tensor in tensors], dtype=_at_least_float32(tensors[0])))
+    return [_norm(tensor) for tensor in tensors]
+
+
 def _norm(tensor: Tensor) -> Tensor:
-    # At least float32: the square of a float16 gradient of 1e-4 is zero, and 300 squares of 3e4 sum to infinity.
-    norm: Tensor = torch.linalg.vector_norm(tensor.detach(), dtype=torch.promote_types(tensor.dtype, torch.float32))
+    norm: Tensor = torch.linalg.vector_norm(tensor.detach(), dtype=_at_least_float32(tensor))
     return norm
+
+
+def _at_least_float32(tensor: Tensor) -> torch.dtype:
+    # The square of a float16 gradient of 1e-4 is zero, and 300 squares of 3e4 sum to infinity.
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _are_alike(tensors: Sequence[Tensor]) -> bool:
+    """Whether one call can do the same to all of them: plain tensors of one device and dtype."""
+    first = tensors[0]
+    return all(type(t) is Tensor and t.device == first.device and t.dtype is first.dtype for t in tensors)

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
+from lfu_reg.module_walk import modules_of
+
 
 class BufferWatch:
     """Tells which buffers of a model a forward pass has changed.
@@ -54,7 +56,7 @@ def on_copies(buffers: list[tuple[nn.Module, str]]) -> Iterator[None]:
 def _buffers(model: nn.Module) -> list[tuple[tuple[nn.Module, str], Tensor]]:
     return [
         ((module, name), buffer)
-        for module in model.modules()
+        for module in modules_of(model)
         if module._buffers
         for name, buffer in module._buffers.items()
         if buffer is not None

@@ -19,6 +19,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from lfu_reg.module_walk import modules_of
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -67,7 +69,7 @@ def untraced_itself(function: F) -> F:
 def entrances(model: nn.Module) -> dict[nn.Module, nn.Module]:
     """Every module in `model` that is compiled for itself, with what to call so that it runs compiled."""
     found: dict[nn.Module, nn.Module] = {}
-    for module in model.modules():
+    for module in modules_of(model):
         if type(module).__name__ == "OptimizedModule":
             found[unwrapped(module)] = module
         elif getattr(module, "_compiled_call_impl", None) is not None:

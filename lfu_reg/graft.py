@@ -54,19 +54,25 @@ class _Graft(torch.autograd.Function):
                 "The loss of LfURegularizer was backpropagated twice. Its gradients are handed over once and then "
                 "freed: add losses before calling backward, or call the regularizer again."
             )
-        return (
-            None,
-            None,
-            None,
-            *(_handed_over(g, grad_output, ctx.scale, dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)),
-        )
+        return None, None, None, *_handed_over(gradients, grad_output, ctx.scale, ctx.dtypes)
 
 
-def _handed_over(gradient: Tensor | None, grad_output: Tensor, scale: float, dtype: torch.dtype) -> Tensor | None:
-    if gradient is None:
-        return None
-    # In at least float32: the caller's scale and the own one may each be too much for float16, and meet here. In
-    # bfloat16 a divisor such as 1/3 would be off by 0.2 % for all gradients alike.
-    wide = torch.promote_types(gradient.dtype, torch.float32)
-    factor = grad_output.to(gradient.device, wide) / scale
-    return (gradient.to(wide) * factor).to(dtype)
+def _handed_over(
+    gradients: list[Tensor | None], grad_output: Tensor, scale: float, dtypes: list[torch.dtype]
+) -> list[Tensor | None]:
+    # The usual case, where a look waits for no device: then the gradients are the leaves' own, as after any backward.
+    as_they_are = type(grad_output) is Tensor and grad_output.device.type == "cpu" and float(grad_output) == scale
+    factors: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+    handed: list[Tensor | None] = []
+    for gradient, dtype in zip(gradients, dtypes, strict=True):
+        if gradient is None or as_they_are:
+            handed.append(None if gradient is None else gradient.to(dtype))
+            continue
+        # In at least float32: the caller's scale and the own one may each be too much for float16, and meet here. In
+        # bfloat16 a divisor such as 1/3 would be off by 0.2 % for all gradients alike.
+        wide = torch.promote_types(gradient.dtype, torch.float32)
+        kind = gradient.device, wide
+        if kind not in factors:
+            factors[kind] = grad_output.to(*kind) / scale
+        handed.append((gradient.to(wide) * factors[kind]).to(dtype))
+    return handed

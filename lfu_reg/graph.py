@@ -59,7 +59,7 @@ def leaves_above_and_below(loss: Tensor, cut: Tensor) -> tuple[list[Tensor], lis
 def _walk(start: Any, stop: tuple[Any, int] | None = None) -> tuple[list[Tensor], set[Any]]:
     """Leaves and nodes that a node depends on, itself included; edges that are equal to `stop` are not followed."""
     found: list[Tensor] = []
-    seen: set[Any] = set()
+    seen: set[Any] = {None}
     stack: list[Any] = [start]
     while stack:
         node = stack.pop()
@@ -77,7 +77,10 @@ def _walk(start: Any, stop: tuple[Any, int] | None = None) -> tuple[list[Tensor]
                 'model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False}) in '
                 "transformers, torch.utils.checkpoint.checkpoint(..., use_reentrant=False) by hand."
             )
-        stack.extend(edge[0] for edge in node.next_functions if edge[0] is not None and edge != stop)
+        # Lists, as a generator takes twice as long, at every node.
+        edges = node.next_functions
+        stack += [edge[0] for edge in edges] if stop is None else [edge[0] for edge in edges if edge != stop]
+    seen.discard(None)
     return found, seen
 
 

@@ -130,21 +130,22 @@ class ModelHooks:
         if not this.float16 and in_float16(y):
             this.float16 = True
         tokens = self._tokens(name, y, this)
-        changed = self._at_site(Call(name, module, _first_input(args, kwargs), y, tokens), this, auxiliary)
+        changed = y
+        if name in self._sites and (this.apply or this.observe):
+            changed = self._at_site(Call(name, module, _first_input(args, kwargs), y, tokens), this, auxiliary)
         if name in self.captured and this.recording and this.capture is not None:
             self._keep(name, changed, tokens, this)
         return None if changed is y else outputs.replace(output, path, changed)
 
     def _at_site(self, call: Call, this: Pass, auxiliary: Auxiliary) -> Tensor:
-        if call.name not in self._sites or not (this.apply or this.observe):
-            return call.y
         with without_autocast(call.y.device.type):
             if this.apply:
                 return auxiliary.apply_at(call)
             y = no_view(call.y) if call.y.requires_grad else take_part(call.y, this.anchor)
             if this.recording:
                 y.register_hook(_tap(auxiliary.observe(call), this.gate))  # type: ignore[no-untyped-call]
-                this.taps.append(get_gradient_edge(y))
+                if this.outlives:
+                    this.taps.append(get_gradient_edge(y))
                 if y is not call.y and WriteWatch.can_watch(call.y):
                     this.watched.append(WriteWatch(call.name, call.y))
             return y
@@ -172,4 +173,7 @@ def _tap(rule: GradientRule | None, gate: Gate) -> Callable[[Tensor], None]:
 
 
 def _first_input(args: Any, kwargs: Any) -> Tensor | None:
-    return next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point()), None)
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value
+    return None

@@ -67,7 +67,7 @@ class Pass:
         states: what was captured, in order of execution.
         fired: how often each hooked module ran with gradients.
         compiled: whether any of them ran in a region of torch.compile.
-        taps: the edges of the graph at which taps wait for gradients.
+        taps: the edges of the graph at which taps wait for gradients, of a graph that outlives the pass.
         watched: outputs in whose place the model got another tensor on the same memory, for the sake of a tap.
         anchor: leaf on which taps depend that would otherwise not be part of the graph.
         replaced: tensors that stand in the place of parameters during the pass.

@@ -24,7 +24,7 @@ def devices_of(modules: Iterable[nn.Module]) -> list[torch.device]:
     Offloaded weights are on the meta device between the calls, which says nothing of where they are brought to: then
     every accelerator counts.
     """
-    firsts = [next(module.parameters(), None) for module in modules]
+    firsts = map(_first_parameter, modules)
     found = dict.fromkeys(first.device for first in firsts if first is not None)
     if torch.device("meta") in found:
         del found[torch.device("meta")]
@@ -32,6 +32,17 @@ def devices_of(modules: Iterable[nn.Module]) -> list[torch.device]:
         if kind is not None:
             found |= dict.fromkeys(torch.device(kind.type, i) for i in range(torch.accelerator.device_count()))
     return list(found)
+
+
+def _first_parameter(module: nn.Module) -> Tensor | None:
+    # As `next(module.parameters(), None)`, several times faster: the step asks more than once.
+    for parameter in module._parameters.values():
+        if parameter is not None:
+            return parameter
+    for child in module._modules.values():
+        if child is not None and (parameter := _first_parameter(child)) is not None:
+            return parameter
+    return None
 
 
 @dataclass(frozen=True)

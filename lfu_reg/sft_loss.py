@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -41,7 +42,7 @@ class SFTLoss:
 
     def tokens_of(self, batch: Any) -> TokenMasks:
         """Which tokens of a batch count."""
-        return TokenMasks(batch, self._token_mask, virtual_tokens(self.model))
+        return TokenMasks(batch, self._token_mask, partial(virtual_tokens, self.model))
 
     def clean(self, devices: Iterable[torch.device], *, first: bool) -> Tensor:
         """The loss of pass 1. Later passes start from the random state of `devices` that this one finds.

@@ -37,14 +37,17 @@ class TokenMasks:
             them.
         token_mask: overrides them: a tensor shaped like the token dimensions (nonzero counts), or a callable of the
             batch.
-        virtual_tokens: positions that the model puts in front of the batch's own (PEFT's prompt tuning). Where no mask
-            fits as it is, they are added to it as PEFT adds them: attended to, but not a label, nor chosen by the user.
+        virtual_tokens: gives the number of positions that the model puts in front of the batch's own (PEFT's prompt
+            tuning). It is asked where no mask fits as it is; they are then added to it as PEFT adds them: attended to,
+            but not a label, nor chosen by the user.
 
     Raises:
         TypeError: if `token_mask` gives something else than a tensor.
     """
 
-    def __init__(self, batch: Any, token_mask: TokenMask | None = None, virtual_tokens: int = 0) -> None:
+    def __init__(
+        self, batch: Any, token_mask: TokenMask | None = None, virtual_tokens: Callable[[], int] | None = None
+    ) -> None:
         labels, attention = _entry(batch, "labels"), _entry(batch, "attention_mask")
         self.given: Tensor | None = None
         if token_mask is not None:
@@ -59,7 +62,7 @@ class TokenMasks:
         self._labels = None if labels is None or not _is_integer(labels) else torch.ne(labels, IGNORED_LABEL)
         self._attention = _binary(attention)
         self._decoder_attention = _binary(_entry(batch, "decoder_attention_mask"))
-        self._virtual = virtual_tokens
+        self._virtual = virtual_tokens or _none
         self._cache: dict[Any, tuple[Tensor | None, Tensor | None]] = {}
         self.matched_given = self.matched = False
 
@@ -115,14 +118,21 @@ class TokenMasks:
         # The encoder of a sequence-to-sequence model sees the prompt: the labels are the decoder's tokens.
         own = [(self._decoder_attention, True), (self._attention, True)]
         own = own[1:] if encoder else [(self._labels, False), *own]
-        for virtual in (0, self._virtual) if self._virtual else (0,):
-            for candidate, counted in ((self.given, False), *own):
-                if candidate is None or (fitted := _fit(_prepended(candidate, virtual, counted), dims)) is None:
+        masks = [(mask, counted) for mask, counted in ((self.given, False), *own) if mask is not None]
+        # Asking for virtual tokens is a walk over all modules, so it is done only where the masks alone do not fit.
+        for virtual_tokens in (_none, self._virtual) if masks else ():
+            virtual = virtual_tokens()
+            for candidate, counted in masks:
+                if (fitted := _fit(_prepended(candidate, virtual, counted), dims)) is None:
                     continue
                 self.matched = True
                 self.matched_given = self.matched_given or candidate is self.given
                 return fitted
         return None
+
+
+def _none() -> int:
+    return 0
 
 
 def _prepended(mask: Tensor, virtual: int, counted: bool) -> Tensor:

@@ -93,8 +93,8 @@ class LoRADeltas(OutputAuxiliary):
     def gradient_rule(self, components: Components, call: Call) -> GradientRule:
         """dl/dB = s (dl/dy)^T z, where only the thin z = A x is kept until the backward pass."""
         a, b = components
-        x = _input_rows(call)
         with torch.no_grad():
+            x = _input_rows(call)
             # Transposed, [rank, positions], as are the products below: several times faster on CPUs.
             z = a.to(x.dtype) @ x.t()
 
@@ -112,8 +112,8 @@ class LoRADeltas(OutputAuxiliary):
     def observe(self, call: Call) -> GradientRule:
         """As any auxiliary does; also decides which way pass 2 goes at this site."""
         # Under FSDP2 the weight that is seen here is a gathered copy, gone and replaced at the next forward.
-        weight = _plain_weight(call.module) if self.shards is None else None
-        if weight is not None and self._pays(weight, call.y):
+        weight = _plain_weight(call.module) if self.shards is None and self._pays(call) else None
+        if weight is not None and weight.parameter.dtype == call.y.dtype:
             self._merged[call.name] = weight
         return super().observe(call)
 
@@ -133,19 +133,18 @@ class LoRADeltas(OutputAuxiliary):
         return name in self._merged and not self._required
 
     def _merge(self, weight: _Weight, a: Tensor, b: Tensor) -> Tensor:
-        parameter = weight.holder._parameters["weight"]
-        assert parameter is not None
+        parameter = weight.parameter
         left, right = (a.t(), b.t()) if weight.transposed else (b, a)
         with without_autocast(parameter.device.type):
             return torch.addmm(parameter, left, right, alpha=self.scale)
 
     @staticmethod
-    def _pays(weight: _Weight, y: Tensor) -> bool:
-        parameter = weight.holder._parameters["weight"]
-        assert parameter is not None
-        exact = parameter.dtype == y.dtype and parameter.dtype in (torch.float32, torch.float64)
+    def _pays(call: Call) -> bool:
+        if call.x is None or call.y.dtype not in (torch.float32, torch.float64):
+            return False
+        n_in, n_out = call.x.shape[-1], call.y.shape[-1]
         # So the merged weights take at most a fifth of the memory of the activations around them.
-        return exact and 5 * parameter.numel() <= len(rows(y)) * sum(parameter.shape)
+        return 5 * n_in * n_out <= call.y.numel() // max(n_out, 1) * (n_in + n_out)
 
     def __repr__(self) -> str:
         return f"LoRADeltas(rank={self.rank}, lora_alpha={self.lora_alpha}, target_modules={self.target_modules!r})"
@@ -163,6 +162,13 @@ class _Weight:
 
     holder: nn.Module
     transposed: bool
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """Looked up when it is needed: another one may be in its place by then."""
+        parameter = self.holder._parameters["weight"]
+        assert parameter is not None
+        return parameter
 
 
 def _plain_weight(module: nn.Module) -> _Weight | None:

@@ -149,11 +149,12 @@ class OutputAuxiliary(Auxiliary):
         names = list(dict.fromkeys(name for name, _ in moving))
         groups = self.groups(names)
         per_group = None if groups is None else [groups[names.index(name)] for name, _ in moving]
-        for (name, i), step in zip(moving, ascend(gradients, alpha, per_group=per_group), strict=True):
+        norm = gradient_norm(gradients)
+        for (name, i), step in zip(moving, ascend(gradients, alpha, per_group=per_group, norm=norm), strict=True):
             components = list(self._components[name])
             components[i] = components[i].detach() + step
             self._components[name] = tuple(components)
-        return gradient_norm(gradients)
+        return norm
 
     def perturbation(self) -> dict[str, Any]:
         """Name of a site to its component, or to the tuple of them where there are several."""

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lfu_reg.ascent import ascend, gradient_norm
 from lfu_reg.auxiliaries.base import Auxiliary, Call, Generators, GradientRule
+from lfu_reg.module_walk import modules_of
 from lfu_reg.substitution import Replacement
 
 
@@ -102,10 +103,11 @@ class WeightDeltas(Auxiliary):
         if not names:
             return torch.zeros(())
         gradients = [self._gradients[name] for name in names]
-        for name, step in zip(names, ascend(gradients, alpha), strict=True):
+        norm = gradient_norm(gradients)
+        for name, step in zip(names, ascend(gradients, alpha, norm=norm), strict=True):
             self._deltas[name] = self._deltas[name] + step if name in self._deltas else step
         self._gradients = {}
-        return gradient_norm(gradients)
+        return norm
 
     def perturbation(self) -> dict[str, Any]:
         """Parameter name to delta."""
@@ -122,7 +124,7 @@ class WeightDeltas(Auxiliary):
         moved = {id(self._parameters[name]): self._parameters[name] + delta for name, delta in self._deltas.items()}
         return (
             (module, name, moved[id(parameter)])
-            for module in self._model.modules()
+            for module in modules_of(self._model)
             for name, parameter in module._parameters.items()
             if id(parameter) in moved
         )

@@ -39,6 +39,7 @@ def phases_of(method: Method, subject: Subject, clock: Clock, rounds: int) -> di
         with _instrumented(method, subject, clock, laps) as run:
             run()
         laps["bookkeeping"] = clock.now() - start - sum(laps.values())
+        method.model.zero_grad(set_to_none=True)  # a walk over all modules, in SFT's step as well
         for name, seconds in laps.items():
             taken[name].append(seconds)
     return {name: median(seconds) for name, seconds in taken.items()}
@@ -79,7 +80,6 @@ def _instrumented(
     def run() -> None:
         loss: Tensor = reg(method.model, subject.batch, timed("clean forward", subject.sft_loss))
         timed("graft", loss.backward)()
-        method.model.zero_grad(set_to_none=True)
 
     with ExitStack() as patches:
         for target, name, wrapped in (

@@ -209,8 +209,8 @@ MUTANTS = (
         24,
         "inputs given by keyword are seen",
         "hooks.py",
-        "for v in (*args, *kwargs.values())",
-        "for v in args",
+        "for value in (*args, *kwargs.values())",
+        "for value in args",
         "tests/test_firing.py::test_keyword_only_calls",
     ),
     Mutant(
