@@ -16,7 +16,7 @@ from pathlib import Path
 from lfu_reg.cli.app import app
 
 RESULTS = Path(__file__).resolve().parent / "results"
-LFU = "sft,steering,lora,weights"
+LFU = "sft,steering,lora,weights,steering-late,lora-late"
 OTHERS = "retained,literal-steering,authors-lora,sam"
 GPU = "--device cuda --dtype bfloat16 --rounds 20 --methods all --time-budget 1.5"
 COMMANDS = {

@@ -20,10 +20,11 @@ Written by `python benchmarks/step_page.py` from `benchmarks/results/`; do not e
 `lfu-reg overhead MODEL` ([the command](cli.md)).
 
 One training step is a forward and a backward pass. All methods run interleaved in one process; a ratio is taken in
-every round, and the table has its median and quartiles. On one CPU thread time is processor time. The floor of any exact
-step is one plus the blocks' share of SFT's forward and backward, since gradients have to flow through the blocks twice.
-No exact step can be below it, so a ratio under the floor in a table is measuring noise; the measured share itself moves
-by a few hundredths between runs on a shared machine. *Literal* is the paper's text as
+every round, and the table has its median and quartiles. On one CPU thread time is processor time. The *floor* is one plus
+the blocks' share of SFT's forward and backward: what it takes to go through all blocks twice. Exact steps below it are those
+that [share a prefix](how-it-works.md#what-both-passes-share): steering runs the first block once, and with `layers="late"`
+only the last third of the blocks runs twice. The measured share itself moves by a few hundredths between runs on a shared
+machine. *Literal* is the paper's text as
 it reads, with three forwards; the authors' procedures are those of their code. On CPU, memory is the peak of the bytes
 that autograd keeps for backward passes.
 

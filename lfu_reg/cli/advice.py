@@ -13,6 +13,7 @@ from typing import Any
 FRACTIONS = (0.75, 0.5, 0.25, 0.125)
 EVERY = (2, 3, 4, 8, 16)
 EARLY = "another objective: the first third of the layers"
+LATE = "another objective: the last third of the layers"
 PASS_2 = ("perturbed forward", "distance", "perturbed backward")
 
 
@@ -55,7 +56,12 @@ def options_within(budget: float, auxiliary: str, ratio: float, share_2: float, 
     exact = Option(auxiliary, {}, ratio, "exact")
     if ratio <= budget:
         return [exact]
-    families = (_samples(auxiliary, ratio, share_2, batch), _early(auxiliary, ratio, share_2), _steps(auxiliary, ratio))
+    families = (
+        _samples(auxiliary, ratio, share_2, batch),
+        *([] if auxiliary == "weights" else [_late(auxiliary, ratio, share_2)]),
+        _early(auxiliary, ratio, share_2),
+        _steps(auxiliary, ratio),
+    )
     found = (next((option for option in family if option.ratio <= budget), None) for family in families)
     return [option for option in found if option is not None]
 
@@ -73,6 +79,11 @@ def _samples(auxiliary: str, ratio: float, share_2: float, batch: int) -> Iterat
 
 def _early(auxiliary: str, ratio: float, share_2: float) -> Iterator[Option]:
     yield Option(auxiliary, {"layers": "early"}, ratio - 2 / 3 * share_2, EARLY)
+
+
+def _late(auxiliary: str, ratio: float, share_2: float) -> Iterator[Option]:
+    # What lies below is run once, forward and backward.
+    yield Option(auxiliary, {"layers": "late"}, ratio - 2 / 3 * share_2, LATE)
 
 
 def _steps(auxiliary: str, ratio: float) -> Iterator[Option]:

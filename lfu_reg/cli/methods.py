@@ -21,9 +21,11 @@ from lfu_reg.regularizer import LfURegularizer
 
 BLOCKS = "blocks"
 LFU = {"steering": "LfU steering", "lora": "LfU LoRA", "weights": "LfU weights"}
+LATE = {"steering-late": "LfU steering, last third of layers", "lora-late": "LfU LoRA, last third of layers"}
 LABELS = {
     "sft": "SFT",
     **LFU,
+    **LATE,
     "retained": "LfU steering, graph retained",
     "literal-steering": "literal steering, 3 forwards",
     "literal-lora": "literal LoRA, 3 forwards",
@@ -74,6 +76,9 @@ def make_method(key: str, subject: Subject, *, compiled: bool = False) -> Method
     """The method of that key, on a module tree of its own around the subject's parameters."""
     if key in LFU:
         return lfu_method(key, LFU[key], subject, {}, compiled=compiled)
+    if key in LATE:
+        auxiliary = key.removesuffix("-late")
+        return lfu_method(auxiliary, LATE[key], subject, {"layers": "late"}, key=key, compiled=compiled)
     if key == "retained":
         return lfu_method("steering", LABELS[key], subject, {"strategy": "retained"}, key=key, compiled=compiled)
     own = shared_copy(subject.model)
@@ -129,7 +134,7 @@ def lfu_method(
 
 
 def blocks_alone(subject: Subject) -> Method:
-    """Forward and backward of the blocks and nothing above: what no exact method can avoid doing a second time."""
+    """Forward and backward of the blocks and nothing above: what a second pass through all of them takes."""
     own = shared_copy(subject.model)
     blocks = choose_layers(own, "all")
     ran: list[nn.Module] = []

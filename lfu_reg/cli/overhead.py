@@ -188,12 +188,19 @@ def _at_full_depth(rows: list[dict[str, Any]], share: float, subject: Subject) -
     """Ratios of the model before it was truncated: the blocks' time grows with the depth, and so does what LfU adds."""
     if subject.full_depth is None:
         return None
-    factor = subject.full_depth / len(choose_layers(subject.model, "all"))
+    here = len(choose_layers(subject.model, "all"))
+    factor = subject.full_depth / here
     sft = 1 + share * (factor - 1)
+    # Steering runs the first layer once, at any depth.
+    added = {"steering": (subject.full_depth - 1) / max(1, here - 1)}
     return {
         "layers": subject.full_depth,
         "floor": round(1 + share * factor / sft, 4),
-        "ratios": {row["key"]: round(1 + (row["ratio"] - 1) * factor / sft, 3) for row in rows if row["key"] in LFU},
+        "ratios": {
+            row["key"]: round(1 + (row["ratio"] - 1) * added.get(row["key"], factor) / sft, 3)
+            for row in rows
+            if row["key"] in LFU
+        },
     }
 
 

@@ -66,7 +66,7 @@ def test_overhead_of_every_method(tmp_path: Path, tuning: str) -> None:
     assert result["floor"] == pytest.approx(1 + result["blocks_share"])
     assert {"date", "commit", "torch", "transformers", "hardware"} <= set(result["surroundings"])
     assert all(label.split()[0] in shown for label in LABELS.values())
-    assert "The floor of an exact step is" in shown
+    assert "The floor is" in shown
     assert ("By counted operations" in shown) == (result["counted"] is not None) == (tuning == "full")
 
 
