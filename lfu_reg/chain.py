@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
 from lfu_reg import outputs
@@ -236,8 +235,8 @@ def _slot_of(hidden: Tensor | None, args: Iterable[Any], kwargs: Mapping[str, An
 
 
 def _only_ours(module: nn.Module) -> bool:
-    """Whether nobody else's hook may change the layer's output after it was seen."""
-    return not torch_module._global_forward_hooks and all(isinstance(h, Hook) for h in module._forward_hooks.values())
+    """Whether nobody else's hook may change the layer's output after it was seen. Global hooks come before ours."""
+    return all(isinstance(hook, Hook) for hook in module._forward_hooks.values())
 
 
 def _is_wrapped(module: nn.Module, outside: object) -> bool:

@@ -40,8 +40,9 @@ def _first_parameter(module: nn.Module) -> Tensor | None:
         if parameter is not None:
             return parameter
     for child in module._modules.values():
-        if child is not None and (parameter := _first_parameter(child)) is not None:
-            return parameter
+        found = None if child is None else _first_parameter(child)
+        if found is not None:
+            return found
     return None
 
 

@@ -195,7 +195,7 @@ def _without_values() -> ExitStack:
     """Stands in for the few places of the step that read values or the generators' states."""
     patches = ExitStack()
     for target, stand_in in (
-        ("lfu_reg.replays._repeats", lambda *args: True),
+        ("lfu_reg.replays._repeats", lambda *args, **kwargs: True),
         ("lfu_reg.diagnostics.Diagnostics.is_due", lambda *args: False),
         ("lfu_reg.randomness.RandomState.capture", lambda *args: mock.Mock()),
         ("torch.Tensor.uniform_", lambda tensor, *args, **kwargs: tensor),

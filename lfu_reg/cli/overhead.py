@@ -191,16 +191,17 @@ def _at_full_depth(rows: list[dict[str, Any]], share: float, subject: Subject) -
     here = len(choose_layers(subject.model, "all"))
     factor = subject.full_depth / here
     sft = 1 + share * (factor - 1)
-    # Steering runs the first layer once, at any depth.
-    added = {"steering": (subject.full_depth - 1) / max(1, here - 1)}
+
+    def added(row: dict[str, Any]) -> float:
+        shared = row["key"] == "steering"  # which runs the first block once, at any depth
+        if here == shared:
+            return share * (factor - 1)
+        return (float(row["ratio"]) - 1) * (here * factor - shared) / (here - shared)
+
     return {
         "layers": subject.full_depth,
         "floor": round(1 + share * factor / sft, 4),
-        "ratios": {
-            row["key"]: round(1 + (row["ratio"] - 1) * added.get(row["key"], factor) / sft, 3)
-            for row in rows
-            if row["key"] in LFU
-        },
+        "ratios": {row["key"]: round(1 + added(row) / sft, 3) for row in rows if row["key"] in LFU},
     }
 
 

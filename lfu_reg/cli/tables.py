@@ -35,8 +35,8 @@ def show_overhead(result: dict[str, Any], console: Console) -> None:
     console.print(table)
     counted = (result["counted"] or {}).get("blocks_share")
     console.print(
-        f"The floor is {floor:.3f}, for passes that both go through all blocks: these take {result['blocks_share']:.3f} of "
-        "SFT's forward and backward. Steering runs the first block once, and the last third of layers two thirds once."
+        f"The floor is {floor:.3f}, for two passes through all blocks, which take {result['blocks_share']:.3f} of "
+        "SFT's forward and backward. Steering runs the first block once; layers='late' runs two thirds of them once."
         + ("" if counted is None else f" By counted operations: {1 + counted:.3f}.")
     )
     _show_phases(result, console)

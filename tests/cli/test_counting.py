@@ -41,8 +41,10 @@ def test_operations_and_bytes_of_a_run(tuning: str) -> None:
 
 def test_lfu_takes_the_blocks_once_more() -> None:
     steps = count(SETTING).steps
-    for key in ("steering", "weights"):
-        assert steps[key].flops == steps["sft"].flops + steps["blocks"].flops
+    assert steps["weights"].flops == steps["sft"].flops + steps["blocks"].flops
+    # Steering runs the first of two blocks once, whose input needs no gradient.
+    added = steps["steering"].flops - steps["sft"].flops
+    assert steps["blocks"].flops / 2 < added < 0.6 * steps["blocks"].flops
     assert steps["sft"].flops > steps["blocks"].flops
 
 
@@ -77,9 +79,10 @@ def test_advice_prefers_the_exact_step() -> None:
 
 
 def test_advice_changes_as_little_as_needed() -> None:
-    samples, early, steps = options_within(1.5, "lora", 1.9, 0.85, 8)
+    samples, late, early, steps = options_within(1.5, "lora", 1.9, 0.85, 8)
     assert samples.options == {"batch_fraction": 0.5}  # three quarters would take 1.69
     assert samples.ratio == pytest.approx(1.9 - 0.5 * 0.85)
+    assert late.options == {"layers": "late"}
     assert early.options == {"layers": "early"}
     assert steps.options == {"every": 2}
     assert steps.ratio == pytest.approx(1.45)
