@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from lfu_reg import outputs
 from lfu_reg.autocast import in_float16, without_autocast
 from lfu_reg.auxiliaries.base import Auxiliary, Call, GradientRule, Tokens
+from lfu_reg.auxiliaries.folding import has_acted
 from lfu_reg.compiled import forget_graphs
 from lfu_reg.early_exit import EarlyExits
 from lfu_reg.graph import no_view, take_part
@@ -136,7 +137,7 @@ class ModelHooks:
         return None if changed is y else outputs.replace(output, path, changed)
 
     def _at_site(self, call: Call, this: Pass, auxiliary: Auxiliary) -> Tensor:
-        if call.name not in self._sites or not (this.apply or this.observe):
+        if call.name not in self._sites or not (this.apply or this.observe) or has_acted(call.module):
             return call.y
         with without_autocast(call.y.device.type):
             if this.apply:

@@ -7,9 +7,11 @@
 A is random, drawn anew at every step, and B starts at zero, so y' = y. Then dl/dA is exactly zero and dl/dB = s
 (dl/dy)^T z: the ascent moves B. With both at zero nothing would ever move.
 
-Pass 2 has two ways to the same y'. The thin products above cost rank * (in + out) per token, forward and backward. The
-merged weight W + s B A costs rank * in * out once, and in * out of memory: cheaper where there are many more tokens
-than hidden units, which `_pays` decides at each site. Half-precision weights are never merged: rounding eats the delta.
+Where the linear map has a PEFT-LoRA adapter that is trained, both passes fold the delta into its rank (`folding.py`).
+Elsewhere pass 1 taps the outputs, and pass 2 has two ways to the same y'. The thin products above cost rank * (in +
+out) per token, forward and backward. The merged weight W + s B A costs rank * in * out once, and in * out of memory:
+cheaper where there are many more tokens than hidden units, which `_pays` decides at each site. Half-precision weights
+are never merged: rounding eats the delta.
 """
 
 from __future__ import annotations
@@ -17,13 +19,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from lfu_reg import adapters
+from lfu_reg.adapters import PlainLoRA
 from lfu_reg.autocast import without_autocast
 from lfu_reg.auxiliaries.base import Call, Components, Generators, GradientRule, master_dtype
+from lfu_reg.auxiliaries.folding import Fold
 from lfu_reg.auxiliaries.output import OutputAuxiliary
 from lfu_reg.linears import TargetModules, find_linears, linear_sizes
 from lfu_reg.substitution import Replacement
@@ -53,6 +58,9 @@ class LoRADeltas(OutputAuxiliary):
         self.lora_alpha = lora_alpha
         self.target_modules = target_modules
         self._merged: dict[str, _Weight] = {}
+        self._model: nn.Module | None = None
+        self._linears: Mapping[str, nn.Module] = {}
+        self._adapters: dict[str, PlainLoRA] = {}
 
     @property
     def scale(self) -> float:
@@ -67,7 +75,13 @@ class LoRADeltas(OutputAuxiliary):
                 f"There is no linear map in the chosen layers ({', '.join(list(layers)[:5])}, ...) for LoRA deltas to "
                 'act on. Use auxiliary="steering", auxiliary="weights", or other layers.'
             )
+        self._model, self._linears = model, linears
         return linears
+
+    def let_go(self, model: nn.Module) -> None:
+        """Forget the model's linear maps; those of another one that was attached since are kept."""
+        if self._model is model:
+            self._model, self._linears, self._adapters = None, {}, {}
 
     def start(self, call: Call, generator: torch.Generator) -> Components:
         """A as LoRA initialises it, uniform in +-1/sqrt(in), and B = 0."""
@@ -79,9 +93,12 @@ class LoRADeltas(OutputAuxiliary):
                 f"{'no tensor' if x is None else list(x.shape)} and returned {list(y.shape)}. Leave it out with "
                 "LoRADeltas(target_modules=...)."
             )
-        a = torch.empty(self.rank, n_in, dtype=master_dtype(y), device=y.device)
+        return self._no_change(n_in, n_out, y, generator)
+
+    def _no_change(self, n_in: int, n_out: int, like: Tensor, generator: torch.Generator) -> Components:
+        a = torch.empty(self.rank, n_in, dtype=master_dtype(like), device=like.device)
         bound = 1 / math.sqrt(n_in)
-        return a.uniform_(-bound, bound, generator=generator), y.new_zeros(n_out, self.rank, dtype=a.dtype)
+        return a.uniform_(-bound, bound, generator=generator), like.new_zeros(n_out, self.rank, dtype=a.dtype)
 
     def apply(self, components: Components, call: Call) -> Tensor:
         """The output y' = y + s B A x."""
@@ -105,14 +122,16 @@ class LoRADeltas(OutputAuxiliary):
         return rule
 
     def reset(self, generators: Generators) -> None:
-        """Forget components, gradients, and which sites are merged."""
+        """Forget components, gradients, and which sites are merged; look for adapters to fold deltas into."""
         super().reset(generators)
+        found = {name: adapters.plain_lora(module) for name, module in self._linears.items()} if self.may_fold else {}
+        self._adapters = {name: adapter for name, adapter in found.items() if adapter is not None}
         self._merged = {}
 
     def observe(self, call: Call) -> GradientRule:
         """As any auxiliary does; also decides which way pass 2 goes at this site."""
         # Under FSDP2 the weight that is seen here is a gathered copy, gone and replaced at the next forward.
-        weight = _plain_weight(call.module) if self.shards is None else None
+        weight = _plain_weight(call.module) if self.shards is None and call.name not in self._adapters else None
         if weight is not None and self._pays(weight, call.y):
             self._merged[call.name] = weight
         return super().observe(call)
@@ -121,13 +140,42 @@ class LoRADeltas(OutputAuxiliary):
         """As `apply`, or nothing where the delta is in the weight."""
         return call.y if self._in_weights(call.name) else super().apply_at(call)
 
+    def observing(self) -> Iterable[Replacement]:
+        """Layers whose adapters the deltas are folded into, with B as a leaf."""
+        return self._folds(observed=True)
+
+    def temporary_leaves(self) -> list[Tensor]:
+        """Every B that was folded in."""
+        return [component for component in self.leaves() if component.requires_grad]
+
+    def ascend(self, alpha: float) -> Tensor:
+        """Eq. 2; from there on no B is a leaf, also those that got no gradient."""
+        norm = super().ascend(alpha)
+        self._components = {name: tuple(c.detach() for c in cs) for name, cs in self._components.items()}
+        return norm
+
     def replacements(self) -> Iterable[Replacement]:
-        """W + s B A instead of W, at the sites where that is cheaper."""
-        return (
-            (weight.holder, "weight", self._merge(weight, *self._components[name]))
-            for name, weight in self._merged.items()
-            if self._in_weights(name)
-        )
+        """Layers whose adapters the deltas are folded into; else W + s B A instead of W, where that is cheaper."""
+        yield from self._folds(observed=False)
+        for name, weight in self._merged.items():
+            if self._in_weights(name):
+                yield weight.holder, "weight", self._merge(weight, *self._components[name])
+
+    def _folds(self, *, observed: bool) -> Iterable[Replacement]:
+        for name, adapter in self._adapters.items():
+            site, components = self._linears[name], partial(self._folded, name, adapter, observed)
+            yield site, "forward", Fold(site, adapter, components, self.scale)
+
+    def _folded(self, name: str, adapter: PlainLoRA, observed: bool) -> Components:
+        if name not in self._components:
+            like, generator = adapter.down.weight, self._generators(adapter.down.weight.device)
+            with torch.no_grad():
+                started = self._no_change(adapter.down.in_features, adapter.up.out_features, like, generator)
+            self._components[name] = tuple(c.requires_grad_(self._required) for c in started)
+        if observed:
+            a, b = self._components[name]
+            self._components[name] = a, b.detach().requires_grad_()
+        return self._components[name]
 
     def _in_weights(self, name: str) -> bool:
         return name in self._merged and not self._required
