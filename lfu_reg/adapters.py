@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import nn
 
+from lfu_reg.listeners import Hook
+
 # PEFT's forward takes these for itself: it hooks its layers for the length of the call, and the model inside never
 # sees them. A replay of what is inside would leave them out, and an exception would leave PEFT's hooks behind.
 _CONTEXT_ARGUMENTS = ("adapter_names", "alora_offsets")
@@ -92,7 +94,8 @@ def acting_adapter(layer: Any) -> str | None:
 
 def _is_plain(linear: nn.Module) -> bool:
     parameters, inside = linear._parameters, vars(linear)
-    hooked = any(inside[hooks] for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks"))
+    hooks = (h for t in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks") for h in inside[t].values())
+    hooked = any(not (isinstance(hook, Hook) and hook.listener is None) for hook in hooks)  # idle ones of ours
     plain = type(linear) is nn.Linear and type(parameters["weight"]) is nn.Parameter and parameters["bias"] is None
     return plain and not hooked and "forward" not in inside and inside.get("_compiled_call_impl") is None
 

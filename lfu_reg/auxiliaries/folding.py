@@ -38,21 +38,26 @@ class Fold:
         components: gives A' [rank, in] and B' [out, rank] of the pass. Asked at the first call only, so blocks that are
             repeated for a backward later on (activation checkpointing) get the tensors of their own pass.
         scale: s.
+
+    Attributes:
+        acted: whether the delta was in what the layer's last call returned.
+        dtype, positions: of what that call returned, and how many rows it had.
     """
 
     def __init__(self, site: nn.Module, adapter: PlainLoRA, components: Callable[[], Components], scale: float) -> None:
-        self.acted = False
-        self._site, self._adapter, self._components, self._scale = site, adapter, components, scale
+        self.site, self.acted = site, False
+        self.dtype, self.positions = torch.float32, 0
+        self._adapter, self._components, self._scale = adapter, components, scale
         self._weights: tuple[Tensor, Tensor] | None = None
         self._run = _runner()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The layer's forward, with the delta where its adapter acts; `acted` says whether it did."""
+        """The layer's forward, with the delta where its adapter acts."""
         return self._run(self, args, kwargs)
 
     def run(self, args: Any, kwargs: Any) -> Any:
         """The same, in plain Python."""
-        site, adapter = self._site, self._adapter
+        site, adapter = self.site, self._adapter
         forward = type(site).forward
         self.acted = False
         # Hooks leave calls without gradients alone, and refuse transforms.
@@ -65,7 +70,7 @@ class Fold:
         down, up = self._weights
         with substituted([(adapter.down, "weight", down), (adapter.up, "weight", up)]):
             y = forward(site, *args, **kwargs)
-        self.acted = True
+        self.acted, self.dtype, self.positions = True, y.dtype, y.shape[:-1].numel()
         return y
 
     def _widened(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,18 +7,15 @@
 A is random, drawn anew at every step, and B starts at zero, so y' = y. Then dl/dA is exactly zero and dl/dB = s
 (dl/dy)^T z: the ascent moves B. With both at zero nothing would ever move.
 
-Where the linear map has a PEFT-LoRA adapter that is trained, both passes fold the delta into its rank (`folding.py`).
-Elsewhere pass 1 taps the outputs, and pass 2 has two ways to the same y'. The thin products above cost rank * (in +
-out) per token, forward and backward. The merged weight W + s B A costs rank * in * out once, and in * out of memory:
-cheaper where there are many more tokens than hidden units, which `_pays` decides at each site. Half-precision weights
-are never merged: rounding eats the delta.
+That is the general way: a tap on y in pass 1, and two thin products more in pass 2. Two others are cheaper where they
+can be had. `folding.py` widens the LoRA adapter that is trained anyway, in both passes and without a tap. `merging.py`
+puts W + s B A in the place of W for pass 2.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -26,9 +23,9 @@ from torch import Tensor, nn
 
 from lfu_reg import adapters
 from lfu_reg.adapters import PlainLoRA
-from lfu_reg.autocast import without_autocast
 from lfu_reg.auxiliaries.base import Call, Components, Generators, GradientRule, master_dtype
 from lfu_reg.auxiliaries.folding import Fold
+from lfu_reg.auxiliaries.merging import PlainWeight, plain_weight
 from lfu_reg.auxiliaries.output import OutputAuxiliary
 from lfu_reg.linears import TargetModules, find_linears, linear_sizes
 from lfu_reg.substitution import Replacement
@@ -57,10 +54,11 @@ class LoRADeltas(OutputAuxiliary):
         self.rank = rank
         self.lora_alpha = lora_alpha
         self.target_modules = target_modules
-        self._merged: dict[str, _Weight] = {}
+        self._merged: dict[str, PlainWeight] = {}
         self._model: nn.Module | None = None
         self._linears: Mapping[str, nn.Module] = {}
         self._adapters: dict[str, PlainLoRA] = {}
+        self._observing: dict[str, Fold] = {}
 
     @property
     def scale(self) -> float:
@@ -81,7 +79,7 @@ class LoRADeltas(OutputAuxiliary):
     def let_go(self, model: nn.Module) -> None:
         """Forget the model's linear maps; those of another one that was attached since are kept."""
         if self._model is model:
-            self._model, self._linears, self._adapters = None, {}, {}
+            self._model, self._linears, self._adapters, self._observing = None, {}, {}, {}
 
     def start(self, call: Call, generator: torch.Generator) -> Components:
         """A as LoRA initialises it, uniform in +-1/sqrt(in), and B = 0."""
@@ -126,23 +124,23 @@ class LoRADeltas(OutputAuxiliary):
         super().reset(generators)
         found = {name: adapters.plain_lora(module) for name, module in self._linears.items()} if self.may_fold else {}
         self._adapters = {name: adapter for name, adapter in found.items() if adapter is not None}
-        self._merged = {}
+        self._merged, self._observing = {}, {}
 
     def observe(self, call: Call) -> GradientRule:
         """As any auxiliary does; also decides which way pass 2 goes at this site."""
         # Under FSDP2 the weight that is seen here is a gathered copy, gone and replaced at the next forward.
-        weight = _plain_weight(call.module) if self.shards is None and call.name not in self._adapters else None
-        if weight is not None and self._pays(weight, call.y):
-            self._merged[call.name] = weight
+        if self.shards is None:
+            self._consider_merging(call.name, call.module, call.y.dtype, len(rows(call.y)))
         return super().observe(call)
 
     def apply_at(self, call: Call) -> Tensor:
         """As `apply`, or nothing where the delta is in the weight."""
-        return call.y if self._in_weights(call.name) else super().apply_at(call)
+        return call.y if self._is_merged(call.name) else super().apply_at(call)
 
     def observing(self) -> Iterable[Replacement]:
         """Layers whose adapters the deltas are folded into, with B as a leaf."""
-        return self._folds(observed=True)
+        self._observing = {name: self._fold(name, observed=True) for name in self._adapters}
+        return ((fold.site, "forward", fold) for fold in self._observing.values())
 
     def temporary_leaves(self) -> list[Tensor]:
         """Every B that was folded in."""
@@ -155,16 +153,30 @@ class LoRADeltas(OutputAuxiliary):
         return norm
 
     def replacements(self) -> Iterable[Replacement]:
-        """Layers whose adapters the deltas are folded into; else W + s B A instead of W, where that is cheaper."""
-        yield from self._folds(observed=False)
+        """W + s B A instead of W, where that is cheapest; else layers whose adapters the deltas are folded into."""
+        for name, fold in self._observing.items():
+            if fold.acted:
+                self._consider_merging(name, fold.site, fold.dtype, fold.positions)
         for name, weight in self._merged.items():
-            if self._in_weights(name):
-                yield weight.holder, "weight", self._merge(weight, *self._components[name])
+            if self._is_merged(name):
+                a, b = self._components[name]
+                yield weight.holder, "weight", weight.merged(a.detach(), b.detach(), self.scale)
+        for name in self._adapters:
+            if not self._is_merged(name):
+                fold = self._fold(name, observed=False)
+                yield fold.site, "forward", fold
 
-    def _folds(self, *, observed: bool) -> Iterable[Replacement]:
-        for name, adapter in self._adapters.items():
-            site, components = self._linears[name], partial(self._folded, name, adapter, observed)
-            yield site, "forward", Fold(site, adapter, components, self.scale)
+    def _consider_merging(self, name: str, module: nn.Module, dtype: torch.dtype, positions: int) -> None:
+        weight = plain_weight(module)
+        if weight is not None and weight.merging_pays(dtype, positions):
+            self._merged[name] = weight
+
+    def _is_merged(self, name: str) -> bool:
+        return name in self._merged and not self._required
+
+    def _fold(self, name: str, *, observed: bool) -> Fold:
+        adapter = self._adapters[name]
+        return Fold(self._linears[name], adapter, partial(self._folded, name, adapter, observed), self.scale)
 
     def _folded(self, name: str, adapter: PlainLoRA, observed: bool) -> Components:
         if name not in self._components:
@@ -177,24 +189,6 @@ class LoRADeltas(OutputAuxiliary):
             self._components[name] = a, b.detach().requires_grad_()
         return self._components[name]
 
-    def _in_weights(self, name: str) -> bool:
-        return name in self._merged and not self._required
-
-    def _merge(self, weight: _Weight, a: Tensor, b: Tensor) -> Tensor:
-        parameter = weight.holder._parameters["weight"]
-        assert parameter is not None
-        left, right = (a.t(), b.t()) if weight.transposed else (b, a)
-        with without_autocast(parameter.device.type):
-            return torch.addmm(parameter, left, right, alpha=self.scale)
-
-    @staticmethod
-    def _pays(weight: _Weight, y: Tensor) -> bool:
-        parameter = weight.holder._parameters["weight"]
-        assert parameter is not None
-        exact = parameter.dtype == y.dtype and parameter.dtype in (torch.float32, torch.float64)
-        # So the merged weights take at most a fifth of the memory of the activations around them.
-        return exact and 5 * parameter.numel() <= len(rows(y)) * sum(parameter.shape)
-
     def __repr__(self) -> str:
         return f"LoRADeltas(rank={self.rank}, lora_alpha={self.lora_alpha}, target_modules={self.target_modules!r})"
 
@@ -203,25 +197,3 @@ def _input_rows(call: Call) -> Tensor:
     """The site's input as [positions, in], in the dtype of its output."""
     assert call.x is not None
     return rows(call.x).to(call.y.dtype)
-
-
-@dataclass(frozen=True)
-class _Weight:
-    """A module whose parameter `weight` is all that its linear map depends on, but for a bias."""
-
-    holder: nn.Module
-    transposed: bool
-
-
-def _plain_weight(module: nn.Module) -> _Weight | None:
-    """The weight into which a delta could be merged; None where it is packed, parametrised, sharded or compiled."""
-    holder = adapters.innermost(module)
-    if holder is not module and not (adapters.base_layer(module) is holder and adapters.adds_to_its_base_layer(module)):
-        return None
-    # A forward of the instance's own (accelerate's offloading) may bring another weight.
-    if getattr(holder, "_compiled_call_impl", None) is not None or "forward" in vars(holder):
-        return None
-    transposed = type(holder).__name__ == "Conv1D"
-    if not (type(holder) is nn.Linear or transposed) or type(holder._parameters.get("weight")) is not nn.Parameter:
-        return None
-    return _Weight(holder, transposed)
