@@ -7,10 +7,13 @@ the adapter's own matrices is no delta of the map.
 
 from __future__ import annotations
 
+import sys
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from lfu_reg.listeners import Hook
 from lfu_reg.module_walk import modules_of
 
 # PEFT's forward takes these for itself: it hooks its layers for the length of the call, and the model inside never
@@ -40,6 +43,62 @@ def adds_to_its_base_layer(module: nn.Module) -> bool:
         return False
     variants = getattr(module, "use_dora", None), getattr(module, "lora_variant", None)
     return not any(isinstance(variant, dict) and any(variant.values()) for variant in variants)
+
+
+@dataclass(frozen=True)
+class PlainLoRA:
+    """The adapter of a PEFT layer that returns base_layer(x) + scaling * up(down(x)) and does nothing else.
+
+    Attributes:
+        name: of the adapter.
+        down: `lora_A`, [rank, in].
+        up: `lora_B`, [out, rank].
+        scaling: the factor on both.
+    """
+
+    name: str
+    down: nn.Linear
+    up: nn.Linear
+    scaling: float
+
+
+def plain_lora(module: nn.Module) -> PlainLoRA | None:
+    """The adapter of `module` if it acts as `PlainLoRA` says, and is trained; None for anything else.
+
+    Not with dropout, DoRA and other variants, a bias of its own, hooks or other forward methods inside.
+    """
+    layers: Any = sys.modules.get("peft.tuners.lora.layer")
+    forward = getattr(getattr(layers, "Linear", None), "forward", None)
+    if forward is None or type(module).forward is not forward or "forward" in vars(module):
+        return None
+    layer: Any = module
+    name = acting_adapter(layer)
+    if name is None or not adds_to_its_base_layer(layer):
+        return None
+    dropout, down, up = layer.lora_dropout[name], layer.lora_A[name], layer.lora_B[name]
+    if not (type(dropout) is nn.Identity or (type(dropout) is nn.Dropout and dropout.p == 0)):
+        return None
+    if not (_is_plain(down) and _is_plain(up)) or not layer.scaling[name]:
+        return None
+    if not (down.weight.requires_grad or up.weight.requires_grad):
+        return None
+    return PlainLoRA(name, down, up, float(layer.scaling[name]))
+
+
+def acting_adapter(layer: Any) -> str | None:
+    """Name of the one adapter whose products a LoRA layer adds at present; None for none of them, and for several."""
+    if layer.disable_adapters or layer.merged:
+        return None
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    return names[0] if len(names) == 1 else None
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    parameters, inside = linear._parameters, vars(linear)
+    hooks = (h for t in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks") for h in inside[t].values())
+    hooked = any(not (isinstance(hook, Hook) and hook.listener is None) for hook in hooks)  # idle ones of ours
+    plain = type(linear) is nn.Linear and type(parameters["weight"]) is nn.Parameter and parameters["bias"] is None
+    return plain and not hooked and "forward" not in inside and inside.get("_compiled_call_impl") is None
 
 
 def virtual_tokens(model: nn.Module) -> int:

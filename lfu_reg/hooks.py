@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from lfu_reg import outputs
 from lfu_reg.autocast import in_float16, without_autocast
 from lfu_reg.auxiliaries.base import Auxiliary, Call, GradientRule, Tokens
+from lfu_reg.auxiliaries.folding import has_acted
 from lfu_reg.compiled import forget_graphs
 from lfu_reg.early_exit import EarlyExits
 from lfu_reg.graph import no_view, take_part
@@ -138,6 +139,8 @@ class ModelHooks:
         return None if changed is y else outputs.replace(output, path, changed)
 
     def _at_site(self, call: Call, this: Pass, auxiliary: Auxiliary) -> Tensor:
+        if has_acted(call.module):
+            return call.y
         with without_autocast(call.y.device.type):
             if this.apply:
                 return auxiliary.apply_at(call)

@@ -22,7 +22,7 @@ from lfu_reg import checks, metrics
 from lfu_reg.attachment import Attachment
 from lfu_reg.auxiliaries import Auxiliary, make_auxiliary
 from lfu_reg.buffers import on_copies
-from lfu_reg.compiled import failures_explained, unwrapped
+from lfu_reg.compiled import entrances, failures_explained, unwrapped
 from lfu_reg.consistency import consistency, relative_distance
 from lfu_reg.diagnostics import EVAL_MODE, NO_GRADIENT, UNSCALED_FLOAT16, Diagnostics
 from lfu_reg.distances import DistanceChoice, make_distance
@@ -185,6 +185,7 @@ class LfURegularizer:
         # Pass 1. theta_aux is at "no change", so the SFT forward is the auxiliary forward, too (Eq. 1, 3) ...
         kept = "detached" if self.stop_gradient == "clean" else "cloned"
         clean = Pass(sft.tokens, capture=kept, observe=undesirable is None, outlives=strategy.keeps_graph)
+        clean.replaced = list(self.auxiliary.observing()) if clean.observe else ()
         with attached.hooks.run(clean):
             shares = strategy.shares_prefix and not engine.in_lockstep
             sft_loss = attached.clean_forward(sft, clean, first=step == 0, shares_prefix=shares)
@@ -246,6 +247,7 @@ class LfURegularizer:
         engine = self._attached.engine_of(model, first=self._steps == 0)
         strategy = choose_strategy(self.strategy, self.stop_gradient, engine, self.auxiliary, self._scales)
         self.auxiliary.shards = engine.shards
+        self.auxiliary.may_fold = not engine.is_sharded and not entrances(model)
         if self._shares_ascent(engine):
             home = next(iter(self._attached.devices()), torch.device("cpu"))
             self.seed = self._shared_ascent.begin(engine.groups, self.seed, home)

@@ -92,7 +92,8 @@ class Released:
         )
         clean.scale = self._scale
         self._add(pairs, self._scale)
-        self._gradients.pop(id(clean.anchor), None)
+        for own in (clean.anchor, *auxiliary.temporary_leaves()):
+            self._gradients.pop(id(own), None)
         if clean.observe:
             auxiliary.gradient_from([leaf for leaf, _ in pairs], [gradient for _, gradient in pairs])
 
@@ -197,7 +198,8 @@ class Retained:
     def backward_clean(self, sft_loss: Tensor, leaves: list[Tensor], clean: Pass, auxiliary: Auxiliary) -> None:
         """A backward down to the taps, or to the weights where these are the auxiliary components."""
         self._sft_loss = sft_loss
-        wanted: list[Tensor | GradientEdge] = [*clean.taps] or [*auxiliary.leaves()]
+        own = auxiliary.temporary_leaves() or ([] if clean.taps else auxiliary.leaves())
+        wanted: list[Tensor | GradientEdge] = [*clean.taps, *own]
         if not clean.observe or not wanted:
             return
         gradients, clean.scale = self._scales.clean.gradients(
@@ -208,8 +210,7 @@ class Retained:
             gate=clean.gate,
             forget=auxiliary.forget_gradient,
         )
-        if not clean.taps:
-            auxiliary.gradient_from(auxiliary.leaves(), gradients)
+        auxiliary.gradient_from(own, gradients[len(clean.taps) :])
 
     def backward_explicit(self, sft_loss: Tensor, this: Pass, auxiliary: Auxiliary) -> None:
         """A backward down to the components."""

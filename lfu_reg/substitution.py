@@ -1,26 +1,32 @@
-"""Parameters replaced by other tensors for a while, without ever being written to."""
+"""Parameters and forward methods replaced by others for a while, without ever being written to."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
-from torch import Tensor, nn
+from torch import nn
 
-# A module, the name of its parameter, and the tensor to use instead, which may carry a graph.
-Replacement: TypeAlias = tuple[nn.Module, str, Tensor]
+# A module, the name of its parameter, and the tensor to use instead, which may carry a graph; or a module, "forward",
+# and what to call instead of its forward method.
+Replacement: TypeAlias = tuple[nn.Module, str, Any]
+
+_ABSENT: Any = object()
 
 
 @contextmanager
 def substituted(replacements: Iterable[Replacement]) -> Iterator[None]:
-    """Let modules see other tensors in the place of their parameters for the block, also if an exception ends it."""
-    listed = list(replacements)
-    kept = [(module, name, module._parameters[name]) for module, name, _ in listed]
+    """Let modules see and run what stands in the place of their own for the block, also if an exception ends it."""
+    listed = [(vars(m) if name == "forward" else m._parameters, name, new) for m, name, new in replacements]
+    kept = [(table, name, table.get(name, _ABSENT)) for table, name, _ in listed]
     try:
-        for module, name, tensor in listed:
-            module._parameters[name] = tensor  # type: ignore[assignment]
+        for table, name, new in listed:
+            table[name] = new
         yield
     finally:
-        for module, name, parameter in kept:
-            module._parameters[name] = parameter
+        for table, name, old in kept:
+            if old is _ABSENT:
+                table.pop(name, None)
+            else:
+                table[name] = old

@@ -76,6 +76,7 @@ class Auxiliary(ABC):
         moves_weights: whether the components are the model's own parameters.
         acts_at_sites: whether the components change nothing but what the sites return.
         shards: FSDP2's sharded parameters during a step, None without FSDP2; set by the regularizer.
+        may_fold: whether modules run as they are written, neither sharded nor compiled; set by the regularizer.
     """
 
     default_alpha: float
@@ -83,6 +84,7 @@ class Auxiliary(ABC):
     moves_weights = False
     acts_at_sites = False
     shards: Shards | None = None
+    may_fold = False
 
     @abstractmethod
     def sites(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> Mapping[str, nn.Module]:
@@ -135,6 +137,14 @@ class Auxiliary(ABC):
     def replacements(self) -> Iterable[Replacement]:
         """What stands in the place of parameters in pass 2, for components that are no hook's business."""
         return ()
+
+    def observing(self) -> Iterable[Replacement]:
+        """What stands in the place of something in pass 1, so that its backward gives g without a tap."""
+        return ()
+
+    def temporary_leaves(self) -> list[Tensor]:
+        """Components that are leaves of pass 1's graph: their gradient is g, and nothing that the caller gets."""
+        return []
 
     def let_go(self, model: nn.Module) -> None:  # noqa: B027  most remember nothing of it
         """Forget `model`, from which the regularizer was removed."""

@@ -7,23 +7,25 @@
 A is random, drawn anew at every step, and B starts at zero, so y' = y. Then dl/dA is exactly zero and dl/dB = s
 (dl/dy)^T z: the ascent moves B. With both at zero nothing would ever move.
 
-Pass 2 has two ways to the same y'. The thin products above cost rank * (in + out) per token, forward and backward. The
-merged weight W + s B A costs rank * in * out once, and in * out of memory: cheaper where there are many more tokens
-than hidden units, which `_pays` decides at each site. Half-precision weights are never merged: rounding eats the delta.
+That is the general way: a tap on y in pass 1, and two thin products more in pass 2. Two others are cheaper where they
+can be had. `folding.py` widens the LoRA adapter that is trained anyway, in both passes and without a tap. `merging.py`
+puts W + s B A in the place of W for pass 2.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from lfu_reg import adapters
-from lfu_reg.autocast import without_autocast
+from lfu_reg.adapters import PlainLoRA
 from lfu_reg.auxiliaries.base import Call, Components, Generators, GradientRule, master_dtype
+from lfu_reg.auxiliaries.folding import Fold
+from lfu_reg.auxiliaries.merging import PlainWeight, plain_weight
 from lfu_reg.auxiliaries.output import OutputAuxiliary
 from lfu_reg.linears import TargetModules, find_linears, linear_sizes
 from lfu_reg.substitution import Replacement
@@ -52,7 +54,11 @@ class LoRADeltas(OutputAuxiliary):
         self.rank = rank
         self.lora_alpha = lora_alpha
         self.target_modules = target_modules
-        self._merged: dict[str, _Weight] = {}
+        self._merged: dict[str, PlainWeight] = {}
+        self._model: nn.Module | None = None
+        self._linears: Mapping[str, nn.Module] = {}
+        self._adapters: dict[str, PlainLoRA] = {}
+        self._observing: dict[str, Fold] = {}
 
     @property
     def scale(self) -> float:
@@ -67,7 +73,13 @@ class LoRADeltas(OutputAuxiliary):
                 f"There is no linear map in the chosen layers ({', '.join(list(layers)[:5])}, ...) for LoRA deltas to "
                 'act on. Use auxiliary="steering", auxiliary="weights", or other layers.'
             )
+        self._model, self._linears = model, linears
         return linears
+
+    def let_go(self, model: nn.Module) -> None:
+        """Forget the model's linear maps; those of another one that was attached since are kept."""
+        if self._model is model:
+            self._model, self._linears, self._adapters, self._observing = None, {}, {}, {}
 
     def start(self, call: Call, generator: torch.Generator) -> Components:
         """A as LoRA initialises it, uniform in +-1/sqrt(in), and B = 0."""
@@ -79,9 +91,12 @@ class LoRADeltas(OutputAuxiliary):
                 f"{'no tensor' if x is None else list(x.shape)} and returned {list(y.shape)}. Leave it out with "
                 "LoRADeltas(target_modules=...)."
             )
-        a = torch.empty(self.rank, n_in, dtype=master_dtype(y), device=y.device)
+        return self._no_change(n_in, n_out, y, generator)
+
+    def _no_change(self, n_in: int, n_out: int, like: Tensor, generator: torch.Generator) -> Components:
+        a = torch.empty(self.rank, n_in, dtype=master_dtype(like), device=like.device)
         bound = 1 / math.sqrt(n_in)
-        return a.uniform_(-bound, bound, generator=generator), y.new_zeros(n_out, self.rank, dtype=a.dtype)
+        return a.uniform_(-bound, bound, generator=generator), like.new_zeros(n_out, self.rank, dtype=a.dtype)
 
     def apply(self, components: Components, call: Call) -> Tensor:
         """The output y' = y + s B A x."""
@@ -105,46 +120,74 @@ class LoRADeltas(OutputAuxiliary):
         return rule
 
     def reset(self, generators: Generators) -> None:
-        """Forget components, gradients, and which sites are merged."""
+        """Forget components, gradients, and which sites are merged; look for adapters to fold deltas into."""
         super().reset(generators)
-        self._merged = {}
+        found = {name: adapters.plain_lora(module) for name, module in self._linears.items()} if self.may_fold else {}
+        self._adapters = {name: adapter for name, adapter in found.items() if adapter is not None}
+        self._merged, self._observing = {}, {}
 
     def observe(self, call: Call) -> GradientRule:
         """As any auxiliary does; also decides which way pass 2 goes at this site."""
         # Under FSDP2 the weight that is seen here is a gathered copy, gone and replaced at the next forward.
-        weight = _plain_weight(call.module) if self.shards is None and self._pays(call) else None
-        if weight is not None and weight.parameter.dtype == call.y.dtype:
-            self._merged[call.name] = weight
+        if self.shards is None:
+            self._consider_merging(call.name, call.module, call.y.dtype, len(rows(call.y)))
         return super().observe(call)
 
     def apply_at(self, call: Call) -> Tensor:
         """As `apply`, or nothing where the delta is in the weight."""
-        return call.y if self._in_weights(call.name) else super().apply_at(call)
+        return call.y if self._is_merged(call.name) else super().apply_at(call)
+
+    def observing(self) -> Iterable[Replacement]:
+        """Layers whose adapters the deltas are folded into, with B as a leaf."""
+        self._observing = {name: self._fold(name, observed=True) for name in self._adapters}
+        return ((fold.site, "forward", fold) for fold in self._observing.values())
+
+    def temporary_leaves(self) -> list[Tensor]:
+        """Every B that was folded in."""
+        return [component for component in self.leaves() if component.requires_grad]
+
+    def ascend(self, alpha: float) -> Tensor:
+        """Eq. 2; from there on no B is a leaf, also those that got no gradient."""
+        norm = super().ascend(alpha)
+        self._components = {name: tuple(c.detach() for c in cs) for name, cs in self._components.items()}
+        return norm
 
     def replacements(self) -> Iterable[Replacement]:
-        """W + s B A instead of W, at the sites where that is cheaper."""
-        return (
-            (weight.holder, "weight", self._merge(weight, *self._components[name]))
-            for name, weight in self._merged.items()
-            if self._in_weights(name)
-        )
+        """W + s B A instead of W, where that is cheapest; else layers whose adapters the deltas are folded into."""
+        for name, fold in self._observing.items():
+            if fold.acted:
+                self._consider_merging(name, fold.site, fold.dtype, fold.positions)
+        for name, weight in self._merged.items():
+            if self._is_merged(name):
+                a, b = self._components[name]
+                yield weight.holder, "weight", weight.merged(a.detach(), b.detach(), self.scale)
+        for name in self._adapters:
+            if not self._is_merged(name):
+                fold = self._fold(name, observed=False)
+                yield fold.site, "forward", fold
 
-    def _in_weights(self, name: str) -> bool:
+    def _consider_merging(self, name: str, module: nn.Module, dtype: torch.dtype, positions: int) -> None:
+        weight = plain_weight(module)
+        if weight is not None and weight.merging_pays(dtype, positions):
+            self._merged[name] = weight
+
+    def _is_merged(self, name: str) -> bool:
         return name in self._merged and not self._required
 
-    def _merge(self, weight: _Weight, a: Tensor, b: Tensor) -> Tensor:
-        parameter = weight.parameter
-        left, right = (a.t(), b.t()) if weight.transposed else (b, a)
-        with without_autocast(parameter.device.type):
-            return torch.addmm(parameter, left, right, alpha=self.scale)
+    def _fold(self, name: str, *, observed: bool) -> Fold:
+        adapter = self._adapters[name]
+        return Fold(self._linears[name], adapter, partial(self._folded, name, adapter, observed), self.scale)
 
-    @staticmethod
-    def _pays(call: Call) -> bool:
-        if call.x is None or call.y.dtype not in (torch.float32, torch.float64):
-            return False
-        n_in, n_out = call.x.shape[-1], call.y.shape[-1]
-        # So the merged weights take at most a fifth of the memory of the activations around them.
-        return 5 * n_in * n_out <= call.y.numel() // max(n_out, 1) * (n_in + n_out)
+    def _folded(self, name: str, adapter: PlainLoRA, observed: bool) -> Components:
+        if name not in self._components:
+            like, generator = adapter.down.weight, self._generators(adapter.down.weight.device)
+            with torch.no_grad():
+                started = self._no_change(adapter.down.in_features, adapter.up.out_features, like, generator)
+            self._components[name] = tuple(c.requires_grad_(self._required) for c in started)
+        if observed:
+            a, b = self._components[name]
+            self._components[name] = a, b.detach().requires_grad_()
+        return self._components[name]
 
     def __repr__(self) -> str:
         return f"LoRADeltas(rank={self.rank}, lora_alpha={self.lora_alpha}, target_modules={self.target_modules!r})"
@@ -154,32 +197,3 @@ def _input_rows(call: Call) -> Tensor:
     """The site's input as [positions, in], in the dtype of its output."""
     assert call.x is not None
     return rows(call.x).to(call.y.dtype)
-
-
-@dataclass(frozen=True)
-class _Weight:
-    """A module whose parameter `weight` is all that its linear map depends on, but for a bias."""
-
-    holder: nn.Module
-    transposed: bool
-
-    @property
-    def parameter(self) -> nn.Parameter:
-        """Looked up when it is needed: another one may be in its place by then."""
-        parameter = self.holder._parameters["weight"]
-        assert parameter is not None
-        return parameter
-
-
-def _plain_weight(module: nn.Module) -> _Weight | None:
-    """The weight into which a delta could be merged; None where it is packed, parametrised, sharded or compiled."""
-    holder = adapters.innermost(module)
-    if holder is not module and not (adapters.base_layer(module) is holder and adapters.adds_to_its_base_layer(module)):
-        return None
-    # A forward of the instance's own (accelerate's offloading) may bring another weight.
-    if getattr(holder, "_compiled_call_impl", None) is not None or "forward" in vars(holder):
-        return None
-    transposed = type(holder).__name__ == "Conv1D"
-    if not (type(holder) is nn.Linear or transposed) or type(holder._parameters.get("weight")) is not nn.Parameter:
-        return None
-    return _Weight(holder, transposed)

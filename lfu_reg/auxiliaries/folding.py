@@ -1,0 +1,94 @@
+"""LoRA deltas folded into the rank of the adapter that is trained: PEFT's own two thin products, a little wider.
+
+            ┌─────────────────── W ───────────────────┐
+        x ──┤                                        (+)──► y' = W x + p B A x + s B' A' x
+            └── [A; A'] ── z ── [B, s/p B'] ── p ─────┘
+
+A, B and p are the adapter's, A', B' and s the delta's. Products of rank 16 take about the time of products of rank 8:
+it is x and y that have to be read. In pass 1 B' is a zero leaf, so the backward gives dl/dB' along with dl/dA and
+dl/dB, and there is nothing to tap; in pass 2 nothing is added to what PEFT's layer returns.
+
+The adapter's weights are replaced only while the layer itself runs: a penalty on the weights in the user's loss, or
+whoever else looks at them, sees what is trained. Each call decides for itself: one that the adapter takes no part in
+(`disable_adapter()`, a mixed batch) is left to taps and outputs.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lfu_reg.adapters import PlainLoRA, acting_adapter
+from lfu_reg.autocast import without_autocast
+from lfu_reg.auxiliaries.base import Components
+from lfu_reg.compiled import untraced
+from lfu_reg.substitution import substituted
+
+
+class Fold:
+    """Stands in the place of a PEFT layer's forward method during one pass.
+
+    Args:
+        site: the layer.
+        adapter: its adapter.
+        components: gives A' [rank, in] and B' [out, rank] of the pass. Asked at the first call only, so blocks that are
+            repeated for a backward later on (activation checkpointing) get the tensors of their own pass.
+        scale: s.
+
+    Attributes:
+        acted: whether the delta was in what the layer's last call returned.
+        dtype, positions: of what that call returned, and how many rows it had.
+    """
+
+    def __init__(self, site: nn.Module, adapter: PlainLoRA, components: Callable[[], Components], scale: float) -> None:
+        self.site, self.acted = site, False
+        self.dtype, self.positions = torch.float32, 0
+        self._adapter, self._components, self._scale = adapter, components, scale
+        self._weights: tuple[Tensor, Tensor] | None = None
+        self._run = _runner()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer's forward, with the delta where its adapter acts."""
+        return self._run(self, args, kwargs)
+
+    def run(self, args: Any, kwargs: Any) -> Any:
+        """The same, in plain Python."""
+        site, adapter = self.site, self._adapter
+        forward = type(site).forward
+        self.acted = False
+        # Hooks leave calls without gradients alone, and refuse transforms.
+        if not torch.is_grad_enabled() or torch._C._functorch.peek_interpreter_stack() is not None:
+            return forward(site, *args, **kwargs)
+        if kwargs.get("adapter_names") is not None or acting_adapter(site) != adapter.name:
+            return forward(site, *args, **kwargs)
+        if self._weights is None:
+            self._weights = self._widened(*self._components())
+        down, up = self._weights
+        with substituted([(adapter.down, "weight", down), (adapter.up, "weight", up)]):
+            y = forward(site, *args, **kwargs)
+        self.acted, self.dtype, self.positions = True, y.dtype, y.shape[:-1].numel()
+        return y
+
+    def _widened(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        down, up = self._adapter.down.weight, self._adapter.up.weight
+        ratio = self._scale / self._adapter.scaling
+        with without_autocast(down.device.type):
+            scaled = b if ratio == 1 else b * ratio
+            return torch.cat([down, a.to(down.dtype)]), torch.cat([up, scaled.to(up.dtype)], 1)
+
+
+def has_acted(module: nn.Module) -> bool:
+    """Whether the delta is in what `module` has just returned."""
+    forward = vars(module).get("forward")
+    return isinstance(forward, Fold) and forward.acted
+
+
+@functools.cache
+def _runner() -> Callable[[Fold, Any, Any], Any]:
+    # Where torch.compile comes across a fold unforeseen, it is to call it, and not to look inside. Made at the first
+    # fold: the decorator imports the compiler.
+    return untraced(Fold.run)
