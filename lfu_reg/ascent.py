@@ -67,9 +67,8 @@ def _normalised(gradients: Sequence[Tensor], alpha: float, norm: Tensor) -> list
         scaled = list(torch._foreach_mul(wide, factor))
     else:
         scaled = [gradient * factor.to(gradient.device) for gradient in wide]
-    # Zero times infinity is NaN. Only where a look waits for no device is it known that there is none.
-    if not (type(usable) is Tensor and usable.device.type == "cpu" and usable):
-        scaled = [torch.where(usable.to(step.device), step, torch.zeros_like(step)) for step in scaled]
+    # Zero times infinity is NaN.
+    scaled = [torch.where(usable.to(step.device), step, torch.zeros_like(step)) for step in scaled]
     return [step.to(gradient.dtype) for step, gradient in zip(scaled, gradients, strict=True)]
 
 

@@ -186,7 +186,7 @@ class Attachment:
         """
         cut = self.chain.cut
         if cut is not None and self.chain.is_whole() and self.trunk.runs_once_and_bare():
-            prefix = shared_prefix(sft_loss, cut)
+            prefix = shared_prefix(sft_loss, cut, clean.anchor)
             leaves = [] if prefix is None else [*prefix.above, *prefix.below]
             # A scaled loss may have to be backpropagated again, which the part that waits would not follow.
             if prefix is not None and not float16_in_play(clean, [sft_loss, *leaves]):

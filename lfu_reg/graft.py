@@ -60,13 +60,11 @@ class _Graft(torch.autograd.Function):
 def _handed_over(
     gradients: list[Tensor | None], grad_output: Tensor, scale: float, dtypes: list[torch.dtype]
 ) -> list[Tensor | None]:
-    # The usual case, where a look waits for no device: then the gradients are the leaves' own, as after any backward.
-    as_they_are = type(grad_output) is Tensor and grad_output.device.type == "cpu" and float(grad_output) == scale
     factors: dict[tuple[torch.device, torch.dtype], Tensor] = {}
     handed: list[Tensor | None] = []
     for gradient, dtype in zip(gradients, dtypes, strict=True):
-        if gradient is None or as_they_are:
-            handed.append(None if gradient is None else gradient.to(dtype))
+        if gradient is None:
+            handed.append(None)
             continue
         # In at least float32: the caller's scale and the own one may each be too much for float16, and meet here. In
         # bfloat16 a divisor such as 1/3 would be off by 0.2 % for all gradients alike.

@@ -26,42 +26,46 @@ class SharedPrefix:
     Args:
         cut: hidden state in the graph of pass 1.
         above: the leaves that the loss depends on other than through the cut.
-        below: the leaves that the cut depends on.
+        below: the trained leaves that the cut depends on.
 
     Attributes:
         above, below: the same.
-        edge: of the graph at the cut, None where nothing below it is trained.
-        start: what pass 2 starts from: a leaf of the same values.
+        edge: of the graph at the cut, None where it is in no graph.
+        start: what pass 2 starts from: a leaf of the same values, which wants a gradient if there is something below.
     """
 
     def __init__(self, cut: Tensor, above: list[Tensor], below: list[Tensor]) -> None:
         self.above, self.below = above, below
         self.edge: GradientEdge | None = get_gradient_edge(cut) if cut.requires_grad else None
-        self.start = cut.detach().requires_grad_(cut.requires_grad)
+        self.start = cut.detach().requires_grad_(bool(below))
         self._cut = cut
         self._gradient: Tensor | None = None
 
     def collect(self, gradient: Tensor | None) -> None:
         """Add what one of the passes brings down to the cut."""
-        if gradient is not None:
+        if gradient is not None and self.below:
             self._gradient = gradient if self._gradient is None else self._gradient + gradient
 
     def backward(self) -> list[tuple[Tensor, Tensor | None]]:
         """Every leaf below with its gradient, from all that was collected; frees the graph."""
-        if self._gradient is None or not self.below:
+        if self._gradient is None:
             return [(leaf, None) for leaf in self.below]
         return list(zip(self.below, gradients_of(self._cut, self.below, self._gradient), strict=True))
 
 
-def shared_prefix(sft_loss: Tensor, cut: Tensor) -> SharedPrefix | None:
+def shared_prefix(sft_loss: Tensor, cut: Tensor, anchor: Tensor) -> SharedPrefix | None:
     """The prefix of pass 1's graph.
 
     Args:
         sft_loss: scalar with the graph of pass 1.
         cut: hidden state in it.
+        anchor: a leaf that is not trained.
 
     Returns:
         None where something flows around the cut: a skip connection, an encoder's states, tied weights in training.
     """
     divided = leaves_above_and_below(sft_loss, cut)
-    return None if divided is None else SharedPrefix(cut, *divided)
+    if divided is None:
+        return None
+    above, below = divided
+    return SharedPrefix(cut, above, [leaf for leaf in below if leaf is not anchor])

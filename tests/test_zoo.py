@@ -60,7 +60,9 @@ def test_buffers_and_random_state_are_those_of_plain_sft(case: Case, name: str) 
     reg = LfURegularizer(model, auxiliary(name))
     loss = reg(model, case.batch(), case.loss)
     assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(reg.metrics["sft_loss"], sft.detach())
+    # Products of a wider adapter, into which LoRA deltas are folded, may be rounded in another order.
+    folded = name == "lora" and "peft" in case.name
+    torch.testing.assert_close(reg.metrics["sft_loss"], sft.detach(), rtol=1e-13 if folded else 0, atol=0)
     assert not differing(buffers_of(model), buffers_of(plain))
     loss.backward()
     assert not differing(buffers_of(model), buffers_of(plain))

@@ -196,8 +196,7 @@ def _at_full_depth(rows: list[dict[str, Any]], share: float, subject: Subject) -
         shared = row["key"] == "steering"  # which runs the first block once, at any depth
         if here == shared:
             return share * (factor - 1)
-        ratio: float = row["ratio"]
-        return (ratio - 1) * (here * factor - shared) / (here - shared)
+        return float((row["ratio"] - 1) * (here * factor - shared) / (here - shared))
 
     return {
         "layers": subject.full_depth,

@@ -7,7 +7,7 @@ FSDP2: dict[str, tuple[int, int, int]] = {
     "plain": (7, 4, 0),
     "steering": (14, 8, 0),
     "lora": (14, 8, 0),
-    "weights": (14, 8, 2),
+    "weights": (14, 8, 1),
     "steering, ascent_steps=2": (21, 8, 0),
     "steering, sync_perturbation": (14, 8, 1),
     "steering, retained": (17, 4, 0),
