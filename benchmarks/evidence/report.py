@@ -24,7 +24,7 @@ COLUMNS = {
     "retention": "retention",
     "score": "score",
 }
-ABLATIONS = ("lambda", "alpha", "layers", "flavours")
+ABLATIONS = ("lambda", "alpha", "layers", "flavours", "questions", "remedies")
 
 Rows = list[dict[str, Any]]
 
@@ -125,9 +125,11 @@ def provenance(data: Rows) -> str:
     commits = ", ".join(dict.fromkeys(row["commit"] for row in data))
     dates = sorted({row["date"] for row in data})
     counts = ", ".join(f"{name} {sum(r['experiment'] == name for r in data)}" for name in EXPERIMENTS)
+    timed = [row["seconds"] for row in data if "seconds" in row]
+    hours = f"The {len(timed)} runs that were timed took {sum(timed) / 3600:.1f} core-hours. " if timed else ""
     return (
         f"{len(data)} runs in `{RESULTS.relative_to(ROOT)}` ({counts}), commits {commits}, {dates[0]} to {dates[-1]}. "
-        "Every row has the experiment, task, method, settings, learning rate, seed, split, commit and date; "
+        f"{hours}Every row has the experiment, task, method, settings, learning rate, seed, split, commit and date; "
         "`make evidence` repeats what is missing and writes this page.\n"
     )
 
@@ -146,7 +148,11 @@ def page(data: Rows) -> str:
         "## The comparison\n",
         comparison(data, "compare-skills"),
     ]
-    titles = {"compare-text": "## Text tasks\n", "compare-full": "## Full fine-tuning\n"}
+    titles = {
+        "compare-text": "## Text tasks\n",
+        "compare-full": "## Full fine-tuning\n",
+        "long": "## Few examples, many steps\n",
+    }
     for name, title in titles.items():
         if any(row["experiment"] == name for row in data):
             parts += [title, comparison(data, name)]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import time
 from collections.abc import Iterable
 
 import torch
@@ -23,7 +24,9 @@ MEASURES = {"noise": noise_stability, "refusal": refusal_under_attack}
 
 def _work(job: tuple[Spec, str]) -> tuple[Spec, str, dict[str, float]]:
     spec, at = job
-    return spec, at, MEASURES.get(spec.experiment, run)(spec)
+    started = time.process_time()
+    figures = MEASURES.get(spec.experiment, run)(spec)
+    return spec, at, {**figures, "seconds": time.process_time() - started}
 
 
 def _start(seed: int = 0) -> None:
