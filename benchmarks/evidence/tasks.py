@@ -174,7 +174,7 @@ class Choice:
     gold: int
 
 
-def choices(count: int = 80) -> dict[str, list[Choice]]:
+def choices(count: int = 40) -> dict[str, list[Choice]]:
     """Multiple choice by likelihood; test items only, as small models are near chance on them."""
     piqa = [
         Choice(f"{r['goal']} ", [r["sol1"], r["sol2"]], r["label"]) for r in records("piqa/validation.jsonl")[:count]
