@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from evidence.choice import SEEDS, SKILL_TUNING_TASKS, Rows, around, chosen
+from evidence.control import control
 from evidence.finetune import Spec
 from evidence.grids import ENTRIES, PAPER, tuning_specs
 from evidence.questions import long, questions, remedies
@@ -161,6 +162,7 @@ def refusal(rows: Rows) -> list[Spec]:
 EXPERIMENTS: dict[str, Callable[[Rows], list[Spec]]] = {
     "tune-skills": tune_skills,
     "compare-skills": compare_skills,
+    "control": control,
     "noise": noise,
     "refusal": refusal,
     "tune-text": tune_text,

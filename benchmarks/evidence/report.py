@@ -8,6 +8,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from evidence.control import COMPARED, at_equal_rate, table
 from evidence.experiments import EXPERIMENTS, chosen
 from evidence.figures import draw_alpha, draw_noise, draw_scores
 from evidence.paired import difference, estimate
@@ -24,6 +25,10 @@ COLUMNS = {
     "retention": "retention",
     "score": "score",
 }
+CONTROL = (
+    "Not planned before the runs: tuning gave SFT another learning rate than most methods, and a smaller one forgets less by "
+    "itself. Method minus SFT, both at the method's learning rate, paired by seed."
+)
 ABLATIONS = ("lambda", "alpha", "layers", "flavours", "questions", "remedies")
 
 Rows = list[dict[str, Any]]
@@ -148,6 +153,13 @@ def page(data: Rows) -> str:
         "## The comparison\n",
         comparison(data, "compare-skills"),
     ]
+    for name in COMPARED:
+        if at_equal_rate(data, name, "score"):
+            parts += [
+                f"## Against SFT at the same learning rate: {name.removeprefix('compare-')}\n",
+                f"{CONTROL}\n",
+                table(data, name, COLUMNS),
+            ]
     titles = {
         "compare-text": "## Text tasks\n",
         "compare-full": "## Full fine-tuning\n",
