@@ -226,14 +226,16 @@ def test_the_command_agrees_and_goes_on(
     assert (one["again"]["verdict"], one["agrees"]) == ("supported", True)
 
 
-def test_rows_of_other_hyperparameters_are_not_used(files: list[str], pretended: Callable[[float], Runs]) -> None:
-    started = pretended(1.0)
-    out = Path(files[3])
-    out.parent.mkdir()
-    stale = spec("SFT", 5, lr=9.0)
-    store.append(stale, {"retention": 0.0}, "old", out)
+def test_rows_of_other_hyperparameters_are_not_used(
+    files: list[str], pretended: Callable[[float], Runs], capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretended(1.0)
     assert main([*files, "--hypotheses", "b"]) == 0
-    assert len(started[0]) == 12
+    before = capsys.readouterr().out.splitlines()[-12:]
+    for seed in (5, 6, 7):
+        store.append(spec("LfU LoRA", seed, lr=9.0), {"retention": 0.0}, "old", Path(files[3]))
+    assert main([*files, "--hypotheses", "b"]) == 0
+    assert capsys.readouterr().out.splitlines()[-12:] == before
 
 
 def test_a_flip_is_the_exit_code(
@@ -265,14 +267,24 @@ def test_a_dry_run_runs_nothing(
         (["--hypotheses", "f"], "nothing to repeat"),
     ],
 )
-def test_bad_input(files: list[str], given: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input(
+    files: list[str],
+    given: list[str],
+    told: str,
+    pretended: Callable[[float], Runs],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pretended(1.0)
     with pytest.raises(SystemExit) as stop:
         main([*files, *given])
     assert stop.value.code == 2
     assert told in " ".join(capsys.readouterr().err.split())
 
 
-def test_the_published_rows_are_not_written_to(files: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_published_rows_are_not_written_to(
+    files: list[str], pretended: Callable[[float], Runs], capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretended(1.0)
     with pytest.raises(SystemExit):
         main([*files[:2], "--out", files[1]])
     assert "give another file" in capsys.readouterr().err
