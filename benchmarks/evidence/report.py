@@ -135,7 +135,8 @@ def provenance(data: Rows) -> str:
     return (
         f"{len(data)} runs in `{RESULTS.relative_to(ROOT)}` ({counts}), commits {commits}, {dates[0]} to {dates[-1]}. "
         f"{hours}Every row has the experiment, task, method, settings, learning rate, seed, split, commit and date; "
-        "`make evidence` repeats what is missing and writes this page.\n"
+        "`make evidence` repeats what is missing and writes this page. `make evidence-again` repeats the comparisons "
+        "behind the answers in under an hour, with the same hyperparameters and fresh seeds, and says which agree.\n"
     )
 
 
