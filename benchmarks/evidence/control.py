@@ -1,6 +1,6 @@
 """SFT at other learning rates than its own: what of a difference to SFT is the method, and what its learning rate.
 
-Added after the comparison was seen: tuning gave SFT a larger learning rate than most methods, and SFT forgets more there.
+Added after the comparison was seen: tuning gave SFT a larger learning rate than most methods, and it forgets more there.
 """
 
 from __future__ import annotations
@@ -40,6 +40,19 @@ def control(rows: Rows) -> list[Spec]:
             for seed in SEEDS
         ]
     return specs
+
+
+def sft_at(rows: Rows, task: str, rate: float) -> Rows:
+    """SFT on a task of the skills at a learning rate: of the comparison, or of the control."""
+    return [
+        row
+        for row in rows
+        if row["task"] == task
+        and row["lr"] == rate
+        and row["method"] == "sft"
+        and row["dropout"] == 0
+        and row["experiment"] in ("compare-skills", "control")
+    ]
 
 
 def at_equal_rate(rows: Rows, experiment: str, metric: str) -> dict[tuple[str, str], tuple[float, Difference]]:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from evidence.choice import SEEDS, SKILL_TUNING_TASKS, Rows, around, chosen
-from evidence.control import control
+from evidence.control import control, label_at
 from evidence.finetune import Spec
 from evidence.grids import ENTRIES, PAPER, tuning_specs
 from evidence.questions import long, questions, remedies
@@ -141,10 +141,15 @@ _ROBUSTNESS_LABELS = (
 def _robustness(rows: Rows, name: str, tasks: list[str]) -> list[Spec]:
     best = chosen(rows, "tune-skills")
     best |= {paper.label: replace(paper, lr=best["SFT"].lr) for paper in PAPER}
+    cells = [best[label] for label in _ROBUSTNESS_LABELS]
+    # As in `control`: what of a difference is the learning rate's.
+    rate = best["LfU LoRA"].lr
+    if rate != best["SFT"].lr:
+        cells.append(replace(best["SFT"], lr=rate, label=label_at(rate)))
     return [
-        replace(best[label], experiment=name, task=task, seed=seed, split="test")
+        replace(cell, experiment=name, task=task, seed=seed, split="test")
         for task in tasks
-        for label in _ROBUSTNESS_LABELS
+        for cell in cells
         for seed in SEEDS
     ]
 

@@ -8,7 +8,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from evidence.control import COMPARED, at_equal_rate, table
+from evidence.control import COMPARED, at_equal_rate, sft_at, table
 from evidence.experiments import EXPERIMENTS, chosen
 from evidence.figures import draw_alpha, draw_noise, draw_scores
 from evidence.paired import difference, estimate
@@ -26,8 +26,8 @@ COLUMNS = {
     "score": "score",
 }
 CONTROL = (
-    "Not planned before the runs: tuning gave SFT another learning rate than most methods, and a smaller one forgets less by "
-    "itself. Method minus SFT, both at the method's learning rate, paired by seed."
+    "Not planned before the runs: tuning gave SFT another learning rate than most methods, and a smaller one forgets less "
+    "by itself. Method minus SFT, both at the method's learning rate, paired by seed."
 )
 ABLATIONS = ("lambda", "alpha", "layers", "flavours", "questions", "remedies")
 
@@ -72,15 +72,19 @@ def ablation(data: Rows, experiment: str) -> str:
     """One table for both regimes of label noise."""
     tasks = _grouped(data, experiment)
     labels = list(dict.fromkeys(label for part in tasks.values() for label in part))
-    reference = _grouped(data, "compare-skills")
-    head = [f"{task}: {name}" for task in tasks for name in ("in-domain", "retention", "score minus SFT's")]
+    head = [
+        f"{task}: {name}" for task in tasks for name in ("in-domain", "retention", "score minus SFT's at the same rate")
+    ]
     text = [f"| variant | {' | '.join(head)} |", f"|---|{'---|' * len(head)}"]
     for label in labels:
         cells = []
         for task, part in tasks.items():
             runs = part.get(label, [])
+            if not runs:
+                cells += ["", "", ""]
+                continue
             cells += [str(estimate([r[name] for r in runs])) for name in ("in_domain", "retention")]
-            cells.append(_paired(runs, reference.get(task, {}).get("SFT", []), "score"))
+            cells.append(_paired(runs, sft_at(data, task, runs[0]["lr"]), "score"))
         text.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(text) + "\n"
 
