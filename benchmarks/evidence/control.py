@@ -1,6 +1,6 @@
 """SFT at other learning rates than its own: what of a difference to SFT is the method, and what its learning rate.
 
-Added after the comparison was seen: tuning gave SFT a larger learning rate than most methods, and it forgets more there.
+Added after the comparison was seen: tuning gave SFT a larger learning rate than most methods, where it forgets more.
 """
 
 from __future__ import annotations

@@ -26,8 +26,8 @@ COLUMNS = {
     "score": "score",
 }
 CONTROL = (
-    "Not planned before the runs: tuning gave SFT another learning rate than most methods, and a smaller one forgets less "
-    "by itself. Method minus SFT, both at the method's learning rate, paired by seed."
+    "Not planned before the runs: tuning gave SFT another learning rate than most methods, and a smaller one forgets "
+    "less by itself. Method minus SFT, both at the method's learning rate, paired by seed."
 )
 ABLATIONS = ("lambda", "alpha", "layers", "flavours", "questions", "remedies")
 
