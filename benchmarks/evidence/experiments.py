@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import statistics
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
+from evidence.choice import SEEDS, SKILL_TUNING_TASKS, Rows, around, chosen
+from evidence.control import control, label_at
 from evidence.finetune import Spec
 from evidence.grids import ENTRIES, PAPER, tuning_specs
-from evidence.store import spec_of
+from evidence.questions import long, questions, remedies
 
-SEEDS = range(5)
 TUNING_SEEDS = range(100, 101)
-SKILL_TUNING_TASKS = ["subtract-128", "subtract-128-noisy"]
 # The text tasks take four times as long: they get the methods that the hypotheses are about, and the strongest others.
 TEXT_LABELS = [
     "SFT",
@@ -29,23 +25,6 @@ TEXT_LABELS = [
     "LfU LoRA, random direction",
     "LfU LoRA, logit KL",
 ]
-
-Rows = list[dict[str, Any]]
-
-
-def chosen(rows: Rows, experiment: str) -> dict[str, Spec]:
-    """The cell of each method with the best mean score over tasks and seeds of a tuning experiment."""
-    scores: dict[Spec, list[float]] = defaultdict(list)
-    for row in rows:
-        if row["experiment"] == experiment:
-            cell = replace(spec_of(row), task="", seed=0)
-            scores[cell].append(row["score"])
-    best: dict[str, Spec] = {}
-    for cell, values in scores.items():
-        mean = statistics.fmean(values)
-        if cell.label not in best or mean > statistics.fmean(scores[best[cell.label]]):
-            best[cell.label] = cell
-    return best
 
 
 def tune_skills(rows: Rows) -> list[Spec]:
@@ -94,21 +73,10 @@ def compare_full(rows: Rows) -> list[Spec]:
     ]  # fmt: skip
 
 
-def _around(rows: Rows, experiment: str, changes: dict[str, tuple[str, dict[str, Any]]]) -> list[Spec]:
-    """Variants of a tuned flavour: label -> (the entry it starts from, changed settings)."""
-    best = chosen(rows, "tune-skills")
-    specs = []
-    for label, (entry, changed) in changes.items():
-        cell = best[entry]
-        settings = json.dumps({**json.loads(cell.settings), **changed}, sort_keys=True)
-        specs.append(replace(cell, experiment=experiment, label=label, settings=settings, split="test"))
-    return [replace(s, task=task, seed=seed) for task in SKILL_TUNING_TASKS for s in specs for seed in SEEDS]
-
-
 def ablate_lambda(rows: Rows) -> list[Spec]:
     """Lambda over four decades, around the tuned cell."""
     values = (0.005, 0.05, 0.5, 5.0)
-    return _around(
+    return around(
         rows,
         "lambda",
         {f"{entry}, lambda {w:g}": (entry, {"lam": w}) for entry in ("LfU LoRA", "LfU steering") for w in values},
@@ -118,7 +86,7 @@ def ablate_lambda(rows: Rows) -> list[Spec]:
 def ablate_alpha(rows: Rows) -> list[Spec]:
     """Where collapse begins."""
     values = (0.01, 0.03, 0.1, 0.2, 0.5)
-    return _around(
+    return around(
         rows,
         "alpha",
         {f"{entry}, alpha {a:g}": (entry, {"alpha": a}) for entry in ("LfU LoRA", "LfU steering") for a in values},
@@ -127,7 +95,7 @@ def ablate_alpha(rows: Rows) -> list[Spec]:
 
 def ablate_layers(rows: Rows) -> list[Spec]:
     """Table 5b."""
-    return _around(
+    return around(
         rows,
         "layers",
         {
@@ -140,7 +108,7 @@ def ablate_layers(rows: Rows) -> list[Spec]:
 
 def ablate_flavours(rows: Rows) -> list[Spec]:
     """The open questions: norms, steps, distances, reduction, gradient stop, estimators."""
-    return _around(
+    return around(
         rows,
         "flavours",
         {
@@ -173,10 +141,15 @@ _ROBUSTNESS_LABELS = (
 def _robustness(rows: Rows, name: str, tasks: list[str]) -> list[Spec]:
     best = chosen(rows, "tune-skills")
     best |= {paper.label: replace(paper, lr=best["SFT"].lr) for paper in PAPER}
+    cells = [best[label] for label in _ROBUSTNESS_LABELS]
+    # As in `control`: what of a difference is the learning rate's.
+    rate = best["LfU LoRA"].lr
+    if rate != best["SFT"].lr:
+        cells.append(replace(best["SFT"], lr=rate, label=label_at(rate)))
     return [
-        replace(best[label], experiment=name, task=task, seed=seed, split="test")
+        replace(cell, experiment=name, task=task, seed=seed, split="test")
         for task in tasks
-        for label in _ROBUSTNESS_LABELS
+        for cell in cells
         for seed in SEEDS
     ]
 
@@ -194,6 +167,7 @@ def refusal(rows: Rows) -> list[Spec]:
 EXPERIMENTS: dict[str, Callable[[Rows], list[Spec]]] = {
     "tune-skills": tune_skills,
     "compare-skills": compare_skills,
+    "control": control,
     "noise": noise,
     "refusal": refusal,
     "tune-text": tune_text,
@@ -203,4 +177,7 @@ EXPERIMENTS: dict[str, Callable[[Rows], list[Spec]]] = {
     "layers": ablate_layers,
     "flavours": ablate_flavours,
     "compare-full": compare_full,
+    "questions": questions,
+    "remedies": remedies,
+    "long": long,
 }

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from evidence.measure import measured, with_score
 from evidence.tasks import TASKS
+from evidence.unlabelled import batches
 
 BASES = {"skills": EMBEDDED_MODEL, "text": Path(__file__).parent / "base_model"}
 
@@ -103,6 +104,8 @@ def train_by(spec: Spec, examples: list[Example], recipe: Recipe) -> tuple[nn.Mo
         settings["seed"] = spec.seed
         if settings.pop("anneal", False):
             settings["anneal_steps"] = recipe.steps
+        if kind := settings.pop("consistency_on", None):
+            settings["elsewhere"] = batches(kind, TASKS[spec.task].base, tokenizer, recipe.batch_size, spec.seed)
     torch.manual_seed(spec.seed)
     method = METHODS[spec.method](model, **settings)
     optimizer = make_optimizer(model, spec.lr)

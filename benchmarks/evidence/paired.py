@@ -19,6 +19,11 @@ class Estimate:
     half_width: float
     count: int
 
+    @property
+    def standard_error(self) -> float:
+        """Of the mean; not a number where there is one value only."""
+        return self.half_width / quantile(self.count - 1)
+
     def __str__(self) -> str:
         return f"{self.mean:.3f} ± {self.half_width:.3f}"
 
@@ -33,19 +38,26 @@ class Difference(Estimate):
         return f"{self.mean:+.3f} ± {self.half_width:.3f} (p {self.p:.3f})"
 
 
+def quantile(degrees: float) -> float:
+    """Student's t that bounds a two-sided interval."""
+    return float(stats.t.ppf((1 + CONFIDENCE) / 2, degrees))
+
+
 def estimate(values: Sequence[float]) -> Estimate:
     """Mean with a 95 % confidence interval from Student's t."""
     array = np.asarray(values, dtype=float)
     if len(array) < 2:
         return Estimate(float(array.mean()), float("nan"), len(array))
-    half = stats.t.ppf((1 + CONFIDENCE) / 2, len(array) - 1) * stats.sem(array)
-    return Estimate(float(array.mean()), float(half), len(array))
+    half = quantile(len(array) - 1) * float(stats.sem(array))
+    return Estimate(float(array.mean()), half, len(array))
 
 
 def difference(values: Sequence[float], reference: Sequence[float]) -> Difference:
     """values - reference, pair by pair."""
     deltas = np.asarray(values, dtype=float) - np.asarray(reference, dtype=float)
-    if np.allclose(deltas, deltas[0]):  # no spread: the t-test is not defined
+    if len(deltas) < 2:
+        p = float("nan")
+    elif np.allclose(deltas, deltas[0]):  # no spread: the t-test is not defined
         p = 1.0 if np.allclose(deltas, 0) else 0.0
     else:
         p = float(stats.ttest_1samp(deltas, 0.0).pvalue)

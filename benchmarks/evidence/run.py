@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import time
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -23,23 +25,35 @@ MEASURES = {"noise": noise_stability, "refusal": refusal_under_attack}
 
 def _work(job: tuple[Spec, str]) -> tuple[Spec, str, dict[str, float]]:
     spec, at = job
-    return spec, at, MEASURES.get(spec.experiment, run)(spec)
+    started = time.process_time()
+    figures = MEASURES.get(spec.experiment, run)(spec)
+    return spec, at, {**figures, "seconds": time.process_time() - started}
 
 
 def _start(seed: int = 0) -> None:
     torch.set_num_threads(1)
 
 
+def missing(specs: Iterable[Spec], rows: store.Rows) -> list[Spec]:
+    """Those that the rows do not have."""
+    done = {store.spec_of(row).key() for row in rows}
+    return [spec for spec in specs if spec.key() not in done]
+
+
+def carry_out(todo: list[Spec], workers: int, title: str, path: Path) -> None:
+    """Runs them all, several at a time, each appended to the file as it ends."""
+    at_commit = store.commit()
+    jobs = [(spec, at_commit) for spec in todo]
+    with multiprocessing.get_context("spawn").Pool(workers, initializer=_start) as pool:
+        results: Iterable[tuple[Spec, str, dict[str, float]]] = pool.imap_unordered(_work, jobs)
+        for spec, at, figures in tqdm(results, total=len(jobs), desc=title, unit="run", dynamic_ncols=True):
+            store.append(spec, figures, at, path)
+
+
 def perform(name: str, workers: int) -> None:
     """Does what is not done yet of one experiment."""
     rows = store.rows()
-    done = {store.spec_of(row).key() for row in rows}
-    todo = [spec for spec in EXPERIMENTS[name](rows) if spec.key() not in done]
-    jobs = [(spec, store.commit()) for spec in todo]
-    with multiprocessing.get_context("spawn").Pool(workers, initializer=_start) as pool:
-        results: Iterable[tuple[Spec, str, dict[str, float]]] = pool.imap_unordered(_work, jobs)
-        for spec, at, figures in tqdm(results, total=len(jobs), desc=name, unit="run", dynamic_ncols=True):
-            store.append(spec, figures, at)
+    carry_out(missing(EXPERIMENTS[name](rows), rows), workers, name, store.RESULTS)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from evidence.finetune import Spec
 
 ROOT = Path(__file__).resolve().parents[2]
+Rows = list[dict[str, Any]]
 RESULTS = ROOT / "benchmarks" / "results" / "evidence.jsonl"
 
 
@@ -32,7 +33,7 @@ def append(spec: Spec, figures: dict[str, Any], at: str, path: Path = RESULTS) -
         file.write(json.dumps(row) + "\n")
 
 
-def rows(path: Path = RESULTS) -> list[dict[str, Any]]:
+def rows(path: Path = RESULTS) -> Rows:
     """All runs so far."""
     if not path.exists():
         return []

@@ -117,6 +117,8 @@ TASKS: dict[str, Task] = {
         Task("subtract-128", "skills", _subtraction(128, 0.0), _subtraction_held_out),
         Task("subtract-128-noisy", "skills", _subtraction(128, WRONG), _subtraction_held_out),
         Task("subtract-16", "skills", _subtraction(16, 0.0), _subtraction_held_out),
+        # Few and clean examples for many steps: the SFT loss gets near zero, and stays there.
+        Task("subtract-32-long", "skills", _subtraction(32, 0.0), _subtraction_held_out, steps=250),
         Task("subtract-1000", "skills", _subtraction(1000, 0.0), _subtraction_held_out, steps=125),
         _text_task("gsm8k", 64),
         _text_task("dolly", 64),
@@ -124,14 +126,18 @@ TASKS: dict[str, Task] = {
 }
 
 
+def old(base: str) -> dict[str, Skill]:
+    """The skills of a base model that are not fine-tuned."""
+    if base == "text":
+        return BASE_SKILLS
+    return {name: skill for name, skill in SKILLS.items() if name != "subtract"}
+
+
 def old_skills(base: str, split: Split, count: int = 100) -> dict[str, list[Example]]:
     """What the base model could do that is not fine-tuned, in the formats of its pretraining."""
     rng = random.Random(f"retention {split}")
-    skills: dict[str, Skill] = SKILLS if base == "skills" else BASE_SKILLS
     result = {}
-    for name, skill in skills.items():
-        if name == "subtract" and base == "skills":
-            continue
+    for name, skill in old(base).items():
         if name in FACT_SKILLS:
             result[name] = [skill_example(rng, {name: skill}) for _ in range(count)]
         else:
@@ -168,7 +174,7 @@ class Choice:
     gold: int
 
 
-def choices(count: int = 80) -> dict[str, list[Choice]]:
+def choices(count: int = 40) -> dict[str, list[Choice]]:
     """Multiple choice by likelihood; test items only, as small models are near chance on them."""
     piqa = [
         Choice(f"{r['goal']} ", [r["sol1"], r["sol2"]], r["label"]) for r in records("piqa/validation.jsonl")[:count]

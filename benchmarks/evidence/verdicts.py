@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,11 +37,11 @@ class Claim:
     experiments: tuple[str, ...] = ("compare-skills", "compare-text", "compare-full")
     or_equal: bool = False
 
-    def on(self, rows: Rows, experiment: str, task: str) -> Difference | None:
-        """better - worse, signed so that positive supports the claim; None where it was not run."""
+    def on(self, rows: Rows, experiment: str, task: str, at_least: int = 2) -> Difference | None:
+        """better - worse, signed so that positive supports the claim; None where fewer seeds than that were run."""
         values = [_by_seed(rows, experiment, task, label, self.metric) for label in (self.better, self.worse)]
         seeds = sorted(set(values[0]) & set(values[1]))
-        if len(seeds) < 2:
+        if len(seeds) < at_least:
             return None
         ours, theirs = ([self.sign * part[seed] for seed in seeds] for part in values)
         return difference(ours, theirs)
@@ -69,12 +70,12 @@ def claims() -> list[Claim]:
     return listed
 
 
-def answers(rows: Rows) -> list[tuple[Claim, str, str, Difference]]:
+def answers(rows: Rows, asked: Sequence[Claim] | None = None) -> list[tuple[Claim, str, str, Difference]]:
     """Every claim on every task where both methods were run: (claim, experiment, task, difference)."""
     places = list(dict.fromkeys((row["experiment"], row["task"]) for row in rows))
     return [
         (claim, experiment, task, found)
-        for claim in claims()
+        for claim in (claims() if asked is None else asked)
         for experiment, task in places
         if experiment in claim.experiments and (found := claim.on(rows, experiment, task)) is not None
     ]

@@ -170,5 +170,6 @@ def test_the_page_names_every_method_and_its_provenance() -> None:
     text = report.page(data)
     assert all(f"| {label} |" in text for label in labels)
     assert "commits abc" in text
+    assert "`make evidence-again`" in text
     assert "supported" in text
     assert "| SFT | 0.502 ± " in text
