@@ -181,6 +181,9 @@ def of_one_step(auxiliary: str, draws: int, tick: Callable[[], object]) -> Itera
     options = {"plain": plain, "batch_fraction": 0.5}
     estimates = [gradient(model, batch, auxiliary, None, seed=s, **options) for s in watched(range(draws))]
     yield compared(auxiliary, "batch_fraction=0.5, the library's", 0.5, estimates, exact)
+    if auxiliary == "steering":  # its last two of four layers, of which one runs twice
+        late = gradient(model, batch, auxiliary, None, plain=plain, layers="late")
+        yield compared(auxiliary, "layers='late', the library's", 1 / LAYERS, [late], exact)
     # Response tokens come last, so that a prefix holds few of them or none: it is compared where every token counts.
     everywhere = batch["attention_mask"].flatten() / (LAYERS * batch["attention_mask"].sum())
     options = {"plain": plain, "token_mask": batch["attention_mask"]}

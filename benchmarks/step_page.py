@@ -292,8 +292,11 @@ def readme_figures(result: dict[str, Any]) -> str:
         f"(steering) and {ratio['literal-lora']} (LoRA), and the authors' LoRA procedure {ratio['authors-lora']}. Measured "
         f"on one\nCPU thread: a Llama with {result['model']['layers']} layers and hidden size 256, LoRA fine-tuning, "
         f"{s['batch']} x {s['tokens']} tokens, {s['dtype']}, medians of {s['rounds']} interleaved\nrounds on a noisy "
-        f"machine (quartiles are up to {widest:.2f} away); the floor of any exact method was {result['floor']:.2f}x in "
-        "that run\n([all figures](docs/cost.md), `python benchmarks/step.py cpu_lora`). No figures from a GPU yet.\n"
+        f"machine (quartiles are up to {widest:.2f} away); two passes through all blocks would be {result['floor']:.2f}x in "
+        f"that run,\nand steering [runs the first block once](docs/how-it-works.md#what-both-passes-share). On the last third "
+        f"of the layers alone, LfU costs\n**{ratio['steering-late']}** (steering) and **{ratio['lora-late']}** (LoRA), "
+        "exact as well "
+        "([all figures](docs/cost.md), `python benchmarks/step.py cpu_lora`). No figures\nfrom a GPU yet.\n"
     )
 
 
