@@ -51,8 +51,8 @@ READING = """
   a higher cost than half of the samples. Neither is an option of the library.
 * Fixed parts (the first layers, the first half of the positions) are other objectives, not estimates: their bias is of the
   size of the gradient. The options `layers="early"` and `"late"` also perturb these layers only; both are exact for their own
-  objective, and `"late"` keeps more of the direction of the whole one than any estimate of its cost but half of the layers. In a causal model a prefix is exact for
-  its own tokens, but it holds few response tokens or none.
+  objective, and `"late"` keeps more of the direction of the whole one than the estimates without bias do at its cost. In a
+  causal model a prefix is exact for its own tokens, but it holds few response tokens or none.
 * The ascent direction of the step before saves next to nothing, as its taps are a small part of the clean backward, and what
   it gives has little to do with the exact gradient here. One direction for all micro-batches of an accumulated step was
   tried once for each theta_aux, with very different outcomes. The clean pass cannot be shared: it is the SFT pass itself.
