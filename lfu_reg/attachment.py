@@ -85,6 +85,7 @@ class Attachment:
         at_sites = sites if self._auxiliary.acts_at_sites and not self._on_logits else None
         self.chain = Chain(model, self.layers, at_sites, self.devices)
         self.replays = Replays(self.hooks, self.trunk, self.chain, self._diagnostics)
+        self._site_names = tuple(sites)
         self._firing = Firing(self.layers, sites, self._diagnostics)
         self._places = Places(model, [*chosen, *sites, *self.trunk.names, *self.chain.names])
 
@@ -185,7 +186,9 @@ class Attachment:
             RuntimeError: if the graph holds a reentrant checkpoint.
         """
         cut = self.chain.cut
-        if cut is not None and self.chain.is_whole() and self.trunk.runs_once_and_bare():
+        # A site that fired more often is shared with another layer, perhaps below the cut.
+        once = all(clean.fired[name] <= 1 for name in self._site_names)
+        if cut is not None and once and self.chain.is_whole() and self.trunk.runs_once_and_bare():
             prefix = shared_prefix(sft_loss, cut, clean.anchor)
             leaves = [] if prefix is None else [*prefix.above, *prefix.below]
             # A scaled loss may have to be backpropagated again, which the part that waits would not follow.

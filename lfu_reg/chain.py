@@ -9,6 +9,7 @@ gradients, the model's own loop adds nothing to the layers. Pass 2 can then begi
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from lfu_reg.autocast import Autocast
 from lfu_reg.hooks import ModelHooks
 from lfu_reg.layers import find_stacks
 from lfu_reg.listeners import Hook
+from lfu_reg.module_walk import modules_of
 from lfu_reg.randomness import RandomState
 from lfu_reg.trunk import flatten, is_cache, select_samples
 
@@ -81,6 +83,7 @@ class Chain:
         sites: Collection[str] | None,
         devices: Callable[[], list[torch.device]],
     ) -> None:
+        self._model: nn.Module | None = model
         self._devices = devices
         self.behind, self._expected, self.names = _span(model, layers, sites)
         self.listening, self._handles = False, list[RemovableHandle]()
@@ -95,9 +98,13 @@ class Chain:
         """Let go of what was recorded."""
         self.cut: Tensor | None = None
         self._last: Tensor | None = None
-        self._version, self._links = 0, list[Link]()
+        self._links: list[Link] = []
+        self._entered: object = None
         self._entrance: tuple[nn.Module, Any, Any] | None = None
         self._random_state: RandomState | None = None
+        self._mark: object = None  # of the last hidden state, as it left its layer
+        self._draws: Draws | None = None
+        self._shared: set[int] = set()  # arguments of the first call, by identity
         self._broken = False
         self._saving: object = None
         self._in_use: list[torch.device] = []
@@ -106,7 +113,7 @@ class Chain:
         """Take every hook off again."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self.names = [], ()
+        self._handles, self.names, self._model = [], (), None
         self.forget()
 
     @contextmanager
@@ -115,10 +122,13 @@ class Chain:
         self.forget()
         self.listening = wanted and bool(self.names)
         self._saving = _saved_tensors_hooks()
+        writes = self._weights_written() if self.listening else 0
         try:
             yield
+            # A forward that writes to the weights does so in pass 2 as well, before the prefix has used them.
+            self._broken |= self.listening and self._weights_written() != writes
         finally:
-            self.listening, self._last = False, None
+            self.listening, self._last, self._draws = False, None, None
 
     def on_call(self, name: str, compiled: bool, module: nn.Module, args: Any, kwargs: Any, *output: Any) -> None:
         """What the hooks on layer `name` do, before its call and after it."""
@@ -137,13 +147,15 @@ class Chain:
             self._broken = True
             return
         if not self._links and self.behind is None:
-            self._enter(_first_tensor(args, kwargs))
+            self._enter(_first_tensor(args, kwargs), args, kwargs, taps=0)
         slot = _slot_of(self._last, args, kwargs)
+        # The model's loop has not touched what the layer before returned, and has drawn no random number.
+        if self._last is None or _mark_of(self._last) != self._mark or self._draws != Draws():
+            slot = None
         # A cache, which grows when it is used, was empty when the model's forward began.
         args = tuple(None if i == slot or is_cache(value) else value for i, value in enumerate(args))
         kwargs = {key: None if key == slot or is_cache(value) else value for key, value in kwargs.items()}
-        tensors = [value for value in flatten((args, kwargs)) if isinstance(value, Tensor)]
-        if slot is None or any(tensor.requires_grad and not tensor.is_leaf for tensor in tensors):
+        if slot is None or not all(_is_plain(value) or id(value) in self._shared for value in flatten((args, kwargs))):
             self._broken = True
             return
         types = dict.fromkeys(["cpu", *(device.type for device in self._in_use)])
@@ -157,19 +169,34 @@ class Chain:
                 self._broken = True
                 return
             self._entrance = (module, args, kwargs)
-            self._enter(hidden)
+            self._enter(hidden, args, kwargs, taps=1)
         elif name in self._expected:
-            self._last = hidden
+            self._leaves(hidden)
 
-    def _enter(self, cut: Tensor | None) -> None:
+    def _enter(self, cut: Tensor | None, args: Any, kwargs: Any, *, taps: int) -> None:
         self._in_use = self._devices()
-        self.cut = self._last = cut
-        self._version = 0 if cut is None else cut._version
+        self.cut = cut
         self._random_state = RandomState.capture(self._in_use)
+        self._leaves(cut)
+        self._entered = self._mark
+        # What all layers are given was made before them; anything else might come from a hidden state.
+        tensors = [value for value in flatten((args, kwargs)) if isinstance(value, Tensor)]
+        self._shared = {id(t) for t in tensors if t is not cut and (t.is_leaf or not t.requires_grad)}
+        # A hook on the cut would see the gradient of l_SFT, and then the sum of both.
+        self._broken |= cut is not None and len(cut._backward_hooks or ()) > taps
+
+    def _leaves(self, hidden: Tensor | None) -> None:
+        self._last, self._draws = hidden, Draws()
+        self._mark = None if hidden is None else _mark_of(hidden)
+
+    def _weights_written(self) -> int:
+        assert self._model is not None
+        parameters = (p for module in modules_of(self._model) for p in module._parameters.values())
+        return sum(p._version for p in parameters if p is not None and p.requires_grad)
 
     def is_whole(self) -> bool:
-        """Whether every layer ran once, in order, each on what the layer before it returned."""
-        untouched = self.cut is not None and self.cut._version == self._version
+        """Whether every layer ran once, in order, each on what the layer before it returned, and nothing else."""
+        untouched = self.cut is not None and _mark_of(self.cut) == self._entered
         return untouched and not self._broken and len(self._links) == len(self._expected)
 
     def run(self, hooks: ModelHooks, start: Tensor, samples: Tensor | None, batch_size: int) -> None:
@@ -213,6 +240,27 @@ def _span(
 
 def _index_in(stack: list[str], name: str) -> int | None:
     return next((i for i, block in enumerate(stack) if name == block or name.startswith(f"{block}.")), None)
+
+
+def _mark_of(hidden: Tensor) -> object:
+    """What tells whether a tensor was written to, detached in place, or given a hook."""
+    return hidden._version, hidden.grad_fn, hidden.requires_grad, len(hidden._backward_hooks or ()), hidden.retains_grad
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device))
+
+
+class Draws:
+    """How far the CPU's and Python's generators have got."""
+
+    def __init__(self) -> None:
+        self.torch, self.python = torch.get_rng_state(), random.getstate()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Draws) and self.python == other.python and torch.equal(self.torch, other.torch)
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 def _hidden_in(output: Any) -> Tensor:

@@ -116,7 +116,7 @@ class Pass:
 
     def on_trial(self) -> Pass:
         """The same pass without a backward: what it captures is compared, and thrown away."""
-        return Pass(self.tokens, apply=self.apply, replaced=self.replaced, buffers=self.buffers)
+        return Pass(self.tokens, apply=self.apply, capture="attached", replaced=self.replaced, buffers=self.buffers)
 
     def is_empty(self) -> bool:
         """Whether no token of any captured state counts."""

@@ -21,9 +21,10 @@ from lfu_reg.diagnostics import Diagnostics
 from lfu_reg.distributed.collectives import all_agree
 from lfu_reg.distributed.engine import Engine
 from lfu_reg.early_exit import early_exit_is_safe, hooks_stay_paired, way_out
-from lfu_reg.graph import nothing_saved
+from lfu_reg.graph import leaves_of, nothing_saved
 from lfu_reg.hooks import ModelHooks
 from lfu_reg.passes import Pass, State
+from lfu_reg.prefix import SharedPrefix
 from lfu_reg.sft_loss import SFTLoss
 from lfu_reg.trunk import Trunk, replay
 
@@ -47,7 +48,7 @@ class Replays:
         self._chain = chain
         self._diagnostics = diagnostics
         self._wrong: set[str] = set()
-        self._checked, self._chain_checked = "", False
+        self._checked, self._chain_checked = "", set[int]()
         self._digits = 0  # of the number of the last step
         self._model_id, self._may_exit_early = 0, False
         self._ways_out: dict[tuple[nn.Module, nn.Module], list[nn.Module]] = {}  # by where a forward begins and ends
@@ -149,8 +150,9 @@ class Replays:
         """Take the chain instead of the chosen replay, where it has the same hidden states, perturbed as well."""
         if clean.prefix is None or not self.can_shorten:
             return
-        if not check:
-            check = not self._chain_checked
+        # Of a part of the samples a tensor may look like one entry per sample, at some size of the batch.
+        about = 0 if samples is None else clean.batch_size
+        check = check or about not in self._chain_checked
         long = None
         if check:
             with nothing_saved(), self.running(perturbed.on_trial()) as long:
@@ -158,19 +160,21 @@ class Replays:
         before = self._run, self._stop_after
         self._run = partial(self._chain.run, self._hooks, clean.prefix.start, samples, clean.batch_size)
         self._stop_after = None
-        if long is not None and not self._is_right(perturbed.on_trial(), long):
+        if long is not None and not self._is_right(perturbed.on_trial(), long, clean.prefix):
             self._wrong.add(CHAIN)
             self._run, self._stop_after = before
-        else:
-            self._chain_checked = True
+        self._chain_checked.add(about)
 
-    def _is_right(self, trial: Pass, long: Pass) -> bool:
+    def _is_right(self, trial: Pass, long: Pass, prefix: SharedPrefix) -> bool:
         try:
             with nothing_saved(), self.running(trial):
                 pass
         except Exception:  # a layer of anybody's may need what a call of its own does not give it
             return False
-        return _repeats(trial.states, long.states, None, set(), ulps=4)
+        # Something of pass 1 that a layer has kept for others would be reached past the cut.
+        reached = {id(leaf) for state in trial.states if state.hidden.requires_grad for leaf in leaves_of(state.hidden)}
+        around = any(id(leaf) in reached for leaf in prefix.below)
+        return not around and _repeats(trial.states, long.states, None, set(), ulps=4)
 
     def _may_be_left(self, start: nn.Module, last: nn.Module) -> bool:
         if not self._may_exit_early:

@@ -165,6 +165,7 @@ class LoRADeltas(OutputAuxiliary):
             if not self._is_merged(name):
                 fold = self._fold(name, observed=False)
                 yield fold.site, "forward", fold
+        self._observing = {}  # these hold the widened matrices of pass 1
 
     def _consider_merging(self, name: str, module: nn.Module, dtype: torch.dtype, positions: int) -> None:
         weight = plain_weight(module)

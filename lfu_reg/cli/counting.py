@@ -198,6 +198,7 @@ def _without_values() -> ExitStack:
         ("lfu_reg.replays._repeats", lambda *args, **kwargs: True),
         ("lfu_reg.diagnostics.Diagnostics.is_due", lambda *args: False),
         ("lfu_reg.randomness.RandomState.capture", lambda *args: mock.Mock()),
+        ("lfu_reg.chain.Draws", int),
         ("torch.Tensor.uniform_", lambda tensor, *args, **kwargs: tensor),
     ):
         patches.enter_context(mock.patch(target, stand_in))
