@@ -19,12 +19,11 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers import LlamaConfig
 
 from lfu_reg.cli.configs import build
-from lfu_reg.cli.counting import count, cpu_attention
+from lfu_reg.cli.counting import count, flop_counter
 from lfu_reg.cli.methods import Method, make_method
 from lfu_reg.cli.rounds import Clock, interleaved, ratios
 from lfu_reg.cli.subjects import Setting, Subject, language_model_loss, make_batch, with_adapter
@@ -91,7 +90,7 @@ def point(axis: str, value: int, rounds: int) -> dict[str, Any]:
 
 def operations(method: Method) -> int:
     """Of the matrix products and attention of one step."""
-    with FlopCounterMode(display=False, custom_mapping=cpu_attention()) as flops:
+    with flop_counter() as flops:
         method.run()
     return int(flops.get_total_flops())
 

@@ -9,10 +9,8 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 pytest.importorskip("typer")
 
-from torch.utils.flop_counter import FlopCounterMode
-
 from lfu_reg.cli.advice import options_within
-from lfu_reg.cli.counting import count, cpu_attention
+from lfu_reg.cli.counting import count, flop_counter
 from lfu_reg.cli.methods import blocks_alone, make_method
 from lfu_reg.cli.saved_bytes import SavedBytes
 from lfu_reg.cli.subjects import Setting, make_subject
@@ -32,7 +30,7 @@ def test_operations_and_bytes_of_a_run(tuning: str) -> None:
         run = make_method(key, subject).run
         for _ in range(2):  # the first step looks at a replay, too
             run()
-        with FlopCounterMode(display=False, custom_mapping=cpu_attention()) as flops, SavedBytes() as saved:
+        with flop_counter() as flops, SavedBytes() as saved:
             run()
         assert counts.steps[key].flops == flops.get_total_flops(), key
         # The true forward knows that no token is masked, and keeps no mask for its attention.
