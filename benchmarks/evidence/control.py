@@ -5,6 +5,7 @@ Added after the comparison was seen: tuning gave SFT a larger learning rate than
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -19,13 +20,23 @@ COMPARED = {
 }
 
 
+# On the skills each random direction was tuned by itself; the text tasks compare it at the settings of the gradient's.
+RANDOM = {"LfU steering": "random-steering", "LfU LoRA": "random"}
+
+
+def random_at_same(cell: Spec, flavour: str) -> Spec:
+    """A flavour of LfU with everything as it was tuned, but a random direction."""
+    settings = json.dumps({**json.loads(cell.settings), "flavour": flavour}, sort_keys=True)
+    return replace(cell, settings=settings, label=f"{cell.label}, random direction at its settings")
+
+
 def label_at(rate: float) -> str:
     """What SFT is called at a learning rate that is not its own."""
     return f"SFT, learning rate {rate:g}"
 
 
 def control(rows: Rows) -> list[Spec]:
-    """SFT at the learning rates that tuning chose for the flavours of LfU, and at those of the skills' grid."""
+    """SFT at the learning rates that tuning chose for the flavours of LfU; on text also random directions."""
     specs = []
     for tuning, tasks in COMPARED.values():
         best = chosen(rows, tuning)
@@ -33,6 +44,8 @@ def control(rows: Rows) -> list[Spec]:
             continue
         rates = {cell.lr for label, cell in best.items() if label.startswith("LfU")} - {best["SFT"].lr}
         cells = [replace(best["SFT"], lr=rate, label=label_at(rate)) for rate in sorted(rates)]
+        if tuning == "tune-text":
+            cells += [random_at_same(best[label], flavour) for label, flavour in RANDOM.items()]
         specs += [
             replace(cell, experiment="control", task=task, seed=seed, split="test")
             for task in tasks
@@ -60,7 +73,7 @@ def at_equal_rate(rows: Rows, experiment: str, metric: str) -> dict[tuple[str, s
     by_cell: dict[tuple[str, str, float], dict[int, float]] = {}
     for row in rows:
         if row["experiment"] in (experiment, "control"):
-            label = "SFT" if row["experiment"] == "control" else row["label"]
+            label = "SFT" if row["method"] == "sft" and row["dropout"] == 0 else row["label"]
             by_cell.setdefault((row["task"], label, row["lr"]), {})[row["seed"]] = row[metric]
     found: dict[tuple[str, str], tuple[float, Difference]] = {}
     for (task, label, rate), ours in by_cell.items():

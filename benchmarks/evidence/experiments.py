@@ -10,6 +10,7 @@ from evidence.control import control, label_at
 from evidence.finetune import Spec
 from evidence.grids import ENTRIES, PAPER, tuning_specs
 from evidence.questions import long, questions, remedies
+from evidence.verdicts import claims
 
 TUNING_SEEDS = range(100, 101)
 # The text tasks take four times as long: they get the methods that the hypotheses are about, and the strongest others.
@@ -54,8 +55,10 @@ def compare_skills(rows: Rows) -> list[Spec]:
 
 
 def compare_text(rows: Rows) -> list[Spec]:
-    """The text tasks."""
-    return _compare(rows, "compare-text", "tune-text", ["gsm8k-64", "dolly-64"])
+    """The text tasks; what the hypotheses name comes first."""
+    specs = _compare(rows, "compare-text", "tune-text", ["gsm8k-64", "dolly-64"])
+    named = {label for claim in claims() for label in (claim.better, claim.worse)}
+    return sorted(specs, key=lambda spec: (spec.task != "gsm8k-64", spec.label not in named))
 
 
 def compare_full(rows: Rows) -> list[Spec]:
