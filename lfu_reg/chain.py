@@ -9,9 +9,8 @@ gradients, the model's own loop adds nothing to the layers. Pass 2 can then begi
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,12 +19,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lfu_reg import outputs
-from lfu_reg.autocast import Autocast
+from lfu_reg.autocast import Autocast, autocast_in_force, entered_again
 from lfu_reg.hooks import ModelHooks
 from lfu_reg.layers import find_stacks
 from lfu_reg.listeners import Hook
 from lfu_reg.module_walk import modules_of
-from lfu_reg.randomness import RandomState
+from lfu_reg.randomness import Draws, RandomState
 from lfu_reg.trunk import flatten, is_cache, select_samples
 
 
@@ -55,10 +54,10 @@ class Link:
             args = (*args[: self.slot], hidden, *args[self.slot + 1 :])
         else:
             kwargs = {**kwargs, self.slot: hidden}
-        with ExitStack() as surroundings:
-            for state in self.autocast:
-                surroundings.enter_context(torch.autocast(state.device_type, dtype=state.dtype, enabled=state.enabled))
-            return _hidden_in(self.module(*args, **kwargs))
+        with entered_again(self.autocast):
+            result = _hidden_in(self.module(*args, **kwargs))
+        assert result is not None  # as in pass 1
+        return result
 
 
 class Chain:
@@ -158,12 +157,10 @@ class Chain:
         if slot is None or not all(_is_plain(value) or id(value) in self._shared for value in flatten((args, kwargs))):
             self._broken = True
             return
-        types = dict.fromkeys(["cpu", *(device.type for device in self._in_use)])
-        self._links.append(Link(module, args, kwargs, slot, tuple(Autocast.current(t) for t in types)))
+        self._links.append(Link(module, args, kwargs, slot, autocast_in_force(self._in_use)))
 
     def _ends(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        path = outputs.locate(output)
-        hidden = None if path is None else outputs.get(output, path)
+        hidden = _hidden_in(output)
         if name == self.behind:
             if self._entrance is not None or not _only_ours(module) or _is_wrapped(module, self._saving):
                 self._broken = True
@@ -251,22 +248,9 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device))
 
 
-class Draws:
-    """How far the CPU's and Python's generators have got."""
-
-    def __init__(self) -> None:
-        self.torch, self.python = torch.get_rng_state(), random.getstate()
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Draws) and self.python == other.python and torch.equal(self.torch, other.torch)
-
-    __hash__ = None  # type: ignore[assignment]
-
-
-def _hidden_in(output: Any) -> Tensor:
+def _hidden_in(output: Any) -> Tensor | None:
     path = outputs.locate(output)
-    assert path is not None  # the layer is captured, or has returned a hidden state in pass 1
-    return outputs.get(output, path)
+    return None if path is None else outputs.get(output, path)
 
 
 def _first_tensor(args: Any, kwargs: Mapping[str, Any]) -> Tensor | None:

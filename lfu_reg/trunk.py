@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lfu_reg import adapters
-from lfu_reg.autocast import Autocast
+from lfu_reg.autocast import Autocast, autocast_in_force, entered_again
 from lfu_reg.compiled import entrances
 from lfu_reg.early_exit import EarlyExit
 from lfu_reg.listeners import Hook
@@ -60,11 +60,7 @@ class RecordedCall:
         if samples is not None:
             args, kwargs = (select_samples(value, samples, batch_size) for value in (args, kwargs))
         self.random_state.restore()
-        with ExitStack() as surroundings:
-            for autocast in self.autocast:
-                surroundings.enter_context(
-                    torch.autocast(autocast.device_type, dtype=autocast.dtype, enabled=autocast.enabled)
-                )
+        with entered_again(self.autocast):
             self.module(*args, **kwargs)
 
 
@@ -146,14 +142,13 @@ class Trunk:
         """What the hook on `name` does."""
         if not torch.is_grad_enabled():
             return
-        types = dict.fromkeys(["cpu", *(device.type for device in self._in_use)])
         self._calls.setdefault(name, []).append(
             RecordedCall(
                 module,
                 args,
                 dict(kwargs),
                 RandomState.capture(self._in_use),
-                tuple(Autocast.current(t) for t in types),
+                autocast_in_force(self._in_use),
                 compiled,
             )
         )
