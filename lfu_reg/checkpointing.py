@@ -13,11 +13,12 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 import torch.utils.checkpoint
 
+T = TypeVar("T")
 Function: TypeAlias = Callable[..., Any]
 Surroundings: TypeAlias = Callable[[], AbstractContextManager[Any]]
 
@@ -56,43 +57,36 @@ def repeated_in(surroundings: Surroundings) -> Iterator[None]:
     Args:
         surroundings: makes the context of one repeat. It lives as long as the graph, so it must not hold on to it.
     """
-    thread = threading.get_ident()
-    with _changing:
-        if not _surroundings:
-            _replace_entrances()
-        before = _surroundings.get(thread)
-        _surroundings[thread] = surroundings
-    try:
+    with _for_this_thread(_surroundings, surroundings, _replace_entrances, _put_entrances_back):
         yield
-    finally:
-        with _changing:
-            if before is None:
-                del _surroundings[thread]
-            else:
-                _surroundings[thread] = before
-            if not _surroundings:
-                _put_entrances_back()
 
 
 @contextmanager
 def refused(reason: str) -> Iterator[None]:
     """Raise RuntimeError if this thread enters a non-reentrant checkpoint in the block."""
+    with _for_this_thread(_reasons, reason, _watch_saved_tensors, _stop_watching):
+        yield
+
+
+@contextmanager
+def _for_this_thread(table: dict[int, T], entry: T, first: Function, last: Function) -> Iterator[None]:
+    """An entry of this thread for the block; `first` is called before there is any, and `last` when none is left."""
     thread = threading.get_ident()
     with _changing:
-        if not _reasons:
-            _watch_saved_tensors()
-        before = _reasons.get(thread)
-        _reasons[thread] = reason
+        if not table:
+            first()
+        before = table.get(thread)
+        table[thread] = entry
     try:
         yield
     finally:
         with _changing:
             if before is None:
-                del _reasons[thread]
+                del table[thread]
             else:
-                _reasons[thread] = before
-            if not _reasons:
-                torch.autograd.graph.saved_tensors_hooks.__enter__ = _entered.pop()  # type: ignore[method-assign]
+                table[thread] = before
+            if not table:
+                last()
 
 
 def _watch_saved_tensors() -> None:
@@ -108,6 +102,10 @@ def _watch_saved_tensors() -> None:
 
     _entered.append(enter)
     hooks.__enter__ = watched  # type: ignore[method-assign]
+
+
+def _stop_watching() -> None:
+    torch.autograd.graph.saved_tensors_hooks.__enter__ = _entered.pop()  # type: ignore[method-assign]
 
 
 def _replace_entrances() -> None:
