@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import statistics
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
 from evidence.finetune import Spec
-from evidence.store import spec_of
+from evidence.store import Rows, spec_of
 
 SEEDS = range(5)
 SKILL_TUNING_TASKS = ["subtract-128", "subtract-128-noisy"]
-
-Rows = list[dict[str, Any]]
 
 
 def chosen(rows: Rows, experiment: str) -> dict[str, Spec]:
@@ -32,12 +31,23 @@ def chosen(rows: Rows, experiment: str) -> dict[str, Spec]:
     return best
 
 
+def with_settings(cell: Spec, changed: dict[str, Any], label: str) -> Spec:
+    """A cell with some of its settings changed, under another name."""
+    return replace(cell, settings=json.dumps({**json.loads(cell.settings), **changed}, sort_keys=True), label=label)
+
+
 def around(rows: Rows, experiment: str, changes: dict[str, tuple[str, dict[str, Any]]]) -> list[Spec]:
     """Variants of a tuned flavour: label -> (the entry it starts from, changed settings)."""
     best = chosen(rows, "tune-skills")
-    specs = []
-    for label, (entry, changed) in changes.items():
-        cell = best[entry]
-        settings = json.dumps({**json.loads(cell.settings), **changed}, sort_keys=True)
-        specs.append(replace(cell, experiment=experiment, label=label, settings=settings, split="test"))
-    return [replace(s, task=task, seed=seed) for task in SKILL_TUNING_TASKS for s in specs for seed in SEEDS]
+    cells = [with_settings(best[entry], changed, label) for label, (entry, changed) in changes.items()]
+    return each(cells, experiment, SKILL_TUNING_TASKS)
+
+
+def each(cells: Iterable[Spec], experiment: str, tasks: Iterable[str]) -> list[Spec]:
+    """Every cell on the test data of every task, with every seed."""
+    return [
+        replace(cell, experiment=experiment, task=task, seed=seed, split="test")
+        for task in tasks
+        for cell in cells
+        for seed in SEEDS
+    ]

@@ -5,29 +5,21 @@ Added after the comparison was seen: tuning gave SFT a larger learning rate than
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from typing import Any
 
-from evidence.choice import SEEDS, Rows, chosen
+from evidence.choice import chosen, each, with_settings
 from evidence.finetune import Spec
-from evidence.paired import Difference, difference
+from evidence.paired import Difference, paired
+from evidence.store import Rows
 
 # Comparison -> (where its cells were tuned, its tasks).
 COMPARED = {
     "compare-skills": ("tune-skills", ("subtract-128", "subtract-128-noisy", "subtract-16")),
     "compare-text": ("tune-text", ("gsm8k-64", "dolly-64")),
 }
-
-
 # On the skills each random direction was tuned by itself; the text tasks compare it at the settings of the gradient's.
 RANDOM = {"LfU steering": "random-steering", "LfU LoRA": "random"}
-
-
-def random_at_same(cell: Spec, flavour: str) -> Spec:
-    """A flavour of LfU with everything as it was tuned, but a random direction."""
-    settings = json.dumps({**json.loads(cell.settings), "flavour": flavour}, sort_keys=True)
-    return replace(cell, settings=settings, label=f"{cell.label}, random direction at its settings")
 
 
 def label_at(rate: float) -> str:
@@ -37,7 +29,7 @@ def label_at(rate: float) -> str:
 
 def control(rows: Rows) -> list[Spec]:
     """SFT at the learning rates that tuning chose for the flavours of LfU; on text also random directions."""
-    specs = []
+    specs: list[Spec] = []
     for tuning, tasks in COMPARED.values():
         best = chosen(rows, tuning)
         if "SFT" not in best:
@@ -45,43 +37,40 @@ def control(rows: Rows) -> list[Spec]:
         rates = {cell.lr for label, cell in best.items() if label.startswith("LfU")} - {best["SFT"].lr}
         cells = [replace(best["SFT"], lr=rate, label=label_at(rate)) for rate in sorted(rates)]
         if tuning == "tune-text":
-            cells += [random_at_same(best[label], flavour) for label, flavour in RANDOM.items()]
-        specs += [
-            replace(cell, experiment="control", task=task, seed=seed, split="test")
-            for task in tasks
-            for cell in cells
-            for seed in SEEDS
-        ]
+            cells += [
+                with_settings(best[label], {"flavour": flavour}, f"{label}, random direction at its settings")
+                for label, flavour in RANDOM.items()
+            ]
+        specs += each(cells, "control", tasks)
     return specs
 
 
-def sft_at(rows: Rows, task: str, rate: float) -> Rows:
-    """SFT on a task of the skills at a learning rate: of the comparison, or of the control."""
+def sft_at(rows: Rows, task: str, rate: float, comparison: str = "compare-skills") -> Rows:
+    """Plain SFT on a task at a learning rate: of a comparison, or of the control."""
     return [
         row
         for row in rows
-        if row["task"] == task
-        and row["lr"] == rate
-        and row["method"] == "sft"
-        and row["dropout"] == 0
-        and row["experiment"] in ("compare-skills", "control")
+        if (row["task"], row["lr"]) == (task, rate)
+        and _is_plain_sft(row)
+        and row["experiment"] in (comparison, "control")
     ]
+
+
+def _is_plain_sft(row: dict[str, Any]) -> bool:
+    return row["method"] == "sft" and row["dropout"] == 0
 
 
 def at_equal_rate(rows: Rows, experiment: str, metric: str) -> dict[tuple[str, str], tuple[float, Difference]]:
     """(task, label) -> (learning rate, method minus SFT at that learning rate), where both were run."""
-    by_cell: dict[tuple[str, str, float], dict[int, float]] = {}
+    cells: dict[tuple[str, str, float], Rows] = {}
     for row in rows:
-        if row["experiment"] in (experiment, "control"):
-            label = "SFT" if row["method"] == "sft" and row["dropout"] == 0 else row["label"]
-            by_cell.setdefault((row["task"], label, row["lr"]), {})[row["seed"]] = row[metric]
-    found: dict[tuple[str, str], tuple[float, Difference]] = {}
-    for (task, label, rate), ours in by_cell.items():
-        theirs = by_cell.get((task, "SFT", rate), {})
-        seeds = sorted(ours.keys() & theirs.keys())
-        if label != "SFT" and len(seeds) > 1:
-            found[task, label] = rate, difference([ours[s] for s in seeds], [theirs[s] for s in seeds])
-    return found
+        if row["experiment"] in (experiment, "control") and not _is_plain_sft(row):
+            cells.setdefault((row["task"], row["label"], row["lr"]), []).append(row)
+    return {
+        (task, label): (rate, found)
+        for (task, label, rate), ours in cells.items()
+        if (found := paired(ours, sft_at(rows, task, rate, experiment), metric)) is not None
+    }
 
 
 def table(rows: Rows, experiment: str, metrics: dict[str, str]) -> str:

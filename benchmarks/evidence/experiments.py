@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from evidence.choice import SEEDS, SKILL_TUNING_TASKS, Rows, around, chosen
+from evidence.choice import SKILL_TUNING_TASKS, around, chosen, each
 from evidence.control import control, label_at
 from evidence.finetune import Spec
 from evidence.grids import ENTRIES, PAPER, tuning_specs
 from evidence.questions import long, questions, remedies
+from evidence.store import Rows
 from evidence.verdicts import claims
 
 TUNING_SEEDS = range(100, 101)
@@ -41,12 +42,7 @@ def tune_text(rows: Rows) -> list[Spec]:
 def _compare(rows: Rows, name: str, tuning: str, tasks: list[str]) -> list[Spec]:
     best = chosen(rows, tuning)
     cells = [*best.values(), *(replace(p, lr=best["SFT"].lr) for p in PAPER)]
-    return [
-        replace(cell, experiment=name, task=task, seed=seed, split="test")
-        for task in tasks
-        for cell in cells
-        for seed in SEEDS
-    ]
+    return each(cells, name, tasks)
 
 
 def compare_skills(rows: Rows) -> list[Spec]:
@@ -65,15 +61,8 @@ def compare_full(rows: Rows) -> list[Spec]:
     """Full fine-tuning instead of LoRA, at a fourth of the learning rate that was chosen for LoRA."""
     labels = ("SFT", "NEFTune", "LfU LoRA", "LfU steering", "LfU weights", "LfU LoRA, random direction")
     best = chosen(rows, "tune-skills")
-    return [
-        replace(
-            best[label], experiment="compare-full", task=task, seed=seed, split="test", tuning="full",
-            lr=best[label].lr / 4,
-        )
-        for task in SKILL_TUNING_TASKS
-        for label in labels
-        for seed in SEEDS
-    ]  # fmt: skip
+    cells = [replace(best[label], tuning="full", lr=best[label].lr / 4) for label in labels]
+    return each(cells, "compare-full", SKILL_TUNING_TASKS)
 
 
 def ablate_lambda(rows: Rows) -> list[Spec]:
@@ -149,12 +138,7 @@ def _robustness(rows: Rows, name: str, tasks: list[str]) -> list[Spec]:
     rate = best["LfU LoRA"].lr
     if rate != best["SFT"].lr:
         cells.append(replace(best["SFT"], lr=rate, label=label_at(rate)))
-    return [
-        replace(cell, experiment=name, task=task, seed=seed, split="test")
-        for task in tasks
-        for cell in cells
-        for seed in SEEDS
-    ]
+    return each(cells, name, tasks)
 
 
 def noise(rows: Rows) -> list[Spec]:

@@ -12,8 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from evidence.paired import estimate
-
-Rows = list[dict[str, Any]]
+from evidence.store import Rows
 
 
 def _save(figure: Any, path: Path) -> None:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
+from evidence.store import Rows
+
 CONFIDENCE = 0.95
 
 
@@ -36,6 +38,22 @@ class Difference(Estimate):
 
     def __str__(self) -> str:
         return f"{self.mean:+.3f} ± {self.half_width:.3f} (p {self.p:.3f})"
+
+
+def paired(ours: Rows, reference: Rows, metric: str, *, sign: int = 1, at_least: int = 2) -> Difference | None:
+    """ours - reference on the seeds that both have; None where these are fewer than `at_least`.
+
+    Args:
+        ours, reference: runs, one a seed.
+        metric: column of the results.
+        sign: -1 turns the difference round.
+        at_least: seeds.
+    """
+    values, references = ({row["seed"]: sign * row[metric] for row in part} for part in (ours, reference))
+    seeds = sorted(values.keys() & references.keys())
+    if len(seeds) < at_least:
+        return None
+    return difference([values[seed] for seed in seeds], [references[seed] for seed in seeds])
 
 
 def quantile(degrees: float) -> float:

@@ -6,8 +6,9 @@ import json
 from dataclasses import replace
 from typing import Any
 
-from evidence.choice import SEEDS, Rows, around, chosen
+from evidence.choice import around, chosen, each
 from evidence.finetune import Spec
+from evidence.store import Rows
 
 
 def questions(rows: Rows) -> list[Spec]:
@@ -57,8 +58,4 @@ def long(rows: Rows) -> list[Spec]:
         Spec("", "", "lfu", label, json.dumps({**lora, **changed}, sort_keys=True))
         for label, changed in changes.items()
     ]
-    return [
-        replace(c, experiment="long", task="subtract-32-long", lr=best["SFT"].lr, seed=seed, split="test")
-        for c in cells
-        for seed in SEEDS
-    ]
+    return each([replace(cell, lr=best["SFT"].lr) for cell in cells], "long", ["subtract-32-long"])

@@ -6,13 +6,12 @@ import json
 import statistics
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
 from evidence.control import COMPARED, at_equal_rate, sft_at, table
 from evidence.experiments import EXPERIMENTS, chosen
 from evidence.figures import draw_alpha, draw_noise, draw_scores
-from evidence.paired import difference, estimate
-from evidence.store import RESULTS, ROOT, rows
+from evidence.paired import estimate, paired
+from evidence.store import RESULTS, ROOT, Rows, rows
 from evidence.verdicts import answers
 
 PAGE = ROOT / "docs" / "evidence.md"
@@ -31,8 +30,6 @@ CONTROL = (
 )
 ABLATIONS = ("lambda", "alpha", "layers", "flavours", "questions", "remedies")
 
-Rows = list[dict[str, Any]]
-
 
 def _grouped(data: Rows, experiment: str) -> dict[str, dict[str, Rows]]:
     """task -> label -> rows, in the order in which they were run."""
@@ -44,11 +41,8 @@ def _grouped(data: Rows, experiment: str) -> dict[str, dict[str, Rows]]:
 
 
 def _paired(ours: Rows, reference: Rows, metric: str) -> str:
-    by_seed = {row["seed"]: row[metric] for row in reference}
-    both = [row for row in ours if row["seed"] in by_seed]
-    if len(both) < 2 or ours is reference:
-        return ""
-    return str(difference([row[metric] for row in both], [by_seed[row["seed"]] for row in both]))
+    found = None if ours is reference else paired(ours, reference, metric)
+    return "" if found is None else str(found)
 
 
 def comparison(data: Rows, experiment: str) -> str:

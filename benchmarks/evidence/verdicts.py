@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from evidence.paired import Difference, difference
+from evidence.paired import Difference, paired
+from evidence.store import Rows
 
-Rows = list[dict[str, Any]]
 LFU = ("LfU LoRA", "LfU steering")
 SIGNIFICANT = 0.05
 
@@ -39,12 +38,9 @@ class Claim:
 
     def on(self, rows: Rows, experiment: str, task: str, at_least: int = 2) -> Difference | None:
         """better - worse, signed so that positive supports the claim; None where fewer seeds than that were run."""
-        values = [_by_seed(rows, experiment, task, label, self.metric) for label in (self.better, self.worse)]
-        seeds = sorted(set(values[0]) & set(values[1]))
-        if len(seeds) < at_least:
-            return None
-        ours, theirs = ([self.sign * part[seed] for seed in seeds] for part in values)
-        return difference(ours, theirs)
+        here = [row for row in rows if (row["experiment"], row["task"]) == (experiment, task) and self.metric in row]
+        better, worse = ([row for row in here if row["label"] == label] for label in (self.better, self.worse))
+        return paired(better, worse, self.metric, sign=self.sign, at_least=at_least)
 
     def verdict(self, found: Difference) -> str:
         """supported, contradicted or open."""
@@ -79,11 +75,3 @@ def answers(rows: Rows, asked: Sequence[Claim] | None = None) -> list[tuple[Clai
         for experiment, task in places
         if experiment in claim.experiments and (found := claim.on(rows, experiment, task)) is not None
     ]
-
-
-def _by_seed(rows: Rows, experiment: str, task: str, label: str, metric: str) -> dict[int, float]:
-    return {
-        row["seed"]: row[metric]
-        for row in rows
-        if (row["experiment"], row["task"], row["label"]) == (experiment, task, label) and metric in row
-    }
