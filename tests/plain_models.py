@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+
+class FailingBackward(torch.autograd.Function):
+    """Passes a tensor on, and raises KeyError in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        raise KeyError("backward")
 
 
 class ResidualBlock(nn.Module):

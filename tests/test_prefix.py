@@ -18,6 +18,7 @@ from tests.checkpointed import CheckpointedLM, GroupedLM, PlainLM
 from tests.compare import assert_same_gradients, gradients_of
 from tests.harness import auxiliary, run_pair
 from tests.models import BERT, FROZEN, LLAMA, MIXTRAL, PEFT, TIED, TINY, VIT
+from tests.plain_models import FailingBackward
 
 # Layers, and for each auxiliary how often each of Llama's four blocks runs in a step.
 RUNS = {
@@ -381,18 +382,9 @@ def test_embeddings_from_outside() -> None:
 
 
 def test_an_exception_in_the_prefixs_backward_leaves_everything() -> None:
-    class Fails(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor) -> Tensor:
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> Tensor:
-            raise KeyError("backward")
-
     model = LLAMA.make()
     reg = settled(model, LLAMA, "steering", layers="late")
-    handle = model.model.embed_tokens.register_forward_hook(lambda m, a, out: Fails.apply(out))
+    handle = model.model.embed_tokens.register_forward_hook(lambda m, a, out: FailingBackward.apply(out))
     with pytest.raises(KeyError):
         reg(model, LLAMA.batch(), LLAMA.loss)
     handle.remove()

@@ -20,6 +20,8 @@ from evidence.robustness import cosines_under_noise
 from evidence.tasks import TASKS, old_skills
 from evidence.verdicts import claims
 
+from tests.benchmarks.one_process import in_one_process
+
 QUICK = replace(TASKS["subtract-16"], steps=2)
 
 
@@ -106,18 +108,12 @@ def test_results_are_appended_and_not_repeated(tmp_path: Path, monkeypatch: pyte
 
     started: list[Spec] = []
 
-    class Pool:
-        def __init__(self, *_: Any, **__: Any) -> None: ...
-        def __enter__(self) -> Pool:
-            return self
+    def scored(work: Any, jobs: list[tuple[Spec, str]]) -> Any:
+        for spec, at in jobs:
+            started.append(spec)
+            yield spec, at, {"score": 0.5}
 
-        def __exit__(self, *_: object) -> None: ...
-        def imap_unordered(self, work: Any, jobs: list[tuple[Spec, str]]) -> Any:
-            for spec, at in jobs:
-                started.append(spec)
-                yield spec, at, {"score": 0.5}
-
-    monkeypatch.setattr(run.multiprocessing, "get_context", lambda kind: type("Context", (), {"Pool": Pool}))
+    in_one_process(monkeypatch, scored)
     monkeypatch.setattr(store, "RESULTS", file)
     monkeypatch.setattr(run.store, "rows", lambda: [kept])
     monkeypatch.setattr(run.store, "append", lambda *a: None)

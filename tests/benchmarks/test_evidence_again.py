@@ -21,6 +21,8 @@ from evidence.tasks import TASKS
 from evidence.verdicts import claims
 from scipy import stats
 
+from tests.benchmarks.one_process import in_one_process
+
 Rows = list[dict[str, Any]]
 LABELS = ("SFT", "NEFTune", "LfU LoRA", "LfU steering", "SAM")
 B = next(c for c in claims() if (c.hypothesis, c.better, c.worse) == ("b", "LfU LoRA", "SFT"))
@@ -291,18 +293,7 @@ def test_the_published_rows_are_not_written_to(
 
 
 def test_real_runs(files: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    class Pool:
-        """In this process, so that the shortened task is seen."""
-
-        def __init__(self, *_: Any, **__: Any) -> None: ...
-        def __enter__(self) -> Pool:
-            return self
-
-        def __exit__(self, *_: object) -> None: ...
-        def imap_unordered(self, work: Any, jobs: list[tuple[Spec, str]]) -> Any:
-            return map(work, jobs)
-
-    monkeypatch.setattr(run.multiprocessing, "get_context", lambda kind: type("Context", (), {"Pool": Pool}))
+    in_one_process(monkeypatch)  # so that the shortened task is seen
     monkeypatch.setitem(TASKS, "subtract-128", replace(TASKS["subtract-128"], steps=2))
     assert main([*files, "--hypotheses", "d", "--seeds", "5"]) == 0
     rows = store.rows(Path(files[3]))

@@ -24,7 +24,7 @@ from tests.distributed.reference import expected, parameters_of, regularizer, tr
 from tests.distributed.sharding import Collectives, blocks_of, gradients_of, same_on_all_ranks, shard
 from tests.harness import a_matrices_of
 from tests.models import LLAMA, PEFT, TINY
-from tests.plain_models import TinyLM
+from tests.plain_models import FailingBackward, TinyLM
 from tests.refusals import says
 
 ADAMW = functools.partial(torch.optim.AdamW, lr=1e-2, foreach=False)
@@ -342,22 +342,13 @@ def check_gradients_are_not_touched_before_the_backward() -> None:
 def check_exceptions_leave_gradients_and_weights() -> None:
     """In the loss, in the backward of pass 1, in pass 2, and in the backward of pass 2, on both ranks."""
 
-    class Fails(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor) -> Tensor:
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> Tensor:
-            raise KeyError("backward")
-
     class Fragile(TinyLM):
         where, forwards = "", 0
 
         def body(self, hidden: Tensor) -> Tensor:
             self.forwards += 1
             if self.where == f"backward {self.forwards}":
-                hidden = Fails.apply(hidden)
+                hidden = FailingBackward.apply(hidden)
             if self.where == f"forward {self.forwards}":
                 raise KeyError("forward")
             return super().body(hidden)
