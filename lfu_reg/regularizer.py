@@ -247,7 +247,8 @@ class LfURegularizer:
         engine = self._attached.engine_of(model, first=self._steps == 0)
         strategy = choose_strategy(self.strategy, self.stop_gradient, engine, self.auxiliary, self._scales)
         self.auxiliary.shards = engine.shards
-        self.auxiliary.may_fold = not engine.is_sharded and not entrances(model)
+        if self.auxiliary.folds:  # looking for compiled modules is a walk over all of them
+            self.auxiliary.may_fold = not engine.is_sharded and not entrances(model)
         if self._shares_ascent(engine):
             home = next(iter(self._attached.devices()), torch.device("cpu"))
             self.seed = self._shared_ascent.begin(engine.groups, self.seed, home)

@@ -15,7 +15,6 @@ whoever else looks at them, sees what is trained. Each call decides for itself: 
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -52,11 +51,8 @@ class Fold:
         self._weights: tuple[Tensor, Tensor] | None = None
         self._run = _runner()
 
-    def __deepcopy__(self, memo: Any) -> Any:
-        # A copy of the model in the user's loss function is a plain one.
-        return functools.partial(type(self.site).forward, copy.deepcopy(self.site, memo))
-
     def __reduce__(self) -> tuple[Any, ...]:
+        # A copy or a pickle that the user's loss function makes of the model is a plain one.
         return functools.partial, (type(self.site).forward, self.site)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

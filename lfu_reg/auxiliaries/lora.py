@@ -44,6 +44,7 @@ class LoRADeltas(OutputAuxiliary):
 
     default_alpha = 0.1
     default_lam = 5.0
+    folds = True
 
     def __init__(self, rank: int = 8, lora_alpha: float = 16, target_modules: TargetModules = "all-linear") -> None:
         super().__init__()
