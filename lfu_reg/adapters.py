@@ -95,7 +95,8 @@ def acting_adapter(layer: Any) -> str | None:
 
 def _is_plain(linear: nn.Module) -> bool:
     parameters, inside = linear._parameters, vars(linear)
-    hooks = (h for t in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks") for h in inside[t].values())
+    tables = [table for key in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks") if (table := inside[key])]
+    hooks = [hook for table in tables for hook in table.values()]
     hooked = any(not (isinstance(hook, Hook) and hook.listener is None) for hook in hooks)  # idle ones of ours
     plain = type(linear) is nn.Linear and type(parameters["weight"]) is nn.Parameter and parameters["bias"] is None
     return plain and not hooked and "forward" not in inside and inside.get("_compiled_call_impl") is None

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lfu_reg.foreach import multiplied, portions, zero_unless
+
 
 def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
     """||g||_2 over all tensors together, in at least float32, without a device synchronisation.
@@ -61,21 +63,27 @@ def _normalised(gradients: Sequence[Tensor], alpha: float, norm: Tensor) -> list
     # A direction of zero or infinite length is no direction: stay put, and let the diagnostics say so.
     usable = torch.isfinite(norm) & (norm > 0)
     factor = torch.where(usable, alpha / norm, torch.zeros_like(norm))
-    # In at least float32, as the norm: alpha / ||g|| of a small gradient is infinite in float16.
-    wide = [gradient.to(norm.dtype) for gradient in gradients]
-    if _are_alike([norm, *wide]):
-        scaled = list(torch._foreach_mul(wide, factor))
-    else:
-        scaled = [gradient * factor.to(gradient.device) for gradient in wide]
-    # Zero times infinity is NaN.
-    scaled = [torch.where(usable.to(step.device), step, torch.zeros_like(step)) for step in scaled]
-    return [step.to(gradient.dtype) for step, gradient in zip(scaled, gradients, strict=True)]
+    moved = list(gradients)
+    for numbers in portions(gradients):
+        # In at least float32, as the norm: alpha / ||g|| of a small gradient is infinite in float16.
+        wide = [gradients[i].to(norm.dtype) for i in numbers]
+        home = wide[0].device
+        steps = multiplied(wide, factor.to(home))
+        # Zero times infinity is NaN.
+        for i, step in zip(numbers, zero_unless(usable.to(home), steps), strict=True):
+            moved[i] = step.to(gradients[i].dtype)
+    return moved
 
 
 def _norms(tensors: Sequence[Tensor]) -> list[Tensor]:
-    if _are_alike(tensors):
-        return list(torch._foreach_norm([tensor.detach() for tensor in tensors], dtype=_at_least_float32(tensors[0])))
-    return [_norm(tensor) for tensor in tensors]
+    norms: list[Tensor] = []
+    for numbers in portions(tensors):
+        together = [tensors[i].detach() for i in numbers]
+        if len(together) == 1:
+            norms.append(_norm(together[0]))
+        else:
+            norms += torch._foreach_norm(together, dtype=_at_least_float32(together[0]))
+    return norms
 
 
 def _norm(tensor: Tensor) -> Tensor:
@@ -86,9 +94,3 @@ def _norm(tensor: Tensor) -> Tensor:
 def _at_least_float32(tensor: Tensor) -> torch.dtype:
     # The square of a float16 gradient of 1e-4 is zero, and 300 squares of 3e4 sum to infinity.
     return torch.promote_types(tensor.dtype, torch.float32)
-
-
-def _are_alike(tensors: Sequence[Tensor]) -> bool:
-    """Whether one call can do the same to all of them: plain tensors of one device and dtype."""
-    first = tensors[0]
-    return all(type(t) is Tensor and t.device == first.device and t.dtype is first.dtype for t in tensors)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lfu_reg import checks
 from lfu_reg.auxiliaries import Auxiliary
-from lfu_reg.buffers import BufferWatch
+from lfu_reg.buffers import ForwardWatch
 from lfu_reg.chain import Chain
 from lfu_reg.compiled import graphs_for_two_backwards
 from lfu_reg.diagnostics import Diagnostics
@@ -163,7 +163,7 @@ class Attachment:
         Raises:
             TypeError, ValueError: for a loss that cannot be used, or that did not come through DDP's wrapper.
         """
-        watch = BufferWatch(self.model)
+        watch = ForwardWatch(self.model)
         with (
             self.trunk.recording(),
             self.chain.recording(shares_prefix and self.replays.can_shorten),
@@ -172,7 +172,10 @@ class Attachment:
         ):
             loss = sft.clean(self.devices(), first=first)
         clean.recording = False
-        clean.buffers += watch.changed()
+        buffers, weights = watch.changed()
+        clean.buffers += buffers
+        if weights:  # pass 2 writes to them as well, before the prefix, whose backward waits, has used them
+            self.chain.forget()
         return loss
 
     def leaves_of(self, sft_loss: Tensor, clean: Pass) -> list[Tensor]:

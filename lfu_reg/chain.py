@@ -23,7 +23,6 @@ from lfu_reg.autocast import Autocast, autocast_in_force, entered_again
 from lfu_reg.hooks import ModelHooks
 from lfu_reg.layers import find_stacks
 from lfu_reg.listeners import Hook
-from lfu_reg.module_walk import modules_of
 from lfu_reg.randomness import Draws, RandomState
 from lfu_reg.trunk import flatten, is_cache, select_samples
 
@@ -82,7 +81,6 @@ class Chain:
         sites: Collection[str] | None,
         devices: Callable[[], list[torch.device]],
     ) -> None:
-        self._model: nn.Module | None = model
         self._devices = devices
         self.behind, self._expected, self.names = _span(model, layers, sites)
         self.listening, self._handles = False, list[RemovableHandle]()
@@ -112,7 +110,7 @@ class Chain:
         """Take every hook off again."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self.names, self._model = [], (), None
+        self._handles, self.names = [], ()
         self.forget()
 
     @contextmanager
@@ -121,11 +119,8 @@ class Chain:
         self.forget()
         self.listening = wanted and bool(self.names)
         self._saving = _saved_tensors_hooks()
-        writes = self._weights_written() if self.listening else 0
         try:
             yield
-            # A forward that writes to the weights does so in pass 2 as well, before the prefix has used them.
-            self._broken |= self.listening and self._weights_written() != writes
         finally:
             self.listening, self._last, self._draws = False, None, None
 
@@ -185,11 +180,6 @@ class Chain:
     def _leaves(self, hidden: Tensor | None) -> None:
         self._last, self._draws = hidden, Draws()
         self._mark = None if hidden is None else _mark_of(hidden)
-
-    def _weights_written(self) -> int:
-        assert self._model is not None
-        parameters = (p for module in modules_of(self._model) for p in module._parameters.values())
-        return sum(p._version for p in parameters if p is not None and p.requires_grad)
 
     def is_whole(self) -> bool:
         """Whether every layer ran once, in order, each on what the layer before it returned, and nothing else."""

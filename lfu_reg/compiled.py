@@ -72,7 +72,7 @@ def entrances(model: nn.Module) -> dict[nn.Module, nn.Module]:
     for module in modules_of(model):
         if type(module).__name__ == "OptimizedModule":
             found[unwrapped(module)] = module
-        elif getattr(module, "_compiled_call_impl", None) is not None:
+        elif vars(module).get("_compiled_call_impl") is not None:
             found.setdefault(module, module)
     return found
 

@@ -17,3 +17,22 @@ def modules_of(model: nn.Module) -> list[nn.Module]:
         if children := module._modules:
             waiting += reversed([*children.values()])
     return list(found)
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What `model.named_parameters()` gives, but only what requires a gradient."""
+    found: dict[str, nn.Parameter] = {}
+    modules: set[nn.Module | None] = {None}
+    parameters: set[int] = set()  # by identity: tensors hash slowly
+    waiting: list[tuple[str, nn.Module | None]] = [("", model)]
+    while waiting:
+        prefix, module = waiting.pop()
+        if module is None or module in modules:
+            continue
+        modules.add(module)
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.requires_grad and id(parameter) not in parameters:
+                parameters.add(id(parameter))
+                found[prefix + name] = parameter
+        waiting += reversed([(f"{prefix}{name}.", child) for name, child in module._modules.items()])
+    return found

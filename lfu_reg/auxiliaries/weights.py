@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lfu_reg.ascent import ascend, gradient_norm
 from lfu_reg.auxiliaries.base import Auxiliary, Call, Generators, GradientRule
-from lfu_reg.module_walk import modules_of
+from lfu_reg.module_walk import modules_of, trained_parameters
 from lfu_reg.substitution import Replacement
 
 
@@ -58,11 +58,8 @@ class WeightDeltas(Auxiliary):
         if self.shards is not None:
             self.shards.reshard()  # so that the parameters seen here are the shards
         # Looked up once a step: while pass 2 runs, moved tensors stand in the place of the parameters.
-        self._parameters = {
-            name: parameter
-            for name, parameter in (self._model.named_parameters() if self._model is not None else ())
-            if parameter.requires_grad and (self.only is None or self.only(name, parameter))
-        }
+        found = {} if self._model is None else trained_parameters(self._model)
+        self._parameters = {n: p for n, p in found.items() if self.only is None or self.only(n, p)}
 
     def observe(self, call: Call) -> GradientRule | None:
         """Never called: there are no sites."""
