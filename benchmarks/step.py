@@ -22,7 +22,7 @@ GPU = "--device cuda --dtype bfloat16 --rounds 20 --methods all --time-budget 1.
 COMMANDS = {
     "cpu_lora": "small --batch 8 --tokens 128 --rounds 8 --methods all --time-budget 1.5",
     "cpu_full": f"small --tuning full --batch 8 --tokens 128 --rounds 8 --methods {LFU},{OTHERS}",
-    "cpu_qwen3-0.6b": f"qwen3-0.6b --layers 4 --batch 2 --tokens 32 --rounds 4 --methods {LFU}",
+    "cpu_qwen3-0.6b": f"qwen3-0.6b --batch 2 --tokens 64 --rounds 6 --methods {LFU}",
     "cuda_llama-3.1-8b_lora": f"llama-3.1-8b --batch 4 --tokens 512 {GPU}",
     "cuda_qwen3-8b_lora": f"qwen3-8b --batch 4 --tokens 512 {GPU}",
     "cuda_qwen3-0.6b_lora": f"qwen3-0.6b --batch 8 --tokens 512 {GPU}",

@@ -2,8 +2,8 @@
 
 h_l ──► layer l+1 ──► h_{l+1} ──► layer l+2 ──► ...
 
-Where each layer is handed the very tensor that the layer before it returned, and nothing else that pass 1 computed with
-gradients, the model's own loop adds nothing to the layers. Pass 2 can then begin where theta_aux first acts: see
+Where each layer is handed the very tensor that the layer before it returned, and else nothing that was made since the
+first one began, the model's own loop adds nothing to the layers. Pass 2 can then begin where theta_aux first acts: see
 `prefix.py` for what that saves, and `replays.py` for how it is checked that this is the same forward.
 """
 
@@ -23,6 +23,7 @@ from lfu_reg.autocast import Autocast, autocast_in_force, entered_again
 from lfu_reg.hooks import ModelHooks
 from lfu_reg.layers import find_stacks
 from lfu_reg.listeners import Hook
+from lfu_reg.made_before import MadeBefore
 from lfu_reg.randomness import Draws, RandomState
 from lfu_reg.trunk import flatten, is_cache, select_samples
 
@@ -83,6 +84,7 @@ class Chain:
     ) -> None:
         self._devices = devices
         self.behind, self._expected, self.names = _span(model, layers, sites)
+        self._made_before = MadeBefore()
         self.listening, self._handles = False, list[RemovableHandle]()
         # Blocks of one class are to have the same hooks, whatever they do: see `ModelHooks`.
         for name in self.names:
@@ -101,7 +103,7 @@ class Chain:
         self._random_state: RandomState | None = None
         self._mark: object = None  # of the last hidden state, as it left its layer
         self._draws: Draws | None = None
-        self._shared: set[int] = set()  # arguments of the first call, by identity
+        self._made_before.forget()
         self._broken = False
         self._saving: object = None
         self._in_use: list[torch.device] = []
@@ -149,7 +151,7 @@ class Chain:
         # A cache, which grows when it is used, was empty when the model's forward began.
         args = tuple(None if i == slot or is_cache(value) else value for i, value in enumerate(args))
         kwargs = {key: None if key == slot or is_cache(value) else value for key, value in kwargs.items()}
-        if slot is None or not all(_is_plain(value) or id(value) in self._shared for value in flatten((args, kwargs))):
+        if slot is None or not self._made_before.holds(number, flatten((args, kwargs))):
             self._broken = True
             return
         self._links.append(Link(module, args, kwargs, slot, autocast_in_force(self._in_use)))
@@ -171,9 +173,9 @@ class Chain:
         self._random_state = RandomState.capture(self._in_use)
         self._leaves(cut)
         self._entered = self._mark
-        # What all layers are given was made before them; anything else might come from a hidden state.
+        # What was made later might come from a hidden state, and what is in the graph from the prefix.
         tensors = [value for value in flatten((args, kwargs)) if isinstance(value, Tensor)]
-        self._shared = {id(t) for t in tensors if t is not cut and (t.is_leaf or not t.requires_grad)}
+        self._made_before.begin(t for t in tensors if t is not cut and (t.is_leaf or not t.requires_grad))
         # A hook on the cut would see the gradient of l_SFT, and then the sum of both.
         self._broken |= cut is not None and len(cut._backward_hooks or ()) > taps
 
@@ -232,10 +234,6 @@ def _index_in(stack: list[str], name: str) -> int | None:
 def _mark_of(hidden: Tensor) -> object:
     """What tells whether a tensor was written to, detached in place, or given a hook."""
     return hidden._version, hidden.grad_fn, hidden.requires_grad, len(hidden._backward_hooks or ()), hidden.retains_grad
-
-
-def _is_plain(value: Any) -> bool:
-    return value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device))
 
 
 def _hidden_in(output: Any) -> Tensor | None:

@@ -7,6 +7,7 @@ from typing import Any
 import peft
 import transformers as tf
 from torch import nn
+from transformers.models.gemma2.modeling_gemma2 import Gemma2Attention, Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.mamba.modeling_mamba import MambaMixer, MambaRMSNorm
 from transformers.models.mixtral import modeling_mixtral
@@ -17,7 +18,8 @@ from tests.float64 import keep_float64
 # The router was part of the sparse block before transformers 5.
 MIXTRAL_ROUTER = getattr(modeling_mixtral, "MixtralTopKRouter", None) or modeling_mixtral.MixtralSparseMoeBlock
 
-keep_float64(LlamaRMSNorm, modeling_mixtral.MixtralRMSNorm, MIXTRAL_ROUTER, T5LayerNorm, MambaRMSNorm, MambaMixer)
+keep_float64(LlamaRMSNorm, Gemma2RMSNorm, Gemma2Attention, modeling_mixtral.MixtralRMSNorm, MIXTRAL_ROUTER)
+keep_float64(T5LayerNorm, MambaRMSNorm, MambaMixer)
 
 VOCAB, WIDTH = 29, 16
 
@@ -53,6 +55,24 @@ def freeze_lower_half(model: tf.LlamaForCausalLM) -> tf.LlamaForCausalLM:
     for part in (model.model.embed_tokens, *model.model.layers[: len(model.model.layers) // 2]):
         part.requires_grad_(False)
     return model
+
+
+def gemma() -> nn.Module:
+    """Sliding windows and whole attention in turn, each with a mask of its own."""
+    config = tf.Gemma2Config(
+        vocab_size=VOCAB,
+        hidden_size=WIDTH,
+        intermediate_size=24,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        sliding_window=3,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+        attn_implementation="eager",
+    )
+    return tf.Gemma2ForCausalLM(config)
 
 
 def gpt2(dropout: float = 0.0) -> nn.Module:

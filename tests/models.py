@@ -14,6 +14,7 @@ from tests.architectures import (
     albert,
     bert,
     freeze_lower_half,
+    gemma,
     gpt2,
     llama,
     mamba,
@@ -108,6 +109,7 @@ LLAMA = _llm("llama", llama, _numbered("model.layers.{}", 4), 28)
 PEFT = _llm("peft", peft_llama, _numbered("base_model.model.model.layers.{}", 4), 28)
 FROZEN = _llm("frozen-half", lambda: freeze_lower_half(llama()), LLAMA.layers, 28)
 TIED = _llm("tied", lambda: llama(tie_word_embeddings=True), LLAMA.layers, 28)
+GEMMA = _llm("gemma", gemma, LLAMA.layers, 28)
 GPT2 = _llm("gpt2", gpt2, _numbered("transformer.h.{}", 3), 12)
 MIXTRAL = _llm("mixtral", mixtral, _numbered("model.layers.{}", 3), 12)
 MAMBA = Case(

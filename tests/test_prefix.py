@@ -17,7 +17,7 @@ from tests.cases import Batch, Case, next_token_loss, seeded
 from tests.checkpointed import CheckpointedLM, GroupedLM, PlainLM
 from tests.compare import assert_same_gradients, gradients_of
 from tests.harness import auxiliary, run_pair
-from tests.models import BERT, FROZEN, LLAMA, MIXTRAL, PEFT, TIED, TINY, VIT
+from tests.models import BERT, FROZEN, GEMMA, LLAMA, MIXTRAL, PEFT, TIED, TINY, VIT
 from tests.plain_models import FailingBackward
 
 # Layers, and for each auxiliary how often each of Llama's four blocks runs in a step.
@@ -128,6 +128,27 @@ def test_gradients_are_the_oracles(layers: str, name: str, case: Case) -> None:
 @pytest.mark.parametrize("name", ["steering", "lora"])
 def test_options(name: str, options: dict[str, Any]) -> None:
     run_pair(LLAMA, name, reg_options={"layers": "late"}, **options).check()
+
+
+@pytest.mark.parametrize("name", ["steering", "lora"])
+def test_layers_of_several_kinds(name: str) -> None:
+    """Each kind has a mask of its own. That these come from no hidden state is seen at the second step."""
+    gradients = {}
+    for strategy in ("released", "retained"):
+        model = GEMMA.make()
+        first = model.get_submodule(GEMMA.layers[0])
+        options = {"alpha": ALPHA, "lam": 0.7, "layers": "late", "seed": 1, "strategy": strategy}
+        with LfURegularizer(model, auxiliary(name), **options) as reg:
+            shared = []
+            for seed in range(4):
+                model.zero_grad()
+                with runs(model, type(first)) as counts:
+                    reg(model, GEMMA.batch(seed), GEMMA.loss).backward()
+                shared.append(counts[GEMMA.layers[0]] == 1)
+        assert shared == [False, False, *[strategy == "released"] * 2]
+        gradients[strategy] = gradients_of(model)
+    assert_same_gradients(gradients["released"], gradients["retained"])
+    run_pair(GEMMA, name, reg_options={"layers": "late"}).check()
 
 
 def test_further_ascent_steps() -> None:
