@@ -11,6 +11,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from step_aims import aims
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -86,7 +88,7 @@ all-gathers, and G those of the trained weights' gradients:
 def main() -> None:
     """Write the pages."""
     steps = {path.name: json.loads(path.read_text()) for path in sorted(RESULTS.glob("step_*.json"))}
-    parts = [COST, *(section(result, name) for name, result in steps.items())]
+    parts = [COST, aims(steps), *(section(result, name) for name, result in steps.items())]
     if (RESULTS / "estimators.csv").exists():
         parts.append(estimators(steps["step_cpu_lora.json"]))
     (ROOT / "docs" / "cost.md").write_text("\n".join(parts))

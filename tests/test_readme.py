@@ -38,7 +38,8 @@ def test_examples_run(page: str) -> None:
     assert not attached_already(model)
 
 
-def test_figures_are_measured() -> None:
+def test_figures_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     spec = importlib.util.spec_from_file_location("step_page", ROOT / "benchmarks/step_page.py")
     assert spec is not None
     assert spec.loader is not None
@@ -46,7 +47,10 @@ def test_figures_are_measured() -> None:
     spec.loader.exec_module(page)
     result = json.loads((ROOT / "benchmarks/results/step_cpu_lora.json").read_text())
     assert page.readme_figures(result) in (ROOT / "README.md").read_text()
-    assert page.section(result, "step_cpu_lora.json") in (ROOT / "docs/cost.md").read_text()
+    written = (ROOT / "docs/cost.md").read_text()
+    assert page.section(result, "step_cpu_lora.json") in written
+    results = {path.name: json.loads(path.read_text()) for path in (ROOT / "benchmarks/results").glob("step_*.json")}
+    assert page.aims(results) in written
 
 
 def test_commands_exist() -> None:
