@@ -123,6 +123,7 @@ class LfURegularizer:
             alpha=self.alpha, lam=self.lam, reduction=reduction, stop_gradient=stop_gradient, strategy=strategy
         )
         checks.check_amounts(ascent_steps=ascent_steps, every=every, batch_fraction=batch_fraction)
+        checks.check_seed(seed)
         model = unwrapped(model)
         checks.check_model(model)
         self.seed = torch.initial_seed() % 2**31 if seed is None else int(seed)
@@ -154,6 +155,7 @@ class LfURegularizer:
             RuntimeError: after `remove()`, for layers that do not run, and for reentrant checkpointing.
         """
         checks.check_is_attached(model, self._attached.model)
+        checks.check_loss_function(sft_loss_fn)
         if not self._is_active():
             return sft_loss_fn(model, batch)
         checks.check_batch(batch)
