@@ -67,6 +67,7 @@ class AuxiliaryName(str, Enum):
 
 @app.command()
 def overhead(
+    context: typer.Context,
     model: Model = "small",
     tuning: Annotated[Tuning, typer.Option(help="PEFT's LoRA on all linear maps, or all weights.")] = Tuning.lora,
     dtype: Annotated[Dtype, typer.Option(help="Of the weights.")] = Dtype.float32,
@@ -87,6 +88,7 @@ def overhead(
     console = _console()
     with _clear_errors():
         check_device(device)
+        check_threads(threads)
         keys = chosen_keys(methods)
         if time_budget is not None and not (math.isfinite(time_budget) and time_budget > 1):
             raise Unusable(f"--time-budget {time_budget:g}: allowed are ratios above 1, what SFT costs.")
@@ -104,6 +106,8 @@ def overhead(
             device=device,
             layers=layers,
         )
+        if setting.is_own:
+            check_left_to_the_function(context, "tuning", "dtype", "batch", "tokens", "checkpointing", "layers")
         plan = Plan(keys, rounds=rounds, time_budget=time_budget, memory_budget=memory)
         with console.status("Counting operations and memory"):
             counts = _counts(setting)
@@ -118,6 +122,7 @@ def overhead(
 
 @app.command()
 def inspect(
+    context: typer.Context,
     model: Model,
     layers: Annotated[str, typer.Option(help="As LfURegularizer takes it: all, early, 3, '[0, 1]', a regex.")] = "all",
     auxiliary: Annotated[AuxiliaryName, typer.Option(help="Whose sites to list.")] = AuxiliaryName.lora,
@@ -136,6 +141,8 @@ def inspect(
     with _clear_errors():
         check_writable(json_file)
         setting = Setting(model=model, tuning=tuning.value, dtype=dtype.value, batch=batch, tokens=tokens)
+        if setting.is_own:  # batch and tokens size the hidden states
+            check_left_to_the_function(context, "tuning", "dtype")
         targets: Any = target_modules.split(",") if "," in target_modules else target_modules
         result = inspect_model(setting, parse_layers(layers), targets, rank)
         show_inspection(result, console, auxiliary.value)
@@ -158,6 +165,25 @@ def check_device(device: str) -> None:
         )
 
 
+def check_threads(threads: int) -> None:
+    """Raise for more threads than there are processors: they would wait for each other, and measure that."""
+    processors = os.cpu_count() or 1
+    if threads > processors:
+        raise Unusable(
+            f"--threads {threads}: the machine has {processors} processor(s); allowed are 1 to {processors}."
+        )
+
+
+def check_left_to_the_function(context: typer.Context, *names: str) -> None:
+    """Raise if one of the options was given: MODEL is a function, which makes model and batch as it likes."""
+    given = [name for name in names if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"]
+    if given:
+        raise Unusable(
+            f"{', '.join(f'--{name}' for name in given)}: {context.params['model']} makes its model and batch itself, "
+            f"so the option{'s' * (len(given) > 1)} would change nothing; say it in the function."
+        )
+
+
 def parse_bytes(text: str) -> float:
     """Bytes from "40GB", "800 MB" or "1.5e9"."""
     match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([kMGT]?)i?B?\s*", text, re.IGNORECASE)
@@ -176,13 +202,24 @@ def parse_layers(text: str) -> LayerChoice:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text
+    if isinstance(value, tuple):  # 0,1 without brackets
+        return list(value)
     return value if isinstance(value, (int, list)) else text
 
 
 def check_writable(file: Path | None) -> None:
     """Raise at once, rather than after the measurement, where the result could not be written."""
-    if file is not None and (file.is_dir() or not file.parent.is_dir() or not os.access(file.parent, os.W_OK)):
-        raise Unusable(f"--json {file}: no file can be written there; give a file in a folder that exists.")
+    if file is None:
+        return
+    existed = file.exists()
+    try:
+        file.open("a").close()  # permissions alone do not tell: the administrator has them all, and /proc takes no file
+    except OSError as error:
+        raise Unusable(
+            f"--json {file}: no file can be written there ({error.strerror}); give a file in a folder that exists."
+        ) from error
+    if not existed:
+        file.unlink()
 
 
 def _counts(setting: Setting) -> Counts | None:

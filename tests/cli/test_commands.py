@@ -119,9 +119,19 @@ def test_floor_of_compiled_steps_is_that_of_eager_ones(tmp_path: Path, monkeypat
 
 def test_own_model(tmp_path: Path) -> None:
     (tmp_path / "own_model.py").write_text(OWN)
-    result, _ = run(tmp_path, "overhead", f"{tmp_path / 'own_model.py'}:deep", *QUICK)
+    result, shown = run(tmp_path, "overhead", f"{tmp_path / 'own_model.py'}:deep", "--rounds", "2")
     assert result["counted"] is None
     assert [row["key"] for row in result["rows"]] == ["sft", *LFU]
+    assert "batch of its own" in shown
+    assert "4 x 128 tokens" not in shown
+
+
+@pytest.mark.parametrize("function", ["tensor", "pair"])
+def test_own_batch_that_is_no_mapping(tmp_path: Path, function: str) -> None:
+    (tmp_path / "own_model.py").write_text(OWN)
+    budget = ["--rounds", "2", "--methods", "steering", "--time-budget", "1.01"]
+    result, _ = run(tmp_path, "overhead", f"{tmp_path / 'own_model.py'}:{function}", *budget)
+    assert result["model"]["tokens_per_step"] == 6
 
 
 def test_local_folder(tmp_path: Path) -> None:
@@ -150,7 +160,9 @@ def test_inspect_targets(tmp_path: Path) -> None:
     assert len(result["linears"]) == 4
 
 
-@pytest.mark.parametrize(("text", "choice"), [("all", "all"), ("3", 3), ("[0, 1]", [0, 1]), (r".*\.0", r".*\.0")])
+@pytest.mark.parametrize(
+    ("text", "choice"), [("all", "all"), ("3", 3), ("[0, 1]", [0, 1]), ("0,1", [0, 1]), (r".*\.0", r".*\.0")]
+)
 def test_layers_as_the_library_takes_them(text: str, choice: object) -> None:
     assert parse_layers(text) == choice
 
