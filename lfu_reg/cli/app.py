@@ -155,7 +155,7 @@ def check_device(device: str) -> None:
         kind = torch.device(device).type
     except RuntimeError as error:
         raise Unusable(f"--device {device}: no such kind of device; allowed are cpu, cuda and cuda:N.") from error
-    if kind not in ("cpu", "cuda"):
+    if kind not in ("cpu", "cuda") or device.startswith("cpu:"):
         raise Unusable(f"--device {device}: measuring knows cpu, cuda and cuda:N.")
     found = torch.cuda.device_count()
     if kind == "cuda" and (torch.device(device).index or 0) >= found:
@@ -227,8 +227,9 @@ def _counts(setting: Setting) -> Counts | None:
 
 
 def _console() -> Console:
-    console = Console()
-    return console if console.is_terminal else Console(width=120)  # tables keep their shape in files and pipes
+    plain: dict[str, Any] = {"markup": False, "emoji": False}  # in file.py:ok: is nothing to be drawn
+    console = Console(**plain)
+    return console if console.is_terminal else Console(width=120, **plain)  # tables keep their shape in files and pipes
 
 
 @contextmanager

@@ -36,6 +36,8 @@ LABELS = {
     "sam": "SAM",
 }
 DEFAULT = ("sft", *LFU)
+# These read the model's configuration, embeddings or logits, and the batch by its keys.
+OF_TRANSFORMERS = ("literal-steering", "authors-lora", "authors-steering", "neftune", "r-drop")
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,10 @@ from typer.testing import CliRunner
 from lfu_reg.cli import app as app_module
 from lfu_reg.cli import overhead
 from lfu_reg.cli.app import app, parse_layers
+from lfu_reg.cli.configs import load_config
 from lfu_reg.cli.methods import LABELS, LFU
 from lfu_reg.cli.phases import BETWEEN, PASSES
+from lfu_reg.cli.presets import PRESETS
 from tests.cli.test_errors import OWN
 
 QUICK = ["--rounds", "2", "--batch", "4", "--tokens", "8"]
@@ -124,6 +126,18 @@ def test_own_model(tmp_path: Path) -> None:
     assert [row["key"] for row in result["rows"]] == ["sft", *LFU]
     assert "batch of its own" in shown
     assert "4 x 128 tokens" not in shown
+
+
+def test_a_function_is_named_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "own_model.py").write_text(OWN)
+    _, shown = run(tmp_path, "overhead", f"{tmp_path / 'own_model.py'}:ok", "--rounds", "1", "--methods", "steering")
+    assert "own_model.py:ok: 3 layers" in shown  # and no emoji
+
+
+def test_the_longest_samples_of_presets() -> None:
+    positions = {name: getattr(load_config(name), "max_position_embeddings", None) for name in PRESETS}
+    assert positions["llama-2-7b"] == 4096
+    assert positions["llama-3.1-8b"] == 131072
 
 
 @pytest.mark.parametrize("function", ["tensor", "pair"])

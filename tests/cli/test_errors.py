@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from lfu_reg.cli import app as app_module
 from lfu_reg.cli.app import app, check_writable, parse_bytes
+from lfu_reg.cli.methods import OF_TRANSFORMERS
 from lfu_reg.cli.presets import PRESETS
 
 OWN = """
@@ -67,6 +68,8 @@ class Pair(NamedTuple):
     x: torch.Tensor
     y: torch.Tensor
 
+ok = tensor
+
 def pair():
     return Deep(), Pair(torch.ones(6, 3, 4), torch.ones(6)), lambda model, pair: model(pair.x).square().mean()
 """
@@ -90,6 +93,7 @@ def run(*arguments: str) -> Any:
         (["inspect", "no-such-model"], "is no preset (tiny, small, gpt2"),
         (["overhead", "tiny", "--device", "abacus"], "no such kind of device"),
         (["overhead", "tiny", "--device", "meta"], "measuring knows cpu, cuda"),
+        (["overhead", "tiny", "--device", "cpu:3"], "measuring knows cpu, cuda"),
         (
             ["overhead", "tiny", "--methods", "sft,magic"],
             "allowed are 'all' and a comma-separated list of sft, steering",
@@ -166,6 +170,13 @@ def test_options_that_would_change_nothing_of_an_own_model(own: Path, command: s
     assert result.exit_code == 2, result.output
     assert all(option in result.stderr for option in options if option.startswith("--"))
     assert "say it in the function" in result.stderr
+
+
+@pytest.mark.parametrize("method", OF_TRANSFORMERS)
+def test_methods_that_an_own_model_has_not_what_for(own: Path, method: str) -> None:
+    result = run("overhead", f"{own}:deep", "--rounds", "1", "--methods", method)
+    assert result.exit_code == 2, result.output
+    assert f"--methods: {method} need a model of transformers" in result.stderr
 
 
 def test_more_threads_than_processors(monkeypatch: pytest.MonkeyPatch) -> None:
