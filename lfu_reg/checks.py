@@ -97,12 +97,6 @@ def check_amounts(*, ascent_steps: object, every: object, batch_fraction: object
     _check_fraction("batch_fraction", batch_fraction)
 
 
-def check_seed(seed: object) -> None:
-    """Raise unless it is a whole number, or None."""
-    if seed is not None and not hasattr(seed, "__index__"):
-        raise ValueError(f"seed={seed!r}; allowed are whole numbers, or None for torch's initial seed.")
-
-
 def check_state(state: Collection[str]) -> None:
     """Raise unless a state to load has what a regularizer's state has."""
     if {"step", "seed"} - set(state):
@@ -144,15 +138,6 @@ def _entries(batch: Any) -> Iterable[tuple[Any, Any]]:
     if isinstance(batch, (tuple, list)):
         return enumerate(batch)
     return getattr(batch, "__dict__", {}).items()
-
-
-def check_loss_function(function: object) -> None:
-    """Raise unless it can be called, which a loss cannot."""
-    if not callable(function):
-        raise TypeError(
-            f"sft_loss_fn is a {type(function).__name__}; it has to be a function of (model, batch) that returns the "
-            "loss, since LfU runs the model itself: reg(model, batch, sft_loss_fn), not reg(model, batch, loss)."
-        )
 
 
 def check_loss(loss: object, *, first: bool) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from lfu_reg.checks import check_loss
 from lfu_reg.cli.advice import PASS_2, Option, options_within
 from lfu_reg.cli.counting import Counts
 from lfu_reg.cli.errors import Unusable
-from lfu_reg.cli.methods import BLOCKS, LFU, OF_TRANSFORMERS, Method, blocks_alone, lfu_method, make_method
+from lfu_reg.cli.methods import BLOCKS, LFU, Method, blocks_alone, check_keys, lfu_method, make_method
 from lfu_reg.cli.phases import BETWEEN, PASSES, phases_of
 from lfu_reg.cli.rounds import Clock, Spread, interleaved, peak_bytes, ratios
 from lfu_reg.cli.subjects import Setting, Subject, tensors_in
@@ -84,21 +84,6 @@ def check_subject(subject: Subject) -> None:
         check_loss(subject.sft_loss(subject.model, subject.batch), first=True)
     except (ValueError, TypeError) as error:
         raise Unusable(f"LfU cannot train this model: {error}") from error
-
-
-def check_keys(keys: Sequence[str], subject: Subject) -> None:
-    """Raise for methods that are written for models of transformers, where the model is another one.
-
-    Raises:
-        Unusable: with the methods that are in question.
-    """
-    if hasattr(subject.model, "config") and isinstance(subject.batch, Mapping):
-        return
-    if wrong := [key for key in keys if key in OF_TRANSFORMERS]:
-        raise Unusable(
-            f"--methods: {', '.join(wrong)} need a model of transformers and a batch with its keys, and this is a "
-            f"{type(subject.model).__name__} with a {type(subject.batch).__name__}. Leave them out."
-        )
 
 
 def _measured(

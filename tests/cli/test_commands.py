@@ -19,9 +19,10 @@ from typer.testing import CliRunner
 
 from lfu_reg.cli import app as app_module
 from lfu_reg.cli import overhead
-from lfu_reg.cli.app import app, parse_layers
+from lfu_reg.cli.app import app
 from lfu_reg.cli.configs import load_config
 from lfu_reg.cli.methods import LABELS, LFU
+from lfu_reg.cli.options import parse_layers
 from lfu_reg.cli.phases import BETWEEN, PASSES
 from lfu_reg.cli.presets import PRESETS
 from tests.cli.test_errors import OWN

@@ -17,8 +17,9 @@ pytest.importorskip("peft")
 from typer.testing import CliRunner
 
 from lfu_reg.cli import app as app_module
-from lfu_reg.cli.app import app, check_writable, parse_bytes
+from lfu_reg.cli.app import app
 from lfu_reg.cli.methods import OF_TRANSFORMERS
+from lfu_reg.cli.options import check_writable, parse_bytes
 from lfu_reg.cli.presets import PRESETS
 
 OWN = """
