@@ -18,6 +18,12 @@ import torch
 from torch import Tensor, nn
 
 
+def check_seed(seed: object) -> None:
+    """Raise unless it is a whole number, or None."""
+    if seed is not None and not hasattr(seed, "__index__"):
+        raise ValueError(f"seed={seed!r}; allowed are whole numbers, or None for torch's initial seed.")
+
+
 def devices_of(modules: Iterable[nn.Module]) -> list[torch.device]:
     """The devices that modules compute on.
 

@@ -33,9 +33,9 @@ from lfu_reg.gradient_pass import gradient_pass
 from lfu_reg.layers import LayerChoice
 from lfu_reg.loss_scale import LossScales, float16_in_play
 from lfu_reg.passes import Pass
-from lfu_reg.randomness import StepDraws, random_state_kept
+from lfu_reg.randomness import StepDraws, check_seed, random_state_kept
 from lfu_reg.schedules import Schedule, value_at
-from lfu_reg.sft_loss import LossFunction, SFTLoss
+from lfu_reg.sft_loss import LossFunction, SFTLoss, check_loss_function
 from lfu_reg.strategies import Strategy
 from lfu_reg.strategy_choice import choose_strategy
 from lfu_reg.tokens import TokenMask
@@ -123,6 +123,7 @@ class LfURegularizer:
             alpha=self.alpha, lam=self.lam, reduction=reduction, stop_gradient=stop_gradient, strategy=strategy
         )
         checks.check_amounts(ascent_steps=ascent_steps, every=every, batch_fraction=batch_fraction)
+        check_seed(seed)
         model = unwrapped(model)
         checks.check_model(model)
         self.seed = torch.initial_seed() % 2**31 if seed is None else int(seed)
@@ -154,6 +155,7 @@ class LfURegularizer:
             RuntimeError: after `remove()`, for layers that do not run, and for reentrant checkpointing.
         """
         checks.check_is_attached(model, self._attached.model)
+        check_loss_function(sft_loss_fn)
         if not self._is_active():
             return sft_loss_fn(model, batch)
         checks.check_batch(batch)

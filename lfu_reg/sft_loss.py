@@ -19,6 +19,15 @@ from lfu_reg.trunk import select_samples
 LossFunction: TypeAlias = Callable[[Any, Any], Tensor]
 
 
+def check_loss_function(function: object) -> None:
+    """Raise unless it can be called, which a loss cannot."""
+    if not callable(function):
+        raise TypeError(
+            f"sft_loss_fn is a {type(function).__name__}; it has to be a function of (model, batch) that returns the "
+            "loss, since LfU runs the model itself: reg(model, batch, sft_loss_fn), not reg(model, batch, loss)."
+        )
+
+
 class SFTLoss:
     """The user's loss function, with what it is called with.
 

@@ -78,6 +78,8 @@ def test_alpha_and_lam_from_a_schedule(setting: str, value: Any) -> None:
         ("batch_fraction", 0.0, "1"),
         ("batch_fraction", 1.5, "1"),
         ("batch_fraction", float("nan"), "1"),
+        ("seed", "abc", "whole numbers"),
+        ("seed", 1.5, "whole numbers"),
     ],
 )
 def test_other_settings(setting: str, value: Any, allowed: str) -> None:

@@ -32,6 +32,11 @@ def test_losses(kind: str) -> None:
     refuses_step(parts, loss=loss)
 
 
+def test_a_loss_instead_of_the_function() -> None:
+    loss: Any = torch.tensor(1.0, requires_grad=True)
+    refuses_step(("sft_loss_fn is a Tensor", "reg(model, batch, sft_loss_fn)"), loss=loss)
+
+
 def test_model_output_instead_of_a_loss() -> None:
     model = LLAMA.make()
     batch = LLAMA.batch()

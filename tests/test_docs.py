@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
 
 import pytest
+
+import lfu_reg
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
@@ -27,6 +30,15 @@ def test_every_page_is_in_the_navigation() -> None:
     navigation = (ROOT / "mkdocs.yml").read_text()
     missing = [str(p.relative_to(ROOT / "docs")) for p in PAGES if str(p.relative_to(ROOT / "docs")) not in navigation]
     assert not missing
+
+
+def test_every_public_name_is_in_the_api_page() -> None:
+    documented = re.findall(r"^::: ([\w.]+)$", (ROOT / "docs" / "api.md").read_text(), flags=re.MULTILINE)
+    assert set(lfu_reg.__all__) <= {name.rsplit(".", 1)[-1] for name in documented}
+    for name in documented:
+        module, _, attribute = name.rpartition(".")
+        if module != "lfu_reg.integrations.lightning":  # an extra
+            assert hasattr(importlib.import_module(module), attribute), name
 
 
 def test_the_failure_table_has_a_test_in_every_row() -> None:

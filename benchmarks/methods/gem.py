@@ -17,7 +17,7 @@ class GEM(Method):
 
     Args:
         model: returns `logits`.
-        beta: temperature of q, in (0, 1); the paper's is 0.7.
+        beta: temperature of q, in (0, 1]; the paper's is 0.7.
     """
 
     def __init__(self, model: nn.Module, beta: float = 0.7) -> None:

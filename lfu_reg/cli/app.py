@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import math
-import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
@@ -23,11 +20,18 @@ from lfu_reg.cli.errors import Unusable
 from lfu_reg.cli.inspection import inspect as inspect_model
 from lfu_reg.cli.memory import available_bytes, check_memory
 from lfu_reg.cli.methods import DEFAULT, LABELS, chosen_keys
+from lfu_reg.cli.options import (
+    check_device,
+    check_left_to_the_function,
+    check_threads,
+    check_writable,
+    parse_bytes,
+    parse_layers,
+)
 from lfu_reg.cli.overhead import Plan, measure
 from lfu_reg.cli.presets import PRESETS
 from lfu_reg.cli.subjects import Setting, make_subject
 from lfu_reg.cli.tables import show_inspection, show_overhead
-from lfu_reg.layers import LayerChoice
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="What LfU costs on a model, and what it hooks there."
@@ -67,6 +71,7 @@ class AuxiliaryName(str, Enum):
 
 @app.command()
 def overhead(
+    context: typer.Context,
     model: Model = "small",
     tuning: Annotated[Tuning, typer.Option(help="PEFT's LoRA on all linear maps, or all weights.")] = Tuning.lora,
     dtype: Annotated[Dtype, typer.Option(help="Of the weights.")] = Dtype.float32,
@@ -87,6 +92,7 @@ def overhead(
     console = _console()
     with _clear_errors():
         check_device(device)
+        check_threads(threads)
         keys = chosen_keys(methods)
         if time_budget is not None and not (math.isfinite(time_budget) and time_budget > 1):
             raise Unusable(f"--time-budget {time_budget:g}: allowed are ratios above 1, what SFT costs.")
@@ -104,6 +110,8 @@ def overhead(
             device=device,
             layers=layers,
         )
+        if setting.is_own:
+            check_left_to_the_function(context, "tuning", "dtype", "batch", "tokens", "checkpointing", "layers")
         plan = Plan(keys, rounds=rounds, time_budget=time_budget, memory_budget=memory)
         with console.status("Counting operations and memory"):
             counts = _counts(setting)
@@ -118,6 +126,7 @@ def overhead(
 
 @app.command()
 def inspect(
+    context: typer.Context,
     model: Model,
     layers: Annotated[str, typer.Option(help="As LfURegularizer takes it: all, early, 3, '[0, 1]', a regex.")] = "all",
     auxiliary: Annotated[AuxiliaryName, typer.Option(help="Whose sites to list.")] = AuxiliaryName.lora,
@@ -136,53 +145,12 @@ def inspect(
     with _clear_errors():
         check_writable(json_file)
         setting = Setting(model=model, tuning=tuning.value, dtype=dtype.value, batch=batch, tokens=tokens)
+        if setting.is_own:  # batch and tokens size the hidden states
+            check_left_to_the_function(context, "tuning", "dtype")
         targets: Any = target_modules.split(",") if "," in target_modules else target_modules
         result = inspect_model(setting, parse_layers(layers), targets, rank)
         show_inspection(result, console, auxiliary.value)
         _write(result, json_file, console)
-
-
-def check_device(device: str) -> None:
-    """Raise unless there is such a device."""
-    try:
-        kind = torch.device(device).type
-    except RuntimeError as error:
-        raise Unusable(f"--device {device}: no such kind of device; allowed are cpu, cuda and cuda:N.") from error
-    if kind not in ("cpu", "cuda"):
-        raise Unusable(f"--device {device}: measuring knows cpu, cuda and cuda:N.")
-    found = torch.cuda.device_count()
-    if kind == "cuda" and (torch.device(device).index or 0) >= found:
-        raise Unusable(
-            f"--device {device}: torch {torch.__version__} sees {found} GPU(s). Use --device cpu, or install a CUDA or "
-            "ROCm build of torch and check the driver."
-        )
-
-
-def parse_bytes(text: str) -> float:
-    """Bytes from "40GB", "800 MB" or "1.5e9"."""
-    match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([kMGT]?)i?B?\s*", text, re.IGNORECASE)
-    try:
-        number = float(match[1]) if match else 0.0
-    except ValueError:
-        number = 0.0
-    if match is None or not number > 0:
-        raise Unusable(f"--memory-budget {text}: give a size such as 40GB or 800MB.")
-    return number * 1000.0 ** " kmgt".index((match[2] or " ").lower())
-
-
-def parse_layers(text: str) -> LayerChoice:
-    """An index, a list of indices or names, or a word, as LfURegularizer takes them."""
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
-    return value if isinstance(value, (int, list)) else text
-
-
-def check_writable(file: Path | None) -> None:
-    """Raise at once, rather than after the measurement, where the result could not be written."""
-    if file is not None and (file.is_dir() or not file.parent.is_dir() or not os.access(file.parent, os.W_OK)):
-        raise Unusable(f"--json {file}: no file can be written there; give a file in a folder that exists.")
 
 
 def _counts(setting: Setting) -> Counts | None:
@@ -190,8 +158,9 @@ def _counts(setting: Setting) -> Counts | None:
 
 
 def _console() -> Console:
-    console = Console()
-    return console if console.is_terminal else Console(width=120)  # tables keep their shape in files and pipes
+    plain: dict[str, Any] = {"markup": False, "emoji": False}  # in file.py:ok: is nothing to be drawn
+    console = Console(**plain)
+    return console if console.is_terminal else Console(width=120, **plain)  # tables keep their shape in files and pipes
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +36,8 @@ LABELS = {
     "sam": "SAM",
 }
 DEFAULT = ("sft", *LFU)
+# These read the model's configuration, embeddings or logits, and the batch by its keys.
+OF_TRANSFORMERS = ("literal-steering", "authors-lora", "authors-steering", "neftune", "r-drop")
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,21 @@ def chosen_keys(given: str) -> list[str]:
     if unknown or not keys:
         raise Unusable(f"--methods {given}: allowed are 'all' and a comma-separated list of {', '.join(LABELS)}.")
     return list(dict.fromkeys(["sft", *keys]))
+
+
+def check_keys(keys: Sequence[str], subject: Subject) -> None:
+    """Raise for methods that are written for models of transformers, where the model is another one.
+
+    Raises:
+        Unusable: with the methods that are in question.
+    """
+    if hasattr(subject.model, "config") and isinstance(subject.batch, Mapping):
+        return
+    if wrong := [key for key in keys if key in OF_TRANSFORMERS]:
+        raise Unusable(
+            f"--methods: {', '.join(wrong)} need a model of transformers and a batch with its keys, and this is a "
+            f"{type(subject.model).__name__} with a {type(subject.batch).__name__}. Leave them out."
+        )
 
 
 def make_method(key: str, subject: Subject, *, compiled: bool = False) -> Method:

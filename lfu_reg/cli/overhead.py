@@ -13,10 +13,10 @@ from lfu_reg.checks import check_loss
 from lfu_reg.cli.advice import PASS_2, Option, options_within
 from lfu_reg.cli.counting import Counts
 from lfu_reg.cli.errors import Unusable
-from lfu_reg.cli.methods import BLOCKS, LFU, Method, blocks_alone, lfu_method, make_method
+from lfu_reg.cli.methods import BLOCKS, LFU, Method, blocks_alone, check_keys, lfu_method, make_method
 from lfu_reg.cli.phases import BETWEEN, PASSES, phases_of
 from lfu_reg.cli.rounds import Clock, Spread, interleaved, peak_bytes, ratios
-from lfu_reg.cli.subjects import Setting, Subject
+from lfu_reg.cli.subjects import Setting, Subject, tensors_in
 from lfu_reg.cli.surroundings import surroundings
 from lfu_reg.layers import choose_layers
 
@@ -66,6 +66,7 @@ def measure(
     """
     clock = Clock(setting.device)
     check_subject(subject)
+    check_keys(plan.keys, subject)
     # With random weights the warnings about the regularizer's effect mean nothing.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -208,6 +209,7 @@ def _at_full_depth(rows: list[dict[str, Any]], share: float, subject: Subject) -
 def _description(subject: Subject, setting: Setting) -> dict[str, Any]:
     weights = list(subject.model.parameters())
     return {
+        "own": setting.is_own,
         "class": type(getattr(subject.model, "base_model", subject.model)).__name__,
         "parameters": sum(p.numel() for p in weights),
         "trainable": sum(p.numel() for p in weights if p.requires_grad),
@@ -224,8 +226,7 @@ def _tokens(subject: Subject) -> int:
 
 
 def _batch_size(subject: Subject) -> int:
-    values = subject.batch.values() if hasattr(subject.batch, "values") else [subject.batch]
-    return next((len(v) for v in values if isinstance(v, torch.Tensor) and v.dim()), 1)
+    return next((len(tensor) for tensor in tensors_in(subject.batch) if tensor.dim()), 1)
 
 
 def _rounded(value: float) -> float:

@@ -64,7 +64,16 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "mistral-7b": ("mistral", {**LLAMA_8B, "vocab_size": 32768, "sliding_window": None}),
-    "llama-2-7b": ("llama", {**LLAMA_8B, "intermediate_size": 11008, "num_key_value_heads": 32, "vocab_size": 32000}),
+    "llama-2-7b": (
+        "llama",
+        {
+            **LLAMA_8B,
+            "intermediate_size": 11008,
+            "num_key_value_heads": 32,
+            "vocab_size": 32000,
+            "max_position_embeddings": 4096,
+        },
+    ),
     "llama-3.1-8b": ("llama", {**LLAMA_8B, "max_position_embeddings": 131072}),
     "llama-3.1-70b": (
         "llama",

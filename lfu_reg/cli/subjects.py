@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -161,5 +161,15 @@ def on_device(value: Any, device: str) -> Any:
     if isinstance(value, Mapping):
         return {key: on_device(entry, device) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(on_device(entry, device) for entry in value)
+        moved = [on_device(entry, device) for entry in value]
+        return type(value)(*moved) if hasattr(value, "_fields") else type(value)(moved)
     return value
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors of a mapping, list or tuple, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (Mapping, list, tuple)):
+        for entry in value.values() if isinstance(value, Mapping) else value:
+            yield from tensors_in(entry)

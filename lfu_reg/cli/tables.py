@@ -13,10 +13,15 @@ from lfu_reg.cli.phases import BETWEEN, PASSES
 def show_overhead(result: dict[str, Any], console: Console) -> None:
     """Everything that `measure` found."""
     model, setting, floor = result["model"], result["setting"], result["floor"]
+    made = (
+        "batch of its own"
+        if model["own"]
+        else f"{setting['tuning']}, {setting['batch']} x {setting['tokens']} tokens, {setting['dtype']}"
+    )
     console.print(
         f"{setting['model']}: {model['layers']} layers, {_count(model['parameters'])} parameters, "
-        f"{_count(model['trainable'])} trained ({setting['tuning']}); {setting['batch']} x {setting['tokens']} tokens, "
-        f"{setting['dtype']}, {setting['device']} ({result['surroundings']['hardware']}); {result['clock']}"
+        f"{_count(model['trainable'])} trained; {made}; {setting['device']} ({result['surroundings']['hardware']}); "
+        f"{result['clock']}"
     )
     table = _table(
         "One training step", "method", "ms", "ratio to SFT", "quartiles", "of the floor", "tokens/s", "peak MB"

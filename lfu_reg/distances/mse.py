@@ -28,8 +28,9 @@ class MSE(PerLayerDistance):
 
     Args:
         impl: "auto" takes the Triton kernel on CUDA and ROCm once a trial on a tiny problem has succeeded, and plain
-            torch operations elsewhere and for float64; "torch" always takes these. "native" is, on a CPU, a C++ kernel,
-            which the system's compiler makes at the first step. All give the same values up to rounding.
+            torch operations elsewhere and for float64; "torch" always takes these, and "triton" the kernel, without a
+            trial. "native" is, on a CPU, a C++ kernel, which the system's compiler makes at the first step. All give
+            the same values up to rounding.
 
     Raises:
         ValueError: for another `impl`.

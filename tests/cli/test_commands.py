@@ -19,9 +19,12 @@ from typer.testing import CliRunner
 
 from lfu_reg.cli import app as app_module
 from lfu_reg.cli import overhead
-from lfu_reg.cli.app import app, parse_layers
+from lfu_reg.cli.app import app
+from lfu_reg.cli.configs import load_config
 from lfu_reg.cli.methods import LABELS, LFU
+from lfu_reg.cli.options import parse_layers
 from lfu_reg.cli.phases import BETWEEN, PASSES
+from lfu_reg.cli.presets import PRESETS
 from tests.cli.test_errors import OWN
 
 QUICK = ["--rounds", "2", "--batch", "4", "--tokens", "8"]
@@ -119,9 +122,31 @@ def test_floor_of_compiled_steps_is_that_of_eager_ones(tmp_path: Path, monkeypat
 
 def test_own_model(tmp_path: Path) -> None:
     (tmp_path / "own_model.py").write_text(OWN)
-    result, _ = run(tmp_path, "overhead", f"{tmp_path / 'own_model.py'}:deep", *QUICK)
+    result, shown = run(tmp_path, "overhead", f"{tmp_path / 'own_model.py'}:deep", "--rounds", "2")
     assert result["counted"] is None
     assert [row["key"] for row in result["rows"]] == ["sft", *LFU]
+    assert "batch of its own" in shown
+    assert "4 x 128 tokens" not in shown
+
+
+def test_a_function_is_named_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "own_model.py").write_text(OWN)
+    _, shown = run(tmp_path, "overhead", f"{tmp_path / 'own_model.py'}:ok", "--rounds", "1", "--methods", "steering")
+    assert "own_model.py:ok: 3 layers" in shown  # and no emoji
+
+
+def test_the_longest_samples_of_presets() -> None:
+    positions = {name: getattr(load_config(name), "max_position_embeddings", None) for name in PRESETS}
+    assert positions["llama-2-7b"] == 4096
+    assert positions["llama-3.1-8b"] == 131072
+
+
+@pytest.mark.parametrize("function", ["tensor", "pair"])
+def test_own_batch_that_is_no_mapping(tmp_path: Path, function: str) -> None:
+    (tmp_path / "own_model.py").write_text(OWN)
+    budget = ["--rounds", "2", "--methods", "steering", "--time-budget", "1.01"]
+    result, _ = run(tmp_path, "overhead", f"{tmp_path / 'own_model.py'}:{function}", *budget)
+    assert result["model"]["tokens_per_step"] == 6
 
 
 def test_local_folder(tmp_path: Path) -> None:
@@ -150,7 +175,9 @@ def test_inspect_targets(tmp_path: Path) -> None:
     assert len(result["linears"]) == 4
 
 
-@pytest.mark.parametrize(("text", "choice"), [("all", "all"), ("3", 3), ("[0, 1]", [0, 1]), (r".*\.0", r".*\.0")])
+@pytest.mark.parametrize(
+    ("text", "choice"), [("all", "all"), ("3", 3), ("[0, 1]", [0, 1]), ("0,1", [0, 1]), (r".*\.0", r".*\.0")]
+)
 def test_layers_as_the_library_takes_them(text: str, choice: object) -> None:
     assert parse_layers(text) == choice
 

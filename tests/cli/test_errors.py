@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,14 @@ pytest.importorskip("peft")
 from typer.testing import CliRunner
 
 from lfu_reg.cli import app as app_module
-from lfu_reg.cli.app import app, parse_bytes
+from lfu_reg.cli.app import app
+from lfu_reg.cli.methods import OF_TRANSFORMERS
+from lfu_reg.cli.options import check_writable, parse_bytes
 from lfu_reg.cli.presets import PRESETS
 
 OWN = """
+from typing import NamedTuple
+
 import torch
 from torch import nn
 
@@ -56,6 +61,18 @@ def detached():
 
 def two():
     return Deep(), {}
+
+def tensor():
+    return Deep(), torch.ones(6, 3, 4), lambda model, x: model(x).square().mean()
+
+class Pair(NamedTuple):
+    x: torch.Tensor
+    y: torch.Tensor
+
+ok = tensor
+
+def pair():
+    return Deep(), Pair(torch.ones(6, 3, 4), torch.ones(6)), lambda model, pair: model(pair.x).square().mean()
 """
 
 
@@ -77,6 +94,7 @@ def run(*arguments: str) -> Any:
         (["inspect", "no-such-model"], "is no preset (tiny, small, gpt2"),
         (["overhead", "tiny", "--device", "abacus"], "no such kind of device"),
         (["overhead", "tiny", "--device", "meta"], "measuring knows cpu, cuda"),
+        (["overhead", "tiny", "--device", "cpu:3"], "measuring knows cpu, cuda"),
         (
             ["overhead", "tiny", "--methods", "sft,magic"],
             "allowed are 'all' and a comma-separated list of sft, steering",
@@ -90,6 +108,7 @@ def run(*arguments: str) -> Any:
         (["overhead", "tiny", "--memory-budget", "much"], "give a size such as 40GB"),
         (["overhead", "tiny", "--memory-budget", "-1GB"], "give a size such as 40GB"),
         (["overhead", "tiny", "--json", "/no/such/folder/file.json"], "give a file in a folder that exists"),
+        (["overhead", "tiny", "--json", "/"], "give a file in a folder that exists"),
         (["inspect", "tiny", "--layers", "7"], "there is no 7"),
         (["inspect", "tiny", "--target-modules", "nothing"], "matches no linear map"),
         (["overhead", "nowhere.py:f"], "cannot be imported"),
@@ -122,6 +141,50 @@ def test_own_model_that_cannot_be_trained(own: Path, function: str, message: str
     result = run("overhead", f"{own}:{function}")
     assert result.exit_code == 2, result.output
     assert message in result.stderr
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="a folder that takes no file, whatever its permissions")
+def test_a_folder_that_takes_no_file() -> None:
+    assert "no file can be written there" in run("overhead", "tiny", "--json", "/proc/result.json").stderr
+
+
+def test_trying_the_file_leaves_nothing(tmp_path: Path) -> None:
+    there, new = tmp_path / "there.json", tmp_path / "new.json"
+    there.write_text("before")
+    for file in (there, new):
+        check_writable(file)
+    assert there.read_text() == "before"
+    assert not new.exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("overhead", ["--batch", "4"]),
+        ("overhead", ["--dtype", "bfloat16", "--tuning", "full"]),
+        ("overhead", ["--checkpointing"]),
+        ("inspect", ["--tuning", "lora"]),
+    ],
+)
+def test_options_that_would_change_nothing_of_an_own_model(own: Path, command: str, options: list[str]) -> None:
+    result = run(command, f"{own}:deep", *options)
+    assert result.exit_code == 2, result.output
+    assert all(option in result.stderr for option in options if option.startswith("--"))
+    assert "say it in the function" in result.stderr
+
+
+@pytest.mark.parametrize("method", OF_TRANSFORMERS)
+def test_methods_that_an_own_model_has_not_what_for(own: Path, method: str) -> None:
+    result = run("overhead", f"{own}:deep", "--rounds", "1", "--methods", method)
+    assert result.exit_code == 2, result.output
+    assert f"--methods: {method} need a model of transformers" in result.stderr
+
+
+def test_more_threads_than_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    result = run("overhead", "tiny", "--rounds", "1", "--threads", "2")
+    assert result.exit_code == 2
+    assert "--threads 2: the machine has 1 processor(s); allowed are 1 to 1." in result.stderr
 
 
 def test_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
