@@ -27,6 +27,11 @@ from lfu_reg.made_before import MadeBefore
 from lfu_reg.randomness import Draws, RandomState
 from lfu_reg.trunk import flatten, is_cache, select_samples
 
+# Private, and not in torch 2.6: there, every layer would look as if nothing was around it, so nothing is recorded.
+_innermost_hooks: Callable[[bool], object] | None = getattr(
+    torch._C._autograd, "_top_saved_tensors_default_hooks", None
+)
+
 
 @dataclass(frozen=True)
 class Link:
@@ -119,7 +124,7 @@ class Chain:
     def recording(self, wanted: bool) -> Iterator[None]:
         """Record the calls in the block, if that is wanted; forget what was recorded before."""
         self.forget()
-        self.listening = wanted and bool(self.names)
+        self.listening = wanted and bool(self.names) and _innermost_hooks is not None
         self._saving = _saved_tensors_hooks()
         try:
             yield
@@ -268,5 +273,5 @@ def _is_wrapped(module: nn.Module, outside: object) -> bool:
 
 
 def _saved_tensors_hooks() -> object:
-    """The innermost ones in force. Private: without it, every layer would look as if nothing was around it."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(False)
+    """The innermost ones in force."""
+    return None if _innermost_hooks is None else _innermost_hooks(False)
