@@ -60,14 +60,19 @@ def blocks_of(model: nn.Module, case: Case) -> list[nn.Module]:
     return [model.get_submodule(name) for name in case.layers]
 
 
-def is_shared(model: nn.Module, case: Case, name: Any, loss: Any = None, **options: Any) -> bool:
-    """Whether the second step runs the first block once only."""
+def runs_of_first(model: nn.Module, case: Case, name: Any, loss: Any = None, **options: Any) -> int:
+    """How often the second step runs the first block."""
     reg = settled(model, case, name, **options)
     first = model.get_submodule(case.layers[0])
     with runs(model, type(first)) as counts:
         reg(model, case.batch(), loss or case.loss)
     reg.remove()
-    return counts[case.layers[0]] == 1
+    return counts[case.layers[0]]
+
+
+def is_shared(model: nn.Module, case: Case, name: Any, loss: Any = None, **options: Any) -> bool:
+    """Whether the second step runs the first block once only."""
+    return runs_of_first(model, case, name, loss, **options) == 1
 
 
 @shares
@@ -302,14 +307,15 @@ def test_refused(name: str, reason: str) -> None:
 
 @shares
 @pytest.mark.parametrize("make", [CheckpointedLM, GroupedLM])
+@pytest.mark.parametrize("name", ["steering", "lora"])
 @pytest.mark.parametrize("layers", [[1, 2], [2]], ids=str)
-def test_layers_checkpointed_by_the_models_loop(layers: list[int], make: Any) -> None:
+def test_layers_checkpointed_by_the_models_loop(layers: list[int], name: str, make: Any) -> None:
     """Called alone they would keep their activations."""
     model, plain = seeded(make), seeded(PlainLM)
-    assert not is_shared(model, lm_case(make), "steering", layers=layers)
-    assert is_shared(plain, lm_case(PlainLM), "steering", layers=layers)
+    assert runs_of_first(model, lm_case(make), name, layers=layers) == 4  # both passes, repeated for their backward
+    assert is_shared(plain, lm_case(PlainLM), name, layers=layers)
     for twin in (model, plain):
-        with LfURegularizer(twin, "steering", alpha=0.05, lam=0.7, layers=layers) as reg:
+        with LfURegularizer(twin, name, alpha=0.05, lam=0.7, layers=layers, seed=1) as reg:
             reg(twin, TINY.batch(), TINY.loss).backward()
     assert_same_gradients(gradients_of(model), gradients_of(plain))
 

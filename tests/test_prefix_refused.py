@@ -85,6 +85,13 @@ def hook_on_the_cut(model: LoopLM, number: int, block: nn.Module, hidden: Tensor
     return hidden
 
 
+def hook_on_the_cut_later(model: LoopLM, number: int, block: nn.Module, hidden: Tensor) -> Tensor:
+    result = block(hidden)
+    if number == 1:  # the next layer has begun, and ended
+        hidden.register_hook(lambda grad: grad * 0.5)
+    return result
+
+
 def hook_between(model: LoopLM, number: int, block: nn.Module, hidden: Tensor) -> Tensor:
     hidden = block(hidden)
     if number == 2:
@@ -138,6 +145,13 @@ def with_hooked_blocks() -> LoopLM:
     return model
 
 
+def with_a_gate_in_a_hook() -> LoopLM:
+    """It was there before the regularizer's: what is perturbed is not what leaves the layer."""
+    model = LoopLM(plain)
+    model.blocks[0].register_forward_hook(lambda module, args, output: output * (1 + model.gate))
+    return model
+
+
 def with_a_shared_map() -> LoopLM:
     model = LoopLM(plain)
     model.blocks[3].up = model.blocks[0].up
@@ -148,6 +162,8 @@ def with_a_shared_map() -> LoopLM:
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], str, Any]] = {
     "hook on the cut": (lambda: LoopLM(hook_on_the_cut), "steering", "all"),
+    "hook on the cut, later": (lambda: LoopLM(hook_on_the_cut_later), "steering", "all"),
+    "gate in another one's hook": (with_a_gate_in_a_hook, "steering", "all"),
     "hook by the block": (with_hooked_blocks, "steering", "all"),
     "hook between": (lambda: LoopLM(hook_between), "steering", "all"),
     "detached in place": (lambda: LoopLM(detached_in_place), "steering", "all"),
