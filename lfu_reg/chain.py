@@ -189,9 +189,10 @@ class Chain:
         self._mark = None if hidden is None else _mark_of(hidden)
 
     def is_whole(self) -> bool:
-        """Whether every layer ran once, in order, each on what the layer before it returned, and nothing else."""
+        """Whether every layer ran once, in order, each on what the layer before it returned, and nothing made since."""
         untouched = self.cut is not None and _mark_of(self.cut) == self._entered
-        return untouched and not self._broken and len(self._links) == len(self._expected)
+        as_recorded = untouched and self._made_before.are_unwritten()
+        return as_recorded and not self._broken and len(self._links) == len(self._expected)
 
     def run(self, hooks: ModelHooks, start: Tensor, samples: Tensor | None, batch_size: int) -> None:
         """Call the layers again from another tensor on, with the random draws of pass 1.

@@ -48,7 +48,7 @@ class AnyBlock(ResidualBlock):
         if self.memory is not None and "first" in self.memory and self is not self.memory["owner"]:  # type: ignore[comparison-overlap]
             hidden = hidden + 0.1 * self.memory["first"]
         if isinstance(extra, tuple):
-            hidden = hidden + self.gate * extra[0]
+            hidden = hidden + self.gate * extra[0].clone()  # which may be written to later
         elif isinstance(extra, Context):
             hidden = hidden + extra.bias
         elif isinstance(extra, Tensor):
@@ -113,6 +113,33 @@ def memory_through_a_zero_gate(model: LoopLM, number: int, block: nn.Module, hid
     return block(hidden, (hidden.detach().mean(1, keepdim=True),))
 
 
+def bias_in_the_graph(model: LoopLM, number: int, block: nn.Module, hidden: Tensor) -> Tensor:
+    """For all layers but the first, which is below the cut; the backward of pass 1 frees its graph."""
+    if number == 0:
+        model.bias = torch.tanh(model.table[0])
+        return block(hidden)
+    return block(hidden, model.bias)
+
+
+def written_on(model: LoopLM, number: int, block: nn.Module, hidden: Tensor) -> Tensor:
+    """Later layers read what earlier ones have noted down; nothing at first, as the gate is closed."""
+    if number == 0:
+        model.notes = hidden.new_zeros(1, 1, WIDTH)
+    hidden = block(hidden, (model.notes,))
+    model.notes.copy_(hidden.detach().mean((0, 1), keepdim=True))
+    return hidden
+
+
+def written_at_last(model: LoopLM, number: int, block: nn.Module, hidden: Tensor) -> Tensor:
+    """Each layer has read them before, as zeros."""
+    if number == 0:
+        model.notes = hidden.new_zeros(1, 1, WIDTH)
+    hidden = block(hidden, (model.notes,))
+    if number == 3:
+        model.notes.copy_(hidden.detach().mean((0, 1), keepdim=True))
+    return hidden
+
+
 def bias_in_an_object(model: LoopLM, number: int, block: nn.Module, hidden: Tensor) -> Tensor:
     return block(hidden, Context(torch.tanh(model.table[number])))
 
@@ -170,6 +197,9 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], str, Any]] = {
     "zero gate": (lambda: LoopLM(zero_gate), "steering", [1, 3]),
     "zero gate, LoRA": (lambda: LoopLM(zero_gate), "lora", [1, 3]),
     "memory": (lambda: LoopLM(memory_through_a_zero_gate), "steering", "all"),
+    "a bias in the graph": (lambda: LoopLM(bias_in_the_graph), "lora", [1, 3]),
+    "notes that are written on": (lambda: LoopLM(written_on), "steering", "all"),
+    "notes that are written at last": (lambda: LoopLM(written_at_last), "steering", "all"),
     "an object's bias": (lambda: LoopLM(bias_in_an_object), "steering", "all"),
     "weights written to": (lambda: LoopLM(plain, clamped=True), "steering", "all"),
     "kept for others": (kept_for_others, "steering", "all"),
