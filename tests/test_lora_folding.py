@@ -155,7 +155,8 @@ def frozen(model: Any) -> Any:
 
 
 def merged(model: Any) -> Any:
-    frozen(model).merge_adapter()
+    """Its matrices stay trainable, but take no part."""
+    trained_embeddings(model).merge_adapter()
     return model
 
 

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lfu_reg import LfURegularizer, RandomDirections, SteeringVectors, chain
+from lfu_reg.graph import take_part
+from lfu_reg.prefix import shared_prefix
 from tests.cases import Batch, Case, next_token_loss, seeded
 from tests.checkpointed import CheckpointedLM, GroupedLM, PlainLM
 from tests.compare import assert_same_gradients, gradients_of
 from tests.harness import auxiliary, run_pair
 from tests.models import BERT, FROZEN, GEMMA, LLAMA, MIXTRAL, PEFT, TIED, TINY, VIT
-from tests.plain_models import FailingBackward
+from tests.plain_models import FailingBackward, ResidualBlock
 
 # Layers, and for each auxiliary how often each of Llama's four blocks runs in a step.
 RUNS = {
@@ -224,6 +226,15 @@ class MixedLM(PlainLM):
         return block(hidden * 1.5)
 
 
+class ShuffledLM(PlainLM):
+    """Blocks run in another order than the one that they are kept in."""
+
+    def body(self, hidden: Tensor) -> Tensor:
+        for number in (0, 2, 1):
+            hidden = self.blocks[number](hidden)
+        return self.norm(hidden.flatten(0, 1)).view_as(hidden)
+
+
 class MemoryBlock(nn.Module):
     """Takes a summary of an earlier hidden state, computed by the model's loop without gradients."""
 
@@ -271,27 +282,31 @@ class CountingLM(PlainLM):
 
 
 class ContextBlock(nn.Module):
-    def __init__(self, inner: nn.Module, owner: list[CountingLM]) -> None:
+    def __init__(self, inner: nn.Module, owner: list[CountingLM], otherwise: float | None) -> None:
         super().__init__()
-        self.inner, self.owner = inner, owner
+        self.inner, self.owner, self.otherwise = inner, owner, otherwise
 
     def forward(self, hidden: Tensor) -> Tensor:
-        if not self.owner[0].inside:
+        if self.owner[0].inside:
+            return self.inner(hidden)
+        if self.otherwise is None:
             raise RuntimeError("called outside of the model")
-        return self.inner(hidden)
+        return self.inner(hidden) * self.otherwise
 
 
-def context_lm() -> nn.Module:
+def context_lm(otherwise: float | None = None) -> nn.Module:
     model = CountingLM()
-    model.blocks = nn.ModuleList(ContextBlock(block, [model]) for block in model.blocks)
+    model.blocks = nn.ModuleList(ContextBlock(block, [model], otherwise) for block in model.blocks)
     return model
 
 
 REFUSED = {
     "skip connection": lm_case(SkipLM),
     "operations between blocks": lm_case(MixedLM),
+    "another order": lm_case(ShuffledLM),
     "memory of earlier states": lm_case(MemoryLM),
     "written in place": lm_case(InPlaceLM),
+    "layers that are others when called alone": lm_case(lambda: context_lm(0.9)),
     "tied weights in training": lm_case(lambda: PlainLM(tied=True)),
     "tied Llama": TIED,
 }
@@ -393,6 +408,61 @@ def test_checkpointed_blocks(name: str, layers: str) -> None:
         shared = name == "steering" or layers == "late"
         assert first == (1 if shared else 2) * (2 if twin is model else 1)
     assert_same_gradients(gradients_of(model), gradients_of(plain))
+
+
+class CallCheckpointedBlock(ResidualBlock):
+    """As layers of transformers 4.53 to 4.57, which checkpoint their own call."""
+
+    gradient_checkpointing = True
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        return checkpoint(super().__call__, hidden, use_reentrant=False)
+
+
+class CallCheckpointedLM(PlainLM):
+    def __init__(self) -> None:
+        super().__init__()
+        for block in self.blocks:
+            block.__class__ = CallCheckpointedBlock
+
+
+@shares
+@pytest.mark.parametrize("name", ["steering", "lora"])
+def test_layers_that_checkpoint_their_own_call(name: str) -> None:
+    """A call of ours is checkpointed, too; of others that might be so, nobody knows."""
+    model, plain = seeded(CallCheckpointedLM), seeded(PlainLM)
+    assert runs_of_first(model, lm_case(CallCheckpointedLM), name, layers=[1, 2]) == 2  # repeated for its backward
+    for twin in (model, plain):
+        with LfURegularizer(twin, name, alpha=0.05, lam=0.7, layers=[1, 2], seed=1) as reg:
+            reg(twin, TINY.batch(), TINY.loss).backward()
+    assert_same_gradients(gradients_of(model), gradients_of(plain))
+    for block in model.blocks:
+        block.gradient_checkpointing = False
+    assert runs_of_first(model, lm_case(CallCheckpointedLM), name, layers=[1, 2]) == 4
+
+
+@shares
+def test_a_call_without_gradients_before_the_one_that_counts() -> None:
+    def loss(model: Any, batch: Batch) -> Tensor:
+        with torch.no_grad():
+            base = LLAMA.loss(model, {**batch, "input_ids": batch["input_ids"].flip(0)})
+        return LLAMA.loss(model, batch) + base
+
+    case = Case("base", LLAMA.make, LLAMA.batch, loss, LLAMA.mask, LLAMA.layers, 28)
+    assert runs_of_first(case.make(), case, "steering", layers="late") == 2  # once without gradients
+    run_pair(case, "steering", reg_options={"layers": "late"}).check()
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_the_prefix_waits_only_for_trained_weights(trained: bool) -> None:
+    """The anchor, by which hidden states below every trained weight are in a graph, is none of them."""
+    anchor, weight, other = (torch.ones((), requires_grad=True) for _ in range(3))
+    cut = take_part(torch.ones(2), anchor)
+    cut = cut * weight if trained else cut
+    prefix = shared_prefix((cut * other).sum(), cut, anchor)
+    assert prefix is not None
+    assert [id(leaf) for leaf in prefix.below] == [id(weight)] * trained
+    assert prefix.start.requires_grad == trained
 
 
 @shares
