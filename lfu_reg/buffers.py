@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from lfu_reg.module_walk import modules_of
+from lfu_reg.writes import version_of
 
 
 class ForwardWatch:
@@ -24,7 +25,7 @@ class ForwardWatch:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         buffers, self._weights = _state_of(model)
-        self._before = {key: (buffer, _version(buffer)) for key, buffer in buffers}
+        self._before = {key: (buffer, version_of(buffer)) for key, buffer in buffers}
 
     def changed(self) -> tuple[list[tuple[nn.Module, str]], bool]:
         """What was written to or replaced since construction.
@@ -37,7 +38,7 @@ class ForwardWatch:
         writing = {
             key[0]
             for key, buffer in now
-            if (before := self._before.get(key)) is None or before[0] is not buffer or before[1] != _version(buffer)
+            if (before := self._before.get(key)) is None or before[0] is not buffer or before[1] != version_of(buffer)
         }
         return [key for key, _ in now if key[0] in writing], weights != self._weights
 
@@ -71,8 +72,3 @@ def _state_of(model: nn.Module) -> tuple[list[tuple[tuple[nn.Module, str], Tenso
             if weight is not None and weight.requires_grad:
                 versions += weight._version
     return buffers, versions
-
-
-def _version(buffer: Tensor) -> int:
-    # A buffer that an evaluation replaced under inference_mode has no counter: it cannot be written outside of it.
-    return 0 if buffer.is_inference() else buffer._version

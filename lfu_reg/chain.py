@@ -27,6 +27,11 @@ from lfu_reg.made_before import MadeBefore
 from lfu_reg.randomness import Draws, RandomState
 from lfu_reg.trunk import flatten, is_cache, select_samples
 
+# Private, and not in torch 2.6: there, every layer would look as if nothing was around it, so nothing is recorded.
+_innermost_hooks: Callable[[bool], object] | None = getattr(
+    torch._C._autograd, "_top_saved_tensors_default_hooks", None
+)
+
 
 @dataclass(frozen=True)
 class Link:
@@ -119,7 +124,7 @@ class Chain:
     def recording(self, wanted: bool) -> Iterator[None]:
         """Record the calls in the block, if that is wanted; forget what was recorded before."""
         self.forget()
-        self.listening = wanted and bool(self.names)
+        self.listening = wanted and bool(self.names) and _innermost_hooks is not None
         self._saving = _saved_tensors_hooks()
         try:
             yield
@@ -184,9 +189,10 @@ class Chain:
         self._mark = None if hidden is None else _mark_of(hidden)
 
     def is_whole(self) -> bool:
-        """Whether every layer ran once, in order, each on what the layer before it returned, and nothing else."""
+        """Whether every layer ran once, in order, each on what the layer before it returned, and nothing made since."""
         untouched = self.cut is not None and _mark_of(self.cut) == self._entered
-        return untouched and not self._broken and len(self._links) == len(self._expected)
+        as_recorded = untouched and self._made_before.are_unwritten()
+        return as_recorded and not self._broken and len(self._links) == len(self._expected)
 
     def run(self, hooks: ModelHooks, start: Tensor, samples: Tensor | None, batch_size: int) -> None:
         """Call the layers again from another tensor on, with the random draws of pass 1.
@@ -268,5 +274,5 @@ def _is_wrapped(module: nn.Module, outside: object) -> bool:
 
 
 def _saved_tensors_hooks() -> object:
-    """The innermost ones in force. Private: without it, every layer would look as if nothing was around it."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(False)
+    """The innermost ones in force."""
+    return None if _innermost_hooks is None else _innermost_hooks(False)

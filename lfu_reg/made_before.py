@@ -3,7 +3,7 @@
 The arguments of the first layer were. Models with several kinds of layers (sliding windows, whole attention) make a
 mask and position embeddings for each kind before they start, of which the first layer is given its own only. That the
 others were there, too, is seen once, among all tensors that are alive as the first layer begins; from then on the place
-in the calls stands for it.
+in the calls stands for it. What is written to since then, as notes that layers leave for each other, does not count.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from lfu_reg.writes import version_of
 
 # Looking at all objects of the process takes a tenth of a second.
 LOOKS = 3
@@ -30,21 +32,22 @@ class MadeBefore:
 
     def forget(self) -> None:
         """Let go of the values of one forward; what was learnt about their places stays."""
-        self._first: set[int] = set()
-        self._alive: dict[int, weakref.ref[Tensor]] = {}
+        self._first: dict[int, int] = {}  # version by identity
+        self._alive: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+        self._given: list[tuple[Tensor, int]] = []
 
-    def begin(self, first: Iterable[Any]) -> None:
+    def begin(self, first: Iterable[Tensor]) -> None:
         """The first layer is about to run.
 
         Args:
-            first: its arguments, without those that must not be used again.
+            first: tensors among its arguments, without those that must not be used again.
         """
-        self._first = {id(value) for value in first}
+        self._first = {id(tensor): version_of(tensor) for tensor in first}
         if self._wanted and self._looks_left:
             self._looks_left -= 1
             # Weakly, as another tensor may get the place in memory, and so the identity, of one that is gone.
-            tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
-            self._alive = {id(tensor): weakref.ref(tensor) for tensor in tensors}
+            tensors = [thing for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter)]
+            self._alive = {id(tensor): (weakref.ref(tensor), version_of(tensor)) for tensor in tensors}
         self._wanted = False
 
     def holds(self, number: int, values: Iterable[Any]) -> bool:
@@ -54,15 +57,22 @@ class MadeBefore:
             number: of the layer.
             values: its arguments, without the hidden state.
         """
-        was = [self._was(value, (number, i)) for i, value in enumerate(values)]  # learns every place, after a miss too
-        return all(was)
+        return all(_is_plain(value) or self._was(value, (number, i)) for i, value in enumerate(values))
+
+    def are_unwritten(self) -> bool:
+        """Whether no value that was there before has been written to since a layer was given it."""
+        return all(version_of(tensor) == version for tensor, version in self._given)
 
     def _was(self, value: Any, place: tuple[int, int]) -> bool:
-        if _is_plain(value) or id(value) in self._first:
-            return True
-        if not isinstance(value, Tensor) or value.requires_grad:
+        if not isinstance(value, Tensor):
             return False
-        if (seen := self._alive.get(id(value))) is not None and seen() is value:
+        version = version_of(value)
+        self._given.append((value, version))
+        if id(value) in self._first:
+            return self._first[id(value)] == version
+        if value.requires_grad:
+            return False
+        if (seen := self._alive.get(id(value))) is not None and seen[0]() is value and seen[1] == version:
             self._places.add(place)
         elif place not in self._places:
             self._wanted = True

@@ -1,4 +1,4 @@
-"""Whether a layer's output is written to past our hooks, by way of other tensors on the same memory.
+"""Whether tensors are written to: outputs of layers past our hooks, by way of other tensors on the same memory.
 
 A tap, or a component that is added, puts another tensor in the place of an output. Where the model goes on to write in
 place into that output's base, another view of it, or the output itself under another name, values and history part.
@@ -7,6 +7,11 @@ place into that output's base, another view of it, or the output itself under an
 from __future__ import annotations
 
 from torch import Tensor
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor was written to; 0 for what inference_mode made, which cannot be written outside of it."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 class WriteWatch:

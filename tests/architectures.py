@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from importlib.util import find_spec
 from typing import Any
 
 import peft
@@ -11,12 +13,21 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2Attention, Gemma2RM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.mamba.modeling_mamba import MambaMixer, MambaRMSNorm
 from transformers.models.mixtral import modeling_mixtral
-from transformers.models.t5.modeling_t5 import T5LayerNorm
+from transformers.models.t5.modeling_t5 import T5LayerNorm, T5Stack
 
 from tests.float64 import keep_float64
 
+# Before 4.53, which wrote masks anew.
+IS_OLDER = find_spec("transformers.masking_utils") is None
+SWIN_KNOWS_SDPA = getattr(tf.SwinPreTrainedModel, "_supports_sdpa", False)
+# As old ones do: past the hooks on the layers, so that there is nothing to regularize.
+T5_CHECKPOINTS_FORWARD = "layer_module.forward" in inspect.getsource(T5Stack)
+# Newer ones lend its weight to a function.
+MAMBA_CALLS_DT_PROJ = "self.dt_proj(" in inspect.getsource(MambaMixer)
+
 # The router was part of the sparse block before transformers 5.
 MIXTRAL_ROUTER = getattr(modeling_mixtral, "MixtralTopKRouter", None) or modeling_mixtral.MixtralSparseMoeBlock
+EXPERTS_ARE_LINEAR = MIXTRAL_ROUTER is modeling_mixtral.MixtralSparseMoeBlock
 
 keep_float64(LlamaRMSNorm, Gemma2RMSNorm, Gemma2Attention, modeling_mixtral.MixtralRMSNorm, MIXTRAL_ROUTER)
 keep_float64(T5LayerNorm, MambaRMSNorm, MambaMixer)
@@ -78,7 +89,15 @@ def gemma() -> nn.Module:
 def gpt2(dropout: float = 0.0) -> nn.Module:
     rates = {"resid_pdrop": dropout, "embd_pdrop": dropout, "attn_pdrop": dropout}
     return tf.GPT2LMHeadModel(
-        tf.GPT2Config(vocab_size=VOCAB, n_positions=32, n_embd=WIDTH, n_layer=3, n_head=2, **rates)
+        tf.GPT2Config(
+            vocab_size=VOCAB,
+            n_positions=32,
+            n_embd=WIDTH,
+            n_layer=3,
+            n_head=2,
+            attn_implementation="eager" if IS_OLDER else "sdpa",  # whose mask was float32 at first
+            **rates,
+        )
     )
 
 
@@ -188,7 +207,7 @@ def swin() -> nn.Module:
         window_size=2,
         num_labels=4,
         drop_path_rate=0.0,
-        attn_implementation="sdpa",
+        attn_implementation="sdpa" if SWIN_KNOWS_SDPA else "eager",
     )
     return tf.SwinForImageClassification(config)
 

@@ -74,7 +74,8 @@ class CallCheckpointedLayer(LlamaDecoderLayer):
     """A decoder layer of older transformers: `__call__`, and not `forward`, is checkpointed, with the hooks inside."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        kwargs = {**kwargs, "use_cache": False, "past_key_values": None}
+        caches = dict.fromkeys(kwargs.keys() & {"past_key_value", "past_key_values"})  # the name of 4.51, and today's
+        kwargs = {**kwargs, **caches, "use_cache": False}
         return checkpoint(partial(super().__call__, **kwargs), *args, use_reentrant=False)
 
 

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.architectures import (
+    EXPERTS_ARE_LINEAR,
+    MAMBA_CALLS_DT_PROJ,
     VOCAB,
     albert,
     bert,
@@ -111,7 +113,7 @@ FROZEN = _llm("frozen-half", lambda: freeze_lower_half(llama()), LLAMA.layers, 2
 TIED = _llm("tied", lambda: llama(tie_word_embeddings=True), LLAMA.layers, 28)
 GEMMA = _llm("gemma", gemma, LLAMA.layers, 28)
 GPT2 = _llm("gpt2", gpt2, _numbered("transformer.h.{}", 3), 12)
-MIXTRAL = _llm("mixtral", mixtral, _numbered("model.layers.{}", 3), 12)
+MIXTRAL = _llm("mixtral", mixtral, _numbered("model.layers.{}", 3), 51 if EXPERTS_ARE_LINEAR else 12)
 MAMBA = Case(
     "mamba",
     lambda: seeded(mamba),
@@ -119,7 +121,7 @@ MAMBA = Case(
     mamba_loss,
     response_tokens,
     _numbered("backbone.layers.{}", 3),
-    9,  # dt_proj is never called: see LENT_WEIGHTS
+    12 if MAMBA_CALLS_DT_PROJ else 9,  # dt_proj is never called: see LENT_WEIGHTS
 )
 T5 = Case(
     "t5",
@@ -148,7 +150,8 @@ ALBERT = Case(
     ("albert.encoder.albert_layer_groups.0",),
     6,
 )
-VIT = Case("vit", lambda: seeded(vit), images, image_loss, all_tokens, _numbered("vit.layers.{}", 3), 18)
+_VIT = "vit.layers.{}" if hasattr(vit().vit, "layers") else "vit.encoder.layer.{}"
+VIT = Case("vit", lambda: seeded(vit), images, image_loss, all_tokens, _numbered(_VIT, 3), 18)
 SWIN = Case(
     "swin",
     lambda: seeded(swin),

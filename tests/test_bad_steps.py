@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from lfu_reg import LfURegularizer
 from tests.cases import seeded
 from tests.models import CNN, LLAMA, LSTM, TINY
 from tests.plain_models import TinyLM
 from tests.refusals import refuses, refuses_step, says
+from tests.test_inputs import new_cache
 
 LOSSES: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
     "vector": (lambda m, b: m(b["input_ids"]).mean((1, 2)), ("shape", "scalar", "mean")),
@@ -101,7 +101,7 @@ def test_data_parallel() -> None:
 
 def test_a_batch_with_a_cache() -> None:
     model = LLAMA.make()
-    cache = DynamicCache(config=model.config)
+    cache = new_cache(model)
     reg = LfURegularizer(model, "steering")
     for key in ("past_key_values", "memory"):
         batch = {**LLAMA.batch(), key: cache}

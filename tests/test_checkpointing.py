@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from lfu_reg import LfURegularizer
+from tests.architectures import T5_CHECKPOINTS_FORWARD
 from tests.cases import Case, seeded
 from tests.checkpointed import CheckpointedLM, GroupedLM, InnerLM, NestedLM, PlainLM, ReentrantLM, call_checkpointed
 from tests.compare import assert_same_gradients, gradients_of
@@ -33,6 +34,8 @@ def gradients(model: nn.Module, case: Case, name: str, **options: Any) -> tuple[
 @pytest.mark.parametrize("case", [LLAMA, PEFT, GPT2, T5, BERT], ids=lambda c: c.name)
 @pytest.mark.parametrize("name", AUXILIARIES)
 def test_transformers_checkpointing(case: Case, name: str) -> None:
+    if case is T5 and T5_CHECKPOINTS_FORWARD:
+        pytest.skip("an older transformers checkpoints the forward of T5's layers, past all hooks: an error says so")
     model = case.make()
     plain = copy.deepcopy(model)
     if case is PEFT:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lfu_reg import LfURegularizer, SteeringVectors, checkpointing
 from lfu_reg.auxiliaries import Auxiliary
+from tests.architectures import T5_CHECKPOINTS_FORWARD
 from tests.cases import Case, seeded
 from tests.checkpointed import CheckpointedLM, NestedLM, PlainLM
 from tests.compare import assert_same_gradients, gradients_of
@@ -71,6 +72,8 @@ def enable_checkpointing(model: nn.Module) -> None:
 @pytest.mark.parametrize("case", [LLAMA, PEFT, GPT2, T5], ids=lambda c: c.name)
 @pytest.mark.parametrize("name", AUXILIARIES)
 def test_transformers(case: Case, name: str) -> None:
+    if case is T5 and T5_CHECKPOINTS_FORWARD:
+        pytest.skip("an older transformers checkpoints the forward of T5's layers, past all hooks: an error says so")
     model = case.make()
     plain = copy.deepcopy(model)
     enable_checkpointing(model)

@@ -30,6 +30,7 @@ AUXILIARIES = ("lora", "steering", "weights")
 WAYS = ("whole", "in place", "regional", "loss", "forward")
 WHEN = ("after attaching", "before attaching", "and run before attaching")
 LEARNING_RATE = 0.05
+TELLS_REGIONS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 7)
 
 
 @pytest.fixture(autouse=True)
@@ -207,6 +208,8 @@ class Nested(nn.Module):
 @pytest.mark.parametrize("way", WAYS)
 def test_pass_2_runs_compiled(way: str) -> None:
     """A trunk that is compiled only as a part of the model runs uncompiled when called alone: not to be replayed."""
+    if not TELLS_REGIONS and way in ("whole", "in place", "forward"):
+        pytest.skip("torch 2.6 does not tell what runs compiled: such a trunk is replayed uncompiled")
     case = replace(TINY, make=lambda: seeded(Nested), layers=tuple(f"inner.{name}" for name in TINY.layers))
     runs: list[int] = []
 

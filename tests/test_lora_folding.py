@@ -155,7 +155,8 @@ def frozen(model: Any) -> Any:
 
 
 def merged(model: Any) -> Any:
-    frozen(model).merge_adapter()
+    """Its matrices stay trainable, but take no part."""
+    trained_embeddings(model).merge_adapter()
     return model
 
 
@@ -228,6 +229,22 @@ def with_and_without(model: Any, batch: Mapping[str, Any]) -> Tensor:
 def test_calls_with_the_adapter_disabled_get_the_delta_all_the_same(strategy: str, batch: dict[str, Any]) -> None:
     case = replace(PEFT, make=lambda: trained_embeddings(PEFT.make()), loss=with_and_without)
     run_pair(case, "lora", batch=llm_batch(**batch), reg_options={"strategy": strategy}).check()
+
+
+def behind_a_reference(model: Any, batch: Mapping[str, Any]) -> Tensor:
+    with torch.no_grad():
+        reference = PEFT.loss(model, batch)
+    return PEFT.loss(model, batch) * (1 + reference)
+
+
+@pytest.mark.parametrize("strategy", ["released", "retained"])
+def test_a_call_without_gradients_before_the_one_that_counts(strategy: str) -> None:
+    case = replace(EVERYWHERE, loss=behind_a_reference)
+    _, gradients = one_step(case, strategy=strategy)
+    with pytest.MonkeyPatch.context() as patch:
+        unfolded(patch)
+        _, expected = one_step(case, strategy=strategy)
+    assert_same_gradients(gradients, expected)
 
 
 def trained_embeddings(model: nn.Module) -> nn.Module:

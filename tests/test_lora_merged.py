@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lfu_reg import LfURegularizer, LoRADeltas
+from lfu_reg.auxiliaries.merging import plain_weight
 from tests.cases import Case
 from tests.harness import drawn_a_matrices, run_pair
 from tests.models import FROZEN, GPT2, LLAMA, MIXTRAL, PEFT, TIED, llm_batch
@@ -71,3 +72,11 @@ def test_short_batches_and_half_precision_are_not_merged() -> None:
     with LfURegularizer(half, LoRADeltas(rank=2)) as reg:
         reg(half, llm_batch(**LONG), LLAMA.loss)
         assert not reg.auxiliary._merged  # type: ignore[attr-defined]
+
+
+def test_compiled_maps_are_not_merged() -> None:
+    """Their graphs would be made anew for every new weight."""
+    linear = nn.Linear(2, 2)
+    assert plain_weight(linear) is not None
+    linear.compile()
+    assert plain_weight(linear) is None

@@ -22,8 +22,25 @@ def test_what_was_there_is_known_from_the_second_time_on() -> None:
         before.begin([])
         assert before.holds(1, [None, mask]) is expected
         assert not before.holds(2, [None, torch.ones(2)])
-        assert not before.holds(1, [mask.clone().requires_grad_()])
+        assert not before.holds(1, [None, mask.clone().requires_grad_()])
         before.forget()
+
+
+def test_what_is_written_to_is_another_one() -> None:
+    before, mask = MadeBefore(), torch.ones(2)
+    before.begin([mask])
+    assert before.holds(1, [mask])
+    assert before.are_unwritten()
+    mask += 1
+    assert not before.are_unwritten()
+    assert not before.holds(2, [mask])
+    before.forget()
+    before.begin([])
+    assert not before.holds(1, [None, mask])
+    before.begin([])
+    mask += 1
+    assert not before.holds(1, [None, mask])  # nor is its place learnt
+    assert not before.holds(1, [None, mask])
 
 
 def test_another_tensor_in_the_place_of_one_that_is_gone() -> None:

@@ -26,8 +26,9 @@ def make_auxiliary(name: str) -> Any:
     return name if name == "random" else auxiliary(name)
 
 
-def reference(tensor: Tensor) -> StorageWeakRef:
+def reference(output: Tensor | tuple[Tensor, ...]) -> StorageWeakRef:
     """Of the memory, not of the Python object: autograd keeps the one alive without the other."""
+    tensor = output if isinstance(output, Tensor) else output[0]  # layers of older transformers return tuples
     return StorageWeakRef(tensor.untyped_storage())
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import peft
@@ -213,8 +214,8 @@ def test_a_layer_that_is_gone() -> None:
 # ------------------------------------------------------------------ calls that PEFT hooks its layers for
 
 
-def mixed(model: Any, batch: Mapping[str, Any]) -> Tensor:
-    names = ["default", "other", "__base__"]
+def mixed(model: Any, batch: Mapping[str, Any], names: Sequence[str] = ("default", "other", "__base__")) -> Tensor:
+    names = list(names)
     out = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], adapter_names=names)
     return next_token_loss(out.logits, batch["labels"])
 
@@ -245,6 +246,19 @@ CONTEXTS: dict[str, tuple[Callable[[], peft.PeftModel], Any]] = {
     "mixed batch": (two_adapters, mixed),
     **({"activated LoRA": (activated, invoked)} if "alora_invocation_tokens" in FIELDS else {}),
 }
+
+
+def test_a_mixed_batch_after_others() -> None:
+    """Layers called one after the other would lack what PEFT hooks them for: at first that makes no difference."""
+    found = []
+    for strategy in ("released", "retained"):
+        model = two_adapters()
+        with LfURegularizer(model, "steering", alpha=0.05, lam=0.7, layers="late", strategy=strategy) as reg:
+            for loss in (partial(mixed, names=["default"] * 3), mixed):
+                model.zero_grad()
+                reg(model, llm_batch(), loss).backward()
+        found.append(gradients_of(model))
+    assert_same_gradients(*found)
 
 
 @pytest.mark.parametrize("kind", CONTEXTS)

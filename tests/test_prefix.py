@@ -12,13 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lfu_reg import LfURegularizer, RandomDirections, SteeringVectors
+from lfu_reg import LfURegularizer, RandomDirections, SteeringVectors, chain
+from lfu_reg.graph import take_part
+from lfu_reg.prefix import shared_prefix
 from tests.cases import Batch, Case, next_token_loss, seeded
 from tests.checkpointed import CheckpointedLM, GroupedLM, PlainLM
 from tests.compare import assert_same_gradients, gradients_of
 from tests.harness import auxiliary, run_pair
 from tests.models import BERT, FROZEN, GEMMA, LLAMA, MIXTRAL, PEFT, TIED, TINY, VIT
-from tests.plain_models import FailingBackward
+from tests.plain_models import FailingBackward, ResidualBlock
 
 # Layers, and for each auxiliary how often each of Llama's four blocks runs in a step.
 RUNS = {
@@ -31,6 +33,8 @@ RUNS = {
 }
 LAYERS: dict[str, Any] = {"two": [1, 2], "inner": r".*\.[23]\.mlp"}
 ALPHA = 0.005
+SHARES = chain._innermost_hooks is not None
+shares = pytest.mark.skipif(not SHARES, reason="this torch does not tell what is around a layer: nothing is shared")
 
 
 @contextmanager
@@ -58,16 +62,22 @@ def blocks_of(model: nn.Module, case: Case) -> list[nn.Module]:
     return [model.get_submodule(name) for name in case.layers]
 
 
-def is_shared(model: nn.Module, case: Case, name: Any, loss: Any = None, **options: Any) -> bool:
-    """Whether the second step runs the first block once only."""
+def runs_of_first(model: nn.Module, case: Case, name: Any, loss: Any = None, **options: Any) -> int:
+    """How often the second step runs the first block."""
     reg = settled(model, case, name, **options)
     first = model.get_submodule(case.layers[0])
     with runs(model, type(first)) as counts:
         reg(model, case.batch(), loss or case.loss)
     reg.remove()
-    return counts[case.layers[0]] == 1
+    return counts[case.layers[0]]
 
 
+def is_shared(model: nn.Module, case: Case, name: Any, loss: Any = None, **options: Any) -> bool:
+    """Whether the second step runs the first block once only."""
+    return runs_of_first(model, case, name, loss, **options) == 1
+
+
+@shares
 @pytest.mark.parametrize("case", [LLAMA, PEFT], ids=lambda c: c.name)
 @pytest.mark.parametrize("name", ["steering", "lora"])
 @pytest.mark.parametrize("layers", RUNS)
@@ -83,6 +93,7 @@ def test_blocks_below_the_first_perturbed_one_run_once(layers: str, name: str, c
     loss.backward()
 
 
+@shares
 @pytest.mark.parametrize("name", ["steering", "lora"])
 def test_their_backward_runs_once(name: str) -> None:
     model = LLAMA.make()
@@ -112,7 +123,7 @@ def test_gradients_are_the_oracles(layers: str, name: str, case: Case) -> None:
         pytest.skip("nothing before this layer is trained")
     run_pair(case, name, reg_options={"layers": chosen}).check()
     model = case.make()
-    if layers != "all" or name == "steering":
+    if SHARES and (layers != "all" or name == "steering"):
         assert is_shared(model, case, name, layers=chosen)
 
 
@@ -130,6 +141,7 @@ def test_options(name: str, options: dict[str, Any]) -> None:
     run_pair(LLAMA, name, reg_options={"layers": "late"}, **options).check()
 
 
+@shares
 @pytest.mark.parametrize("name", ["steering", "lora"])
 def test_layers_of_several_kinds(name: str) -> None:
     """Each kind has a mask of its own. That these come from no hidden state is seen at the second step."""
@@ -165,6 +177,7 @@ def test_relative_steering(relative: bool) -> None:
     run_pair(LLAMA, "steering", reg_options={"layers": "late"}, aux_options={"relative": relative}).check()
 
 
+@shares
 def test_random_directions_share_as_well() -> None:
     assert is_shared(LLAMA.make(), LLAMA, RandomDirections(SteeringVectors()))
 
@@ -180,6 +193,7 @@ def test_samples_of_the_batch() -> None:
     assert_same_gradients(gradients_of(model), gradients_of(twin))
 
 
+@shares
 def test_dropout_is_the_same_in_both_passes() -> None:
     """Masks drawn in the prefix are shared, and those behind it drawn again."""
     case = Case(
@@ -210,6 +224,15 @@ class MixedLM(PlainLM):
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
         return block(hidden * 1.5)
+
+
+class ShuffledLM(PlainLM):
+    """Blocks run in another order than the one that they are kept in."""
+
+    def body(self, hidden: Tensor) -> Tensor:
+        for number in (0, 2, 1):
+            hidden = self.blocks[number](hidden)
+        return self.norm(hidden.flatten(0, 1)).view_as(hidden)
 
 
 class MemoryBlock(nn.Module):
@@ -259,27 +282,31 @@ class CountingLM(PlainLM):
 
 
 class ContextBlock(nn.Module):
-    def __init__(self, inner: nn.Module, owner: list[CountingLM]) -> None:
+    def __init__(self, inner: nn.Module, owner: list[CountingLM], otherwise: float | None) -> None:
         super().__init__()
-        self.inner, self.owner = inner, owner
+        self.inner, self.owner, self.otherwise = inner, owner, otherwise
 
     def forward(self, hidden: Tensor) -> Tensor:
-        if not self.owner[0].inside:
+        if self.owner[0].inside:
+            return self.inner(hidden)
+        if self.otherwise is None:
             raise RuntimeError("called outside of the model")
-        return self.inner(hidden)
+        return self.inner(hidden) * self.otherwise
 
 
-def context_lm() -> nn.Module:
+def context_lm(otherwise: float | None = None) -> nn.Module:
     model = CountingLM()
-    model.blocks = nn.ModuleList(ContextBlock(block, [model]) for block in model.blocks)
+    model.blocks = nn.ModuleList(ContextBlock(block, [model], otherwise) for block in model.blocks)
     return model
 
 
 REFUSED = {
     "skip connection": lm_case(SkipLM),
     "operations between blocks": lm_case(MixedLM),
+    "another order": lm_case(ShuffledLM),
     "memory of earlier states": lm_case(MemoryLM),
     "written in place": lm_case(InPlaceLM),
+    "layers that are others when called alone": lm_case(lambda: context_lm(0.9)),
     "tied weights in training": lm_case(lambda: PlainLM(tied=True)),
     "tied Llama": TIED,
 }
@@ -293,17 +320,28 @@ def test_refused(name: str, reason: str) -> None:
     run_pair(case, name, reg_options={"layers": [1, 2]}).check()
 
 
+@shares
 @pytest.mark.parametrize("make", [CheckpointedLM, GroupedLM])
+@pytest.mark.parametrize("name", ["steering", "lora"])
 @pytest.mark.parametrize("layers", [[1, 2], [2]], ids=str)
-def test_layers_checkpointed_by_the_models_loop(layers: list[int], make: Any) -> None:
+def test_layers_checkpointed_by_the_models_loop(layers: list[int], name: str, make: Any) -> None:
     """Called alone they would keep their activations."""
     model, plain = seeded(make), seeded(PlainLM)
-    assert not is_shared(model, lm_case(make), "steering", layers=layers)
-    assert is_shared(plain, lm_case(PlainLM), "steering", layers=layers)
+    assert runs_of_first(model, lm_case(make), name, layers=layers) == 4  # both passes, repeated for their backward
+    assert is_shared(plain, lm_case(PlainLM), name, layers=layers)
     for twin in (model, plain):
-        with LfURegularizer(twin, "steering", alpha=0.05, lam=0.7, layers=layers) as reg:
+        with LfURegularizer(twin, name, alpha=0.05, lam=0.7, layers=layers, seed=1) as reg:
             reg(twin, TINY.batch(), TINY.loss).backward()
     assert_same_gradients(gradients_of(model), gradients_of(plain))
+
+
+def test_where_torch_does_not_tell_what_is_around_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch 2.6: a checkpoint around the layers would go unnoticed, so nothing is shared with or without one."""
+    monkeypatch.setattr(chain, "_innermost_hooks", None)
+    for make in (CheckpointedLM, PlainLM):
+        case = lm_case(make)
+        assert not is_shared(case.make(), case, "steering", layers=[1, 2])
+    run_pair(lm_case(PlainLM), "steering", reg_options={"layers": [1, 2]}).check()
 
 
 def test_layers_that_cannot_be_called_alone() -> None:
@@ -313,6 +351,7 @@ def test_layers_that_cannot_be_called_alone() -> None:
     assert not is_shared(model, case, "steering")
 
 
+@shares
 def test_another_ones_hook_on_the_output() -> None:
     model = LLAMA.make()
     assert is_shared(model, LLAMA, "steering")
@@ -335,6 +374,7 @@ def test_a_model_called_twice() -> None:
     run_pair(case, "steering", reg_options={"layers": "late"}).check()
 
 
+@shares
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(dtype: torch.dtype) -> None:
     """A scaled loss may have to be backpropagated again, which a prefix that waits does not allow."""
@@ -351,6 +391,7 @@ def test_retained_graphs_have_nothing_to_share(options: dict[str, Any]) -> None:
 # ------------------------------------------------------------- checkpointing and other surroundings
 
 
+@shares
 @pytest.mark.parametrize("layers", ["all", "late"])
 @pytest.mark.parametrize("name", ["steering", "lora"])
 def test_checkpointed_blocks(name: str, layers: str) -> None:
@@ -369,6 +410,62 @@ def test_checkpointed_blocks(name: str, layers: str) -> None:
     assert_same_gradients(gradients_of(model), gradients_of(plain))
 
 
+class CallCheckpointedBlock(ResidualBlock):
+    """As layers of transformers 4.53 to 4.57, which checkpoint their own call."""
+
+    gradient_checkpointing = True
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        return checkpoint(super().__call__, hidden, use_reentrant=False)
+
+
+class CallCheckpointedLM(PlainLM):
+    def __init__(self) -> None:
+        super().__init__()
+        for block in self.blocks:
+            block.__class__ = CallCheckpointedBlock
+
+
+@shares
+@pytest.mark.parametrize("name", ["steering", "lora"])
+def test_layers_that_checkpoint_their_own_call(name: str) -> None:
+    """A call of ours is checkpointed, too; of others that might be so, nobody knows."""
+    model, plain = seeded(CallCheckpointedLM), seeded(PlainLM)
+    assert runs_of_first(model, lm_case(CallCheckpointedLM), name, layers=[1, 2]) == 2  # repeated for its backward
+    for twin in (model, plain):
+        with LfURegularizer(twin, name, alpha=0.05, lam=0.7, layers=[1, 2], seed=1) as reg:
+            reg(twin, TINY.batch(), TINY.loss).backward()
+    assert_same_gradients(gradients_of(model), gradients_of(plain))
+    for block in model.blocks:
+        block.gradient_checkpointing = False
+    assert runs_of_first(model, lm_case(CallCheckpointedLM), name, layers=[1, 2]) == 4
+
+
+@shares
+def test_a_call_without_gradients_before_the_one_that_counts() -> None:
+    def loss(model: Any, batch: Batch) -> Tensor:
+        with torch.no_grad():
+            base = LLAMA.loss(model, {**batch, "input_ids": batch["input_ids"].flip(0)})
+        return LLAMA.loss(model, batch) + base
+
+    case = Case("base", LLAMA.make, LLAMA.batch, loss, LLAMA.mask, LLAMA.layers, 28)
+    assert runs_of_first(case.make(), case, "steering", layers="late") == 2  # once without gradients
+    run_pair(case, "steering", reg_options={"layers": "late"}).check()
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_the_prefix_waits_only_for_trained_weights(trained: bool) -> None:
+    """The anchor, by which hidden states below every trained weight are in a graph, is none of them."""
+    anchor, weight, other = (torch.ones((), requires_grad=True) for _ in range(3))
+    cut = take_part(torch.ones(2), anchor)
+    cut = cut * weight if trained else cut
+    prefix = shared_prefix((cut * other).sum(), cut, anchor)
+    assert prefix is not None
+    assert [id(leaf) for leaf in prefix.below] == [id(weight)] * trained
+    assert prefix.start.requires_grad == trained
+
+
+@shares
 def test_a_cache_made_by_the_model() -> None:
     """transformers hands a new cache to its layers, which pass 1 fills; in pass 2 they get none."""
     model = LLAMA.make()
@@ -376,6 +473,7 @@ def test_a_cache_made_by_the_model() -> None:
     assert is_shared(model, LLAMA, "steering", layers="late")
 
 
+@shares
 def test_saved_tensor_hooks_around_the_step() -> None:
     model = LLAMA.make()
     reg = settled(model, LLAMA, "steering", layers="late")
@@ -384,6 +482,7 @@ def test_saved_tensor_hooks_around_the_step() -> None:
     assert counts["model.layers.0"] == 1
 
 
+@shares
 def test_embeddings_from_outside() -> None:
     """The loss function computes them with gradients, so it would have to run again, if it were not for the chain."""
     asked: list[int] = []
@@ -414,6 +513,7 @@ def test_an_exception_in_the_prefixs_backward_leaves_everything() -> None:
     run_pair(LLAMA, "steering", model=model, reg_options={"layers": "late"}).check()
 
 
+@shares
 def test_a_model_that_changes_its_way() -> None:
     """Refused in one step, shared again in the next; gradients are right in both."""
     model = seeded(PlainLM)

@@ -48,7 +48,7 @@ class AnyBlock(ResidualBlock):
         if self.memory is not None and "first" in self.memory and self is not self.memory["owner"]:  # type: ignore[comparison-overlap]
             hidden = hidden + 0.1 * self.memory["first"]
         if isinstance(extra, tuple):
-            hidden = hidden + self.gate * extra[0]
+            hidden = hidden + self.gate * extra[0].clone()  # which may be written to later
         elif isinstance(extra, Context):
             hidden = hidden + extra.bias
         elif isinstance(extra, Tensor):
@@ -85,6 +85,13 @@ def hook_on_the_cut(model: LoopLM, number: int, block: nn.Module, hidden: Tensor
     return hidden
 
 
+def hook_on_the_cut_later(model: LoopLM, number: int, block: nn.Module, hidden: Tensor) -> Tensor:
+    result = block(hidden)
+    if number == 1:  # the next layer has begun, and ended
+        hidden.register_hook(lambda grad: grad * 0.5)
+    return result
+
+
 def hook_between(model: LoopLM, number: int, block: nn.Module, hidden: Tensor) -> Tensor:
     hidden = block(hidden)
     if number == 2:
@@ -104,6 +111,33 @@ def zero_gate(model: LoopLM, number: int, block: nn.Module, hidden: Tensor) -> T
 
 def memory_through_a_zero_gate(model: LoopLM, number: int, block: nn.Module, hidden: Tensor) -> Tensor:
     return block(hidden, (hidden.detach().mean(1, keepdim=True),))
+
+
+def bias_in_the_graph(model: LoopLM, number: int, block: nn.Module, hidden: Tensor) -> Tensor:
+    """For all layers but the first, which is below the cut; the backward of pass 1 frees its graph."""
+    if number == 0:
+        model.bias = torch.tanh(model.table[0])
+        return block(hidden)
+    return block(hidden, model.bias)
+
+
+def written_on(model: LoopLM, number: int, block: nn.Module, hidden: Tensor) -> Tensor:
+    """Later layers read what earlier ones have noted down; nothing at first, as the gate is closed."""
+    if number == 0:
+        model.notes = hidden.new_zeros(1, 1, WIDTH)
+    hidden = block(hidden, (model.notes,))
+    model.notes.copy_(hidden.detach().mean((0, 1), keepdim=True))
+    return hidden
+
+
+def written_at_last(model: LoopLM, number: int, block: nn.Module, hidden: Tensor) -> Tensor:
+    """Each layer has read them before, as zeros."""
+    if number == 0:
+        model.notes = hidden.new_zeros(1, 1, WIDTH)
+    hidden = block(hidden, (model.notes,))
+    if number == 3:
+        model.notes.copy_(hidden.detach().mean((0, 1), keepdim=True))
+    return hidden
 
 
 def bias_in_an_object(model: LoopLM, number: int, block: nn.Module, hidden: Tensor) -> Tensor:
@@ -138,6 +172,13 @@ def with_hooked_blocks() -> LoopLM:
     return model
 
 
+def with_a_gate_in_a_hook() -> LoopLM:
+    """It was there before the regularizer's: what is perturbed is not what leaves the layer."""
+    model = LoopLM(plain)
+    model.blocks[0].register_forward_hook(lambda module, args, output: output * (1 + model.gate))
+    return model
+
+
 def with_a_shared_map() -> LoopLM:
     model = LoopLM(plain)
     model.blocks[3].up = model.blocks[0].up
@@ -148,12 +189,17 @@ def with_a_shared_map() -> LoopLM:
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], str, Any]] = {
     "hook on the cut": (lambda: LoopLM(hook_on_the_cut), "steering", "all"),
+    "hook on the cut, later": (lambda: LoopLM(hook_on_the_cut_later), "steering", "all"),
+    "gate in another one's hook": (with_a_gate_in_a_hook, "steering", "all"),
     "hook by the block": (with_hooked_blocks, "steering", "all"),
     "hook between": (lambda: LoopLM(hook_between), "steering", "all"),
     "detached in place": (lambda: LoopLM(detached_in_place), "steering", "all"),
     "zero gate": (lambda: LoopLM(zero_gate), "steering", [1, 3]),
     "zero gate, LoRA": (lambda: LoopLM(zero_gate), "lora", [1, 3]),
     "memory": (lambda: LoopLM(memory_through_a_zero_gate), "steering", "all"),
+    "a bias in the graph": (lambda: LoopLM(bias_in_the_graph), "lora", [1, 3]),
+    "notes that are written on": (lambda: LoopLM(written_on), "steering", "all"),
+    "notes that are written at last": (lambda: LoopLM(written_at_last), "steering", "all"),
     "an object's bias": (lambda: LoopLM(bias_in_an_object), "steering", "all"),
     "weights written to": (lambda: LoopLM(plain, clamped=True), "steering", "all"),
     "kept for others": (kept_for_others, "steering", "all"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,7 @@ def build(config: Any, dtype: str, device: str, *, layers: int | None = None, vo
     if getattr(config, "is_encoder_decoder", False) and getattr(config, "decoder_start_token_id", None) is None:
         config.decoder_start_token_id = 0  # generation settings, which a bare configuration lacks
     setattr(config, "dtype" if hasattr(config, "dtype") else "torch_dtype", getattr(torch, dtype))
+    import_module("torch._dynamo")  # transformers does, too, but torch 2.6 cannot import it while "meta" is the device
     for kind in _kinds(config):
         with torch.device(device), _default_dtype(getattr(torch, dtype)):
             try:

@@ -21,6 +21,7 @@ from lfu_reg.kernels.mse_over_layers import Impl, mse_over_layers
 # Kernels read memory by its address, which subclasses (distributed tensors, ...) need not have; the compiler's tensors
 # have none either, and it fuses the plain operations itself.
 _PLAIN = {Tensor, nn.Parameter}
+_IMPLS = get_args(Impl)  # here and not in a method: torch 2.6 cannot compile a look at an annotation
 
 
 class MSE(PerLayerDistance):
@@ -37,8 +38,8 @@ class MSE(PerLayerDistance):
     """
 
     def __init__(self, impl: Impl = "auto") -> None:
-        if impl not in get_args(Impl):
-            raise ValueError(f"impl={impl!r}; allowed are {', '.join(map(repr, get_args(Impl)))}.")
+        if impl not in _IMPLS:
+            raise ValueError(f"impl={impl!r}; allowed are {', '.join(map(repr, _IMPLS))}.")
         self.impl: Impl = impl
 
     def __call__(

@@ -14,11 +14,14 @@ from lfu_reg.cli.counting import count, flop_counter
 from lfu_reg.cli.methods import blocks_alone, make_method
 from lfu_reg.cli.saved_bytes import SavedBytes
 from lfu_reg.cli.subjects import Setting, make_subject
+from tests.architectures import IS_OLDER
 
 pytestmark = pytest.mark.filterwarnings("ignore::lfu_reg.LfUWarning")
 SETTING = Setting(model="tiny", batch=2, tokens=8)
+counts_it = pytest.mark.skipif(IS_OLDER, reason="an older transformers looks at values of masks: nothing is counted")
 
 
+@counts_it
 @pytest.mark.parametrize("tuning", ["lora", "full"])
 def test_operations_and_bytes_of_a_run(tuning: str) -> None:
     setting = Setting(model="tiny", batch=2, tokens=8, tuning=tuning)
@@ -37,6 +40,7 @@ def test_operations_and_bytes_of_a_run(tuning: str) -> None:
         assert counts.steps[key].saved_bytes == pytest.approx(saved.peak, rel=0.1), key
 
 
+@counts_it
 def test_lfu_takes_the_blocks_once_more() -> None:
     steps = count(SETTING).steps
     assert steps["weights"].flops == steps["sft"].flops + steps["blocks"].flops
@@ -46,6 +50,7 @@ def test_lfu_takes_the_blocks_once_more() -> None:
     assert steps["sft"].flops > steps["blocks"].flops
 
 
+@counts_it
 def test_deep_models_are_counted_by_two_shallow_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     setting = Setting(model="small", batch=1, tokens=8, layers=6)
     extrapolated = count(setting, ("sft", "steering"))

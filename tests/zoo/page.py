@@ -38,7 +38,7 @@ For each, hooks, flags, names, parameters, buffers and outputs after `remove()` 
 
 {summary}
 
-Made by `make zoo`, which goes on where it was stopped.
+Made by `make zoo`, which goes on where it was stopped; `rm tests/zoo/results.csv` before it starts afresh.
 """
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.architectures import IS_OLDER
 from tests.zoo.examine import Findings, examine
 from tests.zoo.run import examined
 from tests.zoo.species import Species, catalogue
@@ -22,6 +23,8 @@ QUICK = (
 
 def check(findings: Findings) -> None:
     expected = exception_of(findings.task, findings.model_type)
+    if IS_OLDER and findings.outcome == "not built":
+        pytest.skip(f"an older transformers: {findings.remarks[-1]}")
     assert findings.outcome == (expected.outcome if expected else "exact"), findings.remarks
     if expected:
         assert expected.says in " | ".join(findings.remarks)
