@@ -90,7 +90,7 @@ class Attachment:
         self._places = Places(model, [*chosen, *sites, *self.trunk.names, *self.chain.names])
 
     def follow(self) -> None:
-        """Hook what is there now, where adapters were put around the hooked modules or merged into them."""
+        """Hook what is there now, where adapters came around hooked modules or were merged, or blocks were added."""
         if self._places.are_taken():
             self.hooks.remove()
             self.trunk.remove()

@@ -1,4 +1,4 @@
-"""Whether modules that carry our hooks are still where they were.
+"""Whether modules that carry our hooks are still where they were, and no others beside them.
 
 PEFT puts an adapter layer in the place of a linear map, and `merge_and_unload` a linear map in the place of an adapter
 layer. Hooks stay with the module that was taken out: they never fire again, or fire inside of an adapter layer, where
@@ -25,19 +25,27 @@ class Places:
 
     def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
         self._children: dict[tuple[int, str], tuple[nn.Module, str, nn.Module]] = {}
+        self._lists: dict[nn.Module, int] = {}
         for name in names:
             parent = model
             for key in name.split(".") if name else ():
                 child = parent.get_submodule(key)
                 self._children[id(parent), key] = parent, key, child
+                if isinstance(parent, (nn.ModuleList, nn.Sequential)):
+                    self._lists[parent] = len(parent)
                 parent = child
 
     def forget(self) -> None:
         """Let go of the model."""
-        self._children = {}
+        self._children, self._lists = {}, {}
 
     def are_taken(self) -> bool:
-        """Whether a module, or one above it, has been replaced by something that does not run it as it was."""
+        """Whether a module, or one above it, has been replaced by something that does not run it as it was.
+
+        Also where a list of blocks has become longer or shorter.
+        """
+        if any(len(blocks) != length for blocks, length in self._lists.items()):
+            return True
         for place, (parent, key, child) in self._children.items():
             now = parent._modules.get(key)
             if now is child:
