@@ -29,6 +29,10 @@ from lfu_reg.replays import Replays
 from lfu_reg.sft_loss import SFTLoss
 from lfu_reg.trunk import Trunk
 
+SHARED = (
+    "{} was given to another LfURegularizer since, and would move the weights of that one's model. Give each regularizer "
+    "an auxiliary of its own."
+)
 REMOVED = "This LfURegularizer was removed from its model. Create a new one: LfURegularizer(model, ...)."
 
 
@@ -90,12 +94,18 @@ class Attachment:
         self._places = Places(model, [*chosen, *sites, *self.trunk.names, *self.chain.names])
 
     def follow(self) -> None:
-        """Hook what is there now, where adapters came around hooked modules or were merged, or blocks were added."""
+        """Hook what is there now, where adapters came around hooked modules or were merged, or blocks were added.
+
+        Raises:
+            RuntimeError: if the auxiliary belongs to another regularizer by now.
+        """
         if self._places.are_taken():
             self.hooks.remove()
             self.trunk.remove()
             self.chain.remove()
             self._attach(self.model)
+        if not self._auxiliary.serves(self.model):
+            raise RuntimeError(SHARED.format(self._auxiliary))
 
     def forget(self) -> None:
         """Let go of the inputs of a step."""

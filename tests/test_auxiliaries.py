@@ -241,3 +241,15 @@ def test_half_precision_gradients_do_not_overflow() -> None:
         with LfURegularizer(model, "steering", alpha=0.05) as reg:
             reg(model, TINY.batch(), lambda m, b, s=scale: s * TINY.loss(m, b).float())
             assert length([d.float() for d in moved(reg.perturbation)]) == pytest.approx(0.05, rel=1e-3)
+
+
+def test_weights_of_one_model_are_not_moved_for_another() -> None:
+    """A second regularizer with the same object: the first one would leave its own model alone without a word."""
+    mine, shared = [seeded(TinyLM) for _ in range(2)], WeightDeltas()
+    first, second = (LfURegularizer(model, shared, alpha=0.05) for model in mine)
+    with pytest.raises(RuntimeError, match="an auxiliary of its own"):
+        first(mine[0], TINY.batch(), TINY.loss)
+    second(mine[1], TINY.batch(), TINY.loss).backward()
+    first.remove()
+    second(mine[1], TINY.batch(), TINY.loss).backward()
+    assert float(second.metrics["consistency_loss"]) > 0

@@ -148,6 +148,10 @@ class Auxiliary(ABC):
         """Components that are leaves of pass 1's graph: their gradient is g, and nothing that the caller gets."""
         return []
 
+    def serves(self, model: nn.Module) -> bool:
+        """Whether `sites` was not asked about another model since: the weights of that one would be moved."""
+        return True
+
     def let_go(self, model: nn.Module) -> None:  # noqa: B027  most remember nothing of it
         """Forget `model`, from which the regularizer was removed."""
 

@@ -47,6 +47,10 @@ class WeightDeltas(Auxiliary):
         self._model = model
         return {}
 
+    def serves(self, model: nn.Module) -> bool:
+        """Whether the remembered model is this one."""
+        return self._model is model
+
     def let_go(self, model: nn.Module) -> None:
         """Forget the model and its parameters; another one that was attached since is kept."""
         if self._model is model:
