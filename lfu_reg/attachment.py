@@ -30,8 +30,8 @@ from lfu_reg.sft_loss import SFTLoss
 from lfu_reg.trunk import Trunk
 
 SHARED = (
-    "{} was given to another LfURegularizer since, and would move the weights of that one's model. Give each regularizer "
-    "an auxiliary of its own."
+    "{} was given to another LfURegularizer since, and would move the weights of that one's model. Give each "
+    "regularizer an auxiliary of its own."
 )
 REMOVED = "This LfURegularizer was removed from its model. Create a new one: LfURegularizer(model, ...)."
 

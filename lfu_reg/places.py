@@ -32,7 +32,7 @@ class Places:
                 child = parent.get_submodule(key)
                 self._children[id(parent), key] = parent, key, child
                 if isinstance(parent, (nn.ModuleList, nn.Sequential)):
-                    self._lists[parent] = len(parent)
+                    self._lists[parent] = len(parent._modules)
                 parent = child
 
     def forget(self) -> None:
@@ -44,7 +44,7 @@ class Places:
 
         Also where a list of blocks has become longer or shorter.
         """
-        if any(len(blocks) != length for blocks, length in self._lists.items()):
+        if any(len(blocks._modules) != length for blocks, length in self._lists.items()):
             return True
         for place, (parent, key, child) in self._children.items():
             now = parent._modules.get(key)
