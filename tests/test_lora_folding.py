@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from tests.harness import auxiliary, drawn_a_matrices, run_pair
 from tests.models import PEFT, llm_batch
 from tests.oracle_parts import linear_maps
 from tests.peft_models import ADAPTERS, adapted, lora_config
+from tests.refusals import refuses_step
 from tests.test_lora_merged import LONG
 
 pytestmark = pytest.mark.filterwarnings("ignore::lfu_reg.LfUWarning")
@@ -160,11 +162,24 @@ def merged(model: Any) -> Any:
     return model
 
 
+def doubled(module: nn.Module, *args: Any) -> Tensor:
+    return 2 * type(module).forward(module, *args)
+
+
+def with_forwards_of_their_own(model: Any) -> Any:
+    """As hooks of accelerate have them."""
+    for module in model.modules():
+        if adapters.plain_lora(module):
+            module.forward = functools.partial(doubled, module)
+    return model
+
+
 CHANGES: dict[str, Callable[[Any], Any]] = {
     "two adapters": second_adapter,
     "hooks": hooked,
     "frozen": frozen,
     "merged": merged,
+    "forwards of their own": with_forwards_of_their_own,
 }
 
 
@@ -186,6 +201,26 @@ def test_what_is_not_a_plain_adapter_is_left_to_taps(change: str) -> None:
             run_pair(PEFT, "lora", model=model).check()
             got = {key for kind, key in calls if kind == "tap"}
     assert got == set(linear_maps(mine, PEFT.layers))
+
+
+def test_compiled_models_are_left_to_taps() -> None:
+    model = PEFT.make()
+    model.get_submodule(f"{PEFT.layers[1]}.mlp.act_fn").compile(backend="eager")  # any part is enough
+    with hooked_calls() as calls:
+        one_step(PEFT, model)
+    assert {key for what, key in calls if what == "tap"} == set(linear_maps(model, PEFT.layers))
+
+
+def test_transforms_are_refused_as_everywhere() -> None:
+    """And not by what a fold would do in one first: draw random numbers."""
+    model = PEFT.make()
+    layer = model.get_submodule(f"{PEFT.layers[1]}.mlp.down_proj")
+
+    def loss(model: Any, batch: Mapping[str, Any]) -> Tensor:
+        return torch.vmap(layer)(torch.ones(2, 3, 24, dtype=torch.float64)).sum() + PEFT.loss(model, batch)
+
+    reg = LfURegularizer(model, auxiliary("lora"))
+    refuses_step(("torch.func", "outside"), model=model, reg=reg, batch=PEFT.batch(), loss=loss)
 
 
 @pytest.mark.parametrize("kind", ["dora", "lora-bias", "ia3", "loha", "adalora", "oft"])

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 
 from lfu_reg.adapters import PlainLoRA, acting_adapter
-from lfu_reg.autocast import without_autocast
 from lfu_reg.auxiliaries.base import Components
 from lfu_reg.compiled import untraced
 from lfu_reg.substitution import substituted
@@ -80,9 +79,8 @@ class Fold:
     def _widened(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         down, up = self._adapter.down.weight, self._adapter.up.weight
         ratio = self._scale / self._adapter.scaling
-        with without_autocast(down.device.type):
-            scaled = b if ratio == 1 else b * ratio
-            return torch.cat([down, a.to(down.dtype)]), torch.cat([up, scaled.to(up.dtype)], 1)
+        scaled = b if ratio == 1 else b * ratio
+        return torch.cat([down, a.to(down.dtype)]), torch.cat([up, scaled.to(up.dtype)], 1)
 
 
 def has_acted(module: nn.Module) -> bool:
