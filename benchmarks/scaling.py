@@ -142,6 +142,7 @@ def plot(result: dict[str, Any], file: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
     labels = {"sft": "SFT", "steering": "LfU steering", "lora": "LfU LoRA"}
     figure, axes = plt.subplots(2, 4, figsize=(15, 7), constrained_layout=True)
@@ -154,6 +155,9 @@ def plot(result: dict[str, Any], file: Path) -> None:
             panel.plot(xs, ys, "o-", label=f"{labels[key]}: exponent {slope:.2f}")
         panel.set(xscale="log", yscale="log", xlabel=axis, ylabel="ms per step")
         panel.set_xticks([p["value"] for p in points], [str(p["value"]) for p in points])
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
+        panel.yaxis.set_major_formatter(ScalarFormatter())
+        panel.yaxis.set_minor_formatter(NullFormatter())
         panel.minorticks_off()
         panel.legend(fontsize=8)
     panel = panels[len(AXES)]
