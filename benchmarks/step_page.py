@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import collectives_page
 from step_aims import aims
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,26 +63,12 @@ READING = """
 
 SCALING = """# How the cost grows
 
-Written by `python benchmarks/step_page.py` from `benchmarks/results/scaling.json`; do not edit.
+Written by `python benchmarks/step_page.py` from `scaling.json` and `collectives.json` in `benchmarks/results/`; do not edit.
 
 Small Llamas with LoRA tuning on one CPU thread, processor time, one size changed at a time (`python
 benchmarks/scaling.py`). The exponent is the slope of log(time) over log(size): 1 is proportional, 0 is no effect.
 
 ![Time per step over each size](scaling.png)
-"""
-
-SHARDED = """## 70B under FSDP2: a forecast, not a measurement
-
-Operations are counted from the very step on fake tensors, so the ratio in the table above holds wherever a step is bound
-by matrix products. Communication per step and GPU, with P the bytes of the weights in the dtype of the
-all-gathers, and G those of the trained weights' gradients:
-
-| step | all-gathers | reduce-scatters | resharding |
-|---|---|---|---|
-| SFT | 2 P | G | weights are gathered in the forward and again in the backward |
-| LfU, `strategy="released"` | 4 P | 2 G | the same once more for pass 2 |
-| LfU, `strategy="retained"` | 5 P | G | forward, ascent backward, forward, joint backward through both passes |
-
 """
 
 
@@ -94,7 +81,11 @@ def main() -> None:
     (ROOT / "docs" / "cost.md").write_text("\n".join(parts))
     scaling_file = RESULTS / "scaling.json"
     if scaling_file.exists():
-        (ROOT / "docs" / "scaling.md").write_text(scaling(json.loads(scaling_file.read_text()), steps))
+        page = [scaling(json.loads(scaling_file.read_text()), steps)]
+        sharded = RESULTS / "collectives.json"
+        if sharded.exists():
+            page.append(collectives_page.section(json.loads(sharded.read_text())))
+        (ROOT / "docs" / "scaling.md").write_text("\n".join(page))
         (ROOT / "docs" / "scaling.png").write_bytes((RESULTS / "scaling.png").read_bytes())
     readme = ROOT / "README.md"
     figures = readme_figures(steps["step_cpu_lora.json"])
@@ -260,24 +251,8 @@ def scaling(result: dict[str, Any], steps: dict[str, Any]) -> str:
             f"| {m['saved_gb']:.1f} |"
             for m in result["large"]
         ),
-        "",
-        SHARDED + forecast(result),
     ]
     return "\n".join(lines)
-
-
-def forecast(result: dict[str, Any]) -> str:
-    """The table above in bytes, for the largest model."""
-    m = max(result["large"], key=lambda m: (m["parameters"], m["tokens"]))
-    p, g = m["parameter_gb"], m["gradient_mb"] / 1e3
-    return (
-        f"For {m['model']} with {m['tokens']} tokens on each GPU, P is about {p:.0f} GB and G {g:.1f} GB: SFT moves "
-        f"{2 * p + g:.0f} GB for {m['sft_tflop']:.0f} TFLOP, LfU {4 * p + 2 * g:.0f} GB for "
-        f"{m['ratio']['steering'] * m['sft_tflop']:.0f} TFLOP, with the graph retained {5 * p + g:.0f} GB. Operations and "
-        "bytes both about double, so the ratio stays near two whichever of them binds; the retained graph moves 2.5 times "
-        "the bytes, and runs the backward of the clean pass's blocks twice, which shows where communication binds. "
-        "These counts of collectives follow from FSDP2's rule (gather before use, free after) and have not been measured.\n"
-    )
 
 
 def readme_figures(result: dict[str, Any]) -> str:
