@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from lfu_reg.checks import check_loss
 from lfu_reg.cli.advice import PASS_2, Option, options_within
+from lfu_reg.cli.compiling import graphs_apart
 from lfu_reg.cli.counting import Counts
 from lfu_reg.cli.errors import Unusable
 from lfu_reg.cli.methods import BLOCKS, LFU, Method, blocks_alone, check_keys, lfu_method, make_method
@@ -68,7 +70,7 @@ def measure(
     check_subject(subject)
     check_keys(plan.keys, subject)
     # With random weights the warnings about the regularizer's effect mean nothing.
-    with warnings.catch_warnings():
+    with graphs_apart() if setting.compile else nullcontext(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return _measured(setting, plan, subject, counts, tick, clock)
 

@@ -147,7 +147,7 @@ def _module(where: str, given: str) -> ModuleType:
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module
         spec.loader.exec_module(module)
-    except (ImportError, OSError) as error:
+    except (ImportError, OSError, SyntaxError) as error:
         raise Unusable(
             f"MODEL {given}: {where} cannot be imported ({error}). Give file.py:function or package.module:function."
         ) from error

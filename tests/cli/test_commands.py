@@ -122,6 +122,17 @@ def test_floor_of_compiled_steps_is_that_of_eager_ones(tmp_path: Path, monkeypat
     assert result["rows"][1]["ratio"] == 1.8
 
 
+def test_compiled_methods_have_graphs_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them are module trees of the same classes, with other hooks."""
+    compile_it = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_it(module, backend="eager"))
+    # Beyond the limit nothing is compiled any more.
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True, raising=False)
+    methods = ["sft", *LFU, "lora-late", "retained", "sam"]
+    result, _ = run(tmp_path, "overhead", "tiny", *QUICK, "--compile", "--methods", ",".join(methods))
+    assert [row["key"] for row in result["rows"]] == methods
+
+
 def test_own_model(tmp_path: Path) -> None:
     (tmp_path / "own_model.py").write_text(OWN)
     result, shown = run(tmp_path, "overhead", f"{tmp_path / 'own_model.py'}:deep", "--rounds", "2")

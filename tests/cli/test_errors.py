@@ -216,3 +216,10 @@ def test_too_large_a_model_is_refused_before_it_is_made(monkeypatch: pytest.Monk
 @pytest.mark.parametrize(("text", "size"), [("40GB", 40e9), ("800 MB", 8e8), ("1.5e9", 1.5e9), ("2k", 2e3)])
 def test_sizes(text: str, size: float) -> None:
     assert parse_bytes(text) == pytest.approx(size)
+
+
+def test_a_file_that_is_no_python(tmp_path: Path) -> None:
+    (tmp_path / "typo.py").write_text("def f(:\n")
+    result = CliRunner().invoke(app, ["overhead", f"{tmp_path / 'typo.py'}:f"])
+    assert result.exit_code == 2
+    assert "cannot be imported (invalid syntax" in " ".join(result.output.split())
