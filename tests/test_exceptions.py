@@ -196,6 +196,7 @@ def test_an_exception_anywhere(
     assert batch.keys() == TINY.batch().keys()
     attached.check(model)
     world.check(model)
+    assert not reg._attached.hooks.listening
 
     # Outside of a step the model gives what a copy without live hooks gives, also with gradients enabled.
     fresh_fuses()
