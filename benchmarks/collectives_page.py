@@ -122,7 +122,8 @@ def forecasts(large: list[dict[str, Any]]) -> list[str]:
         for step in ("sft", "steering", "steering, retained"):
             of_step, of_sft = entry["predicted"][step], entry["predicted"]["sft"]
             label = "LfU, released" if step == "steering" else STEPS[step].replace(", steering", "")
-            cells = [entry["case"]["title"], str(entry["ranks"]), label]
+            dtype = "" if entry["case"]["dtype"] == "float32" else f", frozen weights in {entry['case']['dtype']}"
+            cells = [entry["case"]["title"] + dtype, str(entry["ranks"]), label]
             for kind in COLLECTIVES[:2]:
                 cells += [str(of_step[kind]["number"]), f"{of_step[kind]['bytes'] / 1e9:.1f}"]
             cells.append(f"{moved(of_step) / moved(of_sft):.3f}")
@@ -141,10 +142,10 @@ def forecasts(large: list[dict[str, Any]]) -> list[str]:
     return [
         *lines,
         "",
-        f"Bytes and operations of the default strategy are {min(ratios):.2f} to {max(ratios):.2f} times SFT's, so a step takes "
-        "about twice as long whichever of them binds, and however far they overlap. The retained graph moves "
-        f"{min(kept):.2f} to {max(kept):.2f} times the bytes. Not part of the forecast: latency, the optimizer, memory, and what "
-        "a network makes of many ranks.",
+        f"Bytes and operations of the default strategy are {min(ratios):.2f} to {max(ratios):.2f} times SFT's, so a step should "
+        "take about twice as long whichever of them binds, and however far they overlap; no time under FSDP2 has been measured. The retained graph moves "
+        f"{min(kept):.2f} to {max(kept):.2f} times the bytes. Not part of the forecast: latency, the optimizer, memory, what "
+        "a network makes of many ranks, and whether NCCL and CUDA streams change a count that was taken with gloo.",
     ]
 
 
