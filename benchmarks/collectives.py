@@ -13,7 +13,6 @@ import argparse
 import json
 import tempfile
 import warnings
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -22,12 +21,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as processes
+from collective_recorder import Collectives
+from collectives_page import COLLECTIVES
 from sharded_bytes import STEPS, Traffic
 from sharded_cases import FORECAST, MEASURED, Case
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from lfu_reg import LfURegularizer
 from lfu_reg.cli.counting import flop_counter
@@ -36,14 +35,6 @@ from lfu_reg.cli.surroundings import surroundings
 
 RESULTS = Path(__file__).resolve().parent / "results"
 RANKS = 2
-KINDS = {  # by the name of the operator
-    "_allgather_base_": "all-gather",
-    "all_gather_into_tensor": "all-gather",
-    "_reduce_scatter_base_": "reduce-scatter",
-    "reduce_scatter_tensor": "reduce-scatter",
-    "allreduce_": "all-reduce",
-    "all_reduce": "all-reduce",
-}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -118,12 +109,14 @@ def count_step(case: Case, step: str, rank: int) -> dict[str, Any]:
     loss = _loss(step, model, make_batch(model, Setting(batch=case.batch, tokens=case.tokens)))
     for _ in range(2):
         loss().backward()
-    with Recorder() as recorder:
+    with Collectives() as seen:
         loss().backward()
+    if others := seen.counts.keys() - set(COLLECTIVES):
+        raise RuntimeError(f"{step} communicates by {', '.join(others)}, of which nothing is predicted.")
     with flop_counter() as flops:
         loss().backward()
-    kinds = dict.fromkeys(KINDS.values())
-    return {**{kind: asdict(recorder.traffic(kind)) for kind in kinds}, "flops": int(flops.get_total_flops())}
+    traffic = {kind: asdict(Traffic(seen.counts[kind], seen.bytes[kind])) for kind in COLLECTIVES}
+    return {**traffic, "flops": int(flops.get_total_flops())}
 
 
 def _loss(step: str, model: nn.Module, batch: Any) -> Callable[[], Any]:
@@ -132,32 +125,6 @@ def _loss(step: str, model: nn.Module, batch: Any) -> Callable[[], Any]:
     auxiliary, _, strategy = step.partition(", ")
     reg = LfURegularizer(model, auxiliary, strategy=strategy or "released", seed=0)  # type: ignore[arg-type]
     return lambda: reg(model, batch, language_model_loss)
-
-
-class Recorder(TorchDispatchMode):
-    """Notes every collective in its block, whoever starts it, with the bytes of the whole tensor."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._number: Counter[str] = Counter()
-        self._bytes: Counter[str] = Counter()
-
-    def traffic(self, kind: str) -> Traffic:
-        """Of one kind."""
-        return Traffic(self._number[kind], self._bytes[kind])
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(kind.__name__ == "DTensor" for kind in types):
-            return NotImplemented  # it comes back with the local tensors
-        result = func(*args, **(kwargs or {}))
-        namespace, name = func.name().split("::")
-        if namespace in ("c10d", "_c10d_functional") and "wait" not in name and "wrap" not in name:
-            kind = KINDS[name.split(".")[0]]  # an unknown one is an error, not a gap
-            # What is gathered to or scattered from is the largest of the tensors given and returned.
-            tensors = [leaf for leaf in tree_leaves([args, result]) if isinstance(leaf, torch.Tensor)]
-            self._number[kind] += 1
-            self._bytes[kind] += max(tensor.nbytes for tensor in tensors)
-        return result
 
 
 if __name__ == "__main__":

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
+from benchmarks.collective_recorder import Collectives
 from lfu_reg import LfURegularizer, LfUWarning
 from tests.cases import Batch, Case, next_token_loss, seeded, token_batch
 from tests.compare import assert_same_gradients, mismatch
 from tests.distributed.recipes import run_recipe
 from tests.distributed.reference import expected, parameters_of, regularizer, train, whole
-from tests.distributed.sharding import Collectives, blocks_of, gradients_of, same_on_all_ranks, shard
+from tests.distributed.sharding import blocks_of, gradients_of, same_on_all_ranks, shard
 from tests.harness import a_matrices_of
 from tests.models import LLAMA, PEFT, TINY
 from tests.plain_models import FailingBackward, TinyLM
