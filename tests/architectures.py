@@ -33,21 +33,21 @@ keep_float64(LlamaRMSNorm, Gemma2RMSNorm, Gemma2Attention, modeling_mixtral.Mixt
 keep_float64(T5LayerNorm, MambaRMSNorm, MambaMixer)
 
 VOCAB, WIDTH = 29, 16
+DECODER: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": WIDTH,
+    "intermediate_size": 24,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 64,
+    "attn_implementation": "sdpa",
+    "tie_word_embeddings": False,
+}
 
 
 def llama(**changes: Any) -> tf.LlamaForCausalLM:
-    settings: dict[str, Any] = {
-        "vocab_size": VOCAB,
-        "hidden_size": WIDTH,
-        "intermediate_size": 24,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "max_position_embeddings": 64,
-        "attn_implementation": "sdpa",
-        "tie_word_embeddings": False,
-    }
-    return tf.LlamaForCausalLM(tf.LlamaConfig(**{**settings, **changes}))
+    return tf.LlamaForCausalLM(tf.LlamaConfig(**{**DECODER, **changes}))
 
 
 def peft_llama(**changes: Any) -> peft.PeftModel:
@@ -70,20 +70,8 @@ def freeze_lower_half(model: tf.LlamaForCausalLM) -> tf.LlamaForCausalLM:
 
 def gemma() -> nn.Module:
     """Sliding windows and whole attention in turn, each with a mask of its own."""
-    config = tf.Gemma2Config(
-        vocab_size=VOCAB,
-        hidden_size=WIDTH,
-        intermediate_size=24,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        sliding_window=3,
-        max_position_embeddings=64,
-        tie_word_embeddings=False,
-        attn_implementation="eager",
-    )
-    return tf.Gemma2ForCausalLM(config)
+    own = {"head_dim": 8, "sliding_window": 3, "attn_implementation": "eager"}
+    return tf.Gemma2ForCausalLM(tf.Gemma2Config(**{**DECODER, **own}))
 
 
 def gpt2(dropout: float = 0.0) -> nn.Module:
@@ -102,18 +90,8 @@ def gpt2(dropout: float = 0.0) -> nn.Module:
 
 
 def mixtral() -> nn.Module:
-    config = tf.MixtralConfig(
-        vocab_size=VOCAB,
-        hidden_size=WIDTH,
-        intermediate_size=12,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        num_local_experts=4,
-        num_experts_per_tok=2,
-        max_position_embeddings=64,
-        attn_implementation="sdpa",
-    )
+    own = {"intermediate_size": 12, "num_hidden_layers": 3, "num_local_experts": 4, "num_experts_per_tok": 2}
+    config = tf.MixtralConfig(**{**DECODER, **own})
     config._experts_implementation = "eager"
     return tf.MixtralForCausalLM(config)
 
