@@ -223,7 +223,7 @@ def row(shape: tuple[int, int, int, float], dtype: torch.dtype, name: str, mode:
 
 def sweep(rounds: int) -> None:
     """Tile sizes, warps and shares of the Triton kernel at the headline shape."""
-    from lfu_reg.kernels import mse_layout, mse_rows
+    from lfu_reg.distances.kernels import mse_layout, mse_rows
 
     shape, clock = (32, 2048, 4096, 1.0), Clock("cuda")
     clean, perturbed = states(shape, torch.bfloat16, "cuda")

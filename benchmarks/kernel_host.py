@@ -30,8 +30,8 @@ class Nothing:
 
 def measure_host() -> list[dict[str, Any]]:
     """Rows of call, pass, and microseconds."""
-    from lfu_reg.kernels import mse_gpu
-    from lfu_reg.kernels.mse_over_layers import mse_over_layers
+    from lfu_reg.distances.kernels import mse_gpu
+    from lfu_reg.distances.kernels.mse_over_layers import mse_over_layers
 
     clean = [torch.randn(TOKENS, HIDDEN).bfloat16() for _ in range(LAYERS)]
     perturbed = [torch.randn(TOKENS, HIDDEN).bfloat16().requires_grad_() for _ in range(LAYERS)]

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lfu_reg.kernels.mse_over_layers import mse_over_layers
-from lfu_reg.kernels.mse_parts import Scratch, gradient, select, squared_sum
+from lfu_reg.distances.kernels.mse_over_layers import mse_over_layers
+from lfu_reg.distances.kernels.mse_parts import Scratch, gradient, select, squared_sum
 
 # (clean, perturbed, positions or None) -> loss
 Provider = Callable[[list[Tensor], list[Tensor], Tensor | None], Tensor]

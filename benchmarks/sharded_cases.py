@@ -13,7 +13,7 @@ from torch import nn
 from lfu_reg.cli.configs import build, load_config
 from lfu_reg.cli.counting import count_steps
 from lfu_reg.cli.subjects import Setting, Subject, language_model_loss, make_batch, with_adapter
-from lfu_reg.layers import choose_layers
+from lfu_reg.model.layers import choose_layers
 
 
 @dataclass(frozen=True)

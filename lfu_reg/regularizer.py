@@ -18,27 +18,27 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lfu_reg import checks, metrics
-from lfu_reg.attachment import Attachment
 from lfu_reg.auxiliaries import Auxiliary, make_auxiliary
-from lfu_reg.buffers import on_copies
-from lfu_reg.compiled import entrances, failures_explained, unwrapped
-from lfu_reg.consistency import consistency, relative_distance
 from lfu_reg.diagnostics import EVAL_MODE, NO_GRADIENT, UNSCALED_FLOAT16, Diagnostics
 from lfu_reg.distances import DistanceChoice, make_distance
 from lfu_reg.distances.base import Reduction
 from lfu_reg.distributed.engine import Engine
 from lfu_reg.distributed.shared_ascent import SharedAscent
-from lfu_reg.gradient_pass import gradient_pass
-from lfu_reg.layers import LayerChoice
-from lfu_reg.loss_scale import LossScales, float16_in_play
-from lfu_reg.passes import Pass
-from lfu_reg.randomness import StepDraws, check_seed, random_state_kept
-from lfu_reg.schedules import Schedule, value_at
-from lfu_reg.sft_loss import LossFunction, SFTLoss, check_loss_function
-from lfu_reg.strategies import Strategy
-from lfu_reg.strategy_choice import choose_strategy
-from lfu_reg.tokens import TokenMask
+from lfu_reg.hooks.forward_pass import Pass
+from lfu_reg.model.buffers import on_copies
+from lfu_reg.model.compile import entrances, failures_explained, unwrapped
+from lfu_reg.model.layers import LayerChoice
+from lfu_reg.model.rng import StepDraws, check_seed, random_state_kept
+from lfu_reg.model.tokens import TokenMask
+from lfu_reg.step import checks, metrics
+from lfu_reg.step.attached_model import Attachment
+from lfu_reg.step.consistency import consistency, relative_distance
+from lfu_reg.step.float16 import LossScales, float16_in_play
+from lfu_reg.step.gradient_pass import gradient_pass
+from lfu_reg.step.gradients import Strategy
+from lfu_reg.step.schedules import Schedule, value_at
+from lfu_reg.step.sft_loss import LossFunction, SFTLoss, check_loss_function
+from lfu_reg.step.strategy_choice import choose_strategy
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lfu_reg.substitution import substituted
+from lfu_reg.model.patching import substituted
 from methods.base import Batch, LossFunction, Method, global_norm, trainable
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lfu_reg.distributed.fsdp2 import Shards
-from lfu_reg.substitution import Replacement
+from lfu_reg.model.patching import Replacement
 
 Components: TypeAlias = tuple[Tensor, ...]
 GradientRule: TypeAlias = Callable[[Tensor], Sequence[Tensor | None]]

@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lfu_reg.adapters import PlainLoRA, acting_adapter
 from lfu_reg.auxiliaries.base import Components
-from lfu_reg.compiled import untraced
-from lfu_reg.substitution import substituted
+from lfu_reg.model.compile import untraced
+from lfu_reg.model.patching import substituted
+from lfu_reg.model.peft import PlainLoRA, acting_adapter
 
 
 class Fold:

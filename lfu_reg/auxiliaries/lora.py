@@ -21,15 +21,15 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from lfu_reg import adapters
-from lfu_reg.adapters import PlainLoRA
 from lfu_reg.auxiliaries.base import Call, Components, Generators, GradientRule, master_dtype
 from lfu_reg.auxiliaries.folding import Fold
 from lfu_reg.auxiliaries.merging import PlainWeight, plain_weight
 from lfu_reg.auxiliaries.output import OutputAuxiliary
-from lfu_reg.linears import TargetModules, find_linears, linear_sizes
-from lfu_reg.substitution import Replacement
-from lfu_reg.tokens import rows
+from lfu_reg.model import peft as adapters
+from lfu_reg.model.linears import TargetModules, find_linears, linear_sizes
+from lfu_reg.model.patching import Replacement
+from lfu_reg.model.peft import PlainLoRA
+from lfu_reg.model.tokens import rows
 
 
 class LoRADeltas(OutputAuxiliary):

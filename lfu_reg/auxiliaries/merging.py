@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lfu_reg import adapters
-from lfu_reg.autocast import without_autocast
+from lfu_reg.model import peft as adapters
+from lfu_reg.model.autocast import without_autocast
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lfu_reg.ascent import ascend, gradient_norm
+from lfu_reg.auxiliaries.ascent import ascend, gradient_norm
 from lfu_reg.auxiliaries.base import Auxiliary, Call, Components, Generators, GradientRule
 
 

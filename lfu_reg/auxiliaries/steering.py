@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lfu_reg.auxiliaries.base import Call, Components, GradientRule, master_dtype
 from lfu_reg.auxiliaries.output import OutputAuxiliary
-from lfu_reg.tokens import rows
+from lfu_reg.model.tokens import rows
 
 
 class SteeringVectors(OutputAuxiliary):

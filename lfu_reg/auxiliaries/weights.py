@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lfu_reg.ascent import ascend, gradient_norm
+from lfu_reg.auxiliaries.ascent import ascend, gradient_norm
 from lfu_reg.auxiliaries.base import Auxiliary, Call, Generators, GradientRule
-from lfu_reg.module_walk import modules_of, trained_parameters
-from lfu_reg.substitution import Replacement
+from lfu_reg.model.module_walk import modules_of, trained_parameters
+from lfu_reg.model.patching import Replacement
 
 
 class WeightDeltas(Auxiliary):

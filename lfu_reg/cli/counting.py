@@ -22,7 +22,7 @@ from lfu_reg.cli.errors import Unusable
 from lfu_reg.cli.methods import LFU, blocks_alone, lfu_method, make_method
 from lfu_reg.cli.saved_bytes import SavedBytes
 from lfu_reg.cli.subjects import Setting, Subject, make_subject
-from lfu_reg.layers import choose_layers
+from lfu_reg.model.layers import choose_layers
 
 DEEP = 4  # layers: deeper models are counted at this depth and at half of it
 
@@ -207,10 +207,10 @@ def _without_values() -> ExitStack:
     """Stands in for the few places of the step that read values or the generators' states."""
     patches = ExitStack()
     for target, stand_in in (
-        ("lfu_reg.replays._repeats", lambda *args, **kwargs: True),
+        ("lfu_reg.step.replays._repeats", lambda *args, **kwargs: True),
         ("lfu_reg.diagnostics.Diagnostics.is_due", lambda *args: False),
-        ("lfu_reg.randomness.RandomState.capture", lambda *args: mock.Mock()),
-        ("lfu_reg.chain.Draws", int),
+        ("lfu_reg.model.rng.RandomState.capture", lambda *args: mock.Mock()),
+        ("lfu_reg.step.chain.Draws", int),
         ("torch.Tensor.uniform_", lambda tensor, *args, **kwargs: tensor),
     ):
         patches.enter_context(mock.patch(target, stand_in))

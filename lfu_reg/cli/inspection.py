@@ -10,8 +10,8 @@ from torch import nn
 from lfu_reg.auxiliaries import LoRADeltas
 from lfu_reg.cli.errors import Unusable
 from lfu_reg.cli.subjects import Setting, make_subject
-from lfu_reg.layers import LayerChoice, choose_layers
-from lfu_reg.linears import TargetModules, find_linears, linear_sizes
+from lfu_reg.model.layers import LayerChoice, choose_layers
+from lfu_reg.model.linears import TargetModules, find_linears, linear_sizes
 
 SCHEMA = "lfu-reg inspect 1"
 MASTER = 4  # bytes of a component: float32

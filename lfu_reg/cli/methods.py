@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from lfu_reg.cli import opponents, rivals
 from lfu_reg.cli.errors import Unusable
 from lfu_reg.cli.subjects import Subject
-from lfu_reg.early_exit import EarlyExit
-from lfu_reg.layers import choose_layers
-from lfu_reg.outputs import HIDDEN_STATE, get, locate
+from lfu_reg.hooks.early_exit import EarlyExit
+from lfu_reg.model.layers import choose_layers
+from lfu_reg.model.outputs import HIDDEN_STATE, get, locate
 from lfu_reg.regularizer import LfURegularizer
 
 BLOCKS = "blocks"

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lfu_reg.layers import choose_layers
-from lfu_reg.linears import find_linears, linear_sizes
+from lfu_reg.model.layers import choose_layers
+from lfu_reg.model.linears import find_linears, linear_sizes
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
 Change = Callable[[int, Tensor, Tensor], Tensor]

@@ -11,7 +11,7 @@ import torch
 import typer
 
 from lfu_reg.cli.errors import Unusable
-from lfu_reg.layers import LayerChoice
+from lfu_reg.model.layers import LayerChoice
 
 
 def check_device(device: str) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from lfu_reg.checks import check_loss
 from lfu_reg.cli.advice import PASS_2, Option, options_within
 from lfu_reg.cli.compiling import graphs_apart
 from lfu_reg.cli.counting import Counts
@@ -20,7 +19,8 @@ from lfu_reg.cli.phases import BETWEEN, PASSES, phases_of
 from lfu_reg.cli.rounds import Clock, Spread, interleaved, peak_bytes, ratios
 from lfu_reg.cli.subjects import Setting, Subject, tensors_in
 from lfu_reg.cli.surroundings import surroundings
-from lfu_reg.layers import choose_layers
+from lfu_reg.model.layers import choose_layers
+from lfu_reg.step.checks import check_loss
 
 SCHEMA = "lfu-reg overhead 1"
 PHASE_ROUNDS = 3

@@ -14,8 +14,8 @@ from lfu_reg import regularizer
 from lfu_reg.cli.methods import Method
 from lfu_reg.cli.rounds import Clock
 from lfu_reg.cli.subjects import Subject
-from lfu_reg.consistency import consistency
-from lfu_reg.strategy_choice import choose_strategy
+from lfu_reg.step.consistency import consistency
+from lfu_reg.step.strategy_choice import choose_strategy
 
 PASSES = ("clean forward", "clean backward", "perturbed forward", "perturbed backward")
 BETWEEN = ("ascent", "distance", "graft", "bookkeeping")

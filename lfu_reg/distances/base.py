@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from lfu_reg.tokens import rows
+from lfu_reg.model.tokens import rows
 
 Reduction: TypeAlias = Literal["mean", "sum"]
 

@@ -3,7 +3,7 @@
 reduction="mean": per layer the mean over tokens and the hidden dimension, then over layers (the authors' code).
 reduction="sum": the hidden dimension is summed, literally 1/(TK) sum_t sum_l ||h - h'||^2.
 
-All layers go through one fused operation, a Triton kernel on GPUs (`lfu_reg.kernels`).
+All layers go through one fused operation, a Triton kernel on GPUs (`lfu_reg.distances.kernels`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lfu_reg.distances.base import PerLayerDistance, Reduction
-from lfu_reg.kernels.mse_over_layers import Impl, mse_over_layers
+from lfu_reg.distances.kernels.mse_over_layers import Impl, mse_over_layers
 
 # Kernels read memory by its address, which subclasses (distributed tensors, ...) need not have; the compiler's tensors
 # have none either, and it fuses the plain operations itself.

@@ -11,7 +11,7 @@ from torch import nn
 
 from lfu_reg.distributed.ddp import wrappers_of
 from lfu_reg.distributed.fsdp2 import Shards, units_among
-from lfu_reg.module_walk import modules_of
+from lfu_reg.model.module_walk import modules_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

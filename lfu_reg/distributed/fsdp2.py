@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lfu_reg.autocast import no_autocast
-from lfu_reg.graph import hooks_quiet
+from lfu_reg.model.autocast import no_autocast
+from lfu_reg.model.graph import hooks_quiet
 
 
 def units_of(model: nn.Module) -> list[Any]:

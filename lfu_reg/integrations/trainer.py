@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lfu_reg.checks import NO_REPLICAS
 from lfu_reg.diagnostics import LfUWarning
 from lfu_reg.integrations.averages import Averages
 from lfu_reg.integrations.settings import checked_settings, try_on
 from lfu_reg.regularizer import LfURegularizer
+from lfu_reg.step.checks import NO_REPLICAS
 
 STATE_FILE = "lfu_reg.json"
 

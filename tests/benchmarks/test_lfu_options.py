@@ -13,9 +13,9 @@ from methods.lam_control import MEASURING, RatioToSFT
 from methods.wrong_answers import wrong_answers
 from torch import Tensor, nn
 
-from tests.architectures import VOCAB
 from tests.benchmarks.test_methods import Batch, batch, gradients, loss_fn, make, same
-from tests.cases import token_batch
+from tests.support.architectures import VOCAB
+from tests.support.cases import token_batch
 
 ALPHA, LAM = 0.05, 30.0
 OTHER: Batch = token_batch(11, vocab=VOCAB)

@@ -12,8 +12,8 @@ from methods import METHODS
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from tests.architectures import VOCAB, llama
-from tests.cases import seeded, token_batch
+from tests.support.architectures import VOCAB, llama
+from tests.support.cases import seeded, token_batch
 
 Batch = dict[str, Tensor]
 

@@ -25,8 +25,8 @@ from lfu_reg.cli.methods import LABELS, LFU
 from lfu_reg.cli.options import parse_layers
 from lfu_reg.cli.phases import BETWEEN, PASSES
 from lfu_reg.cli.presets import PRESETS
-from tests.architectures import IS_OLDER
 from tests.cli.test_errors import OWN
+from tests.support.architectures import IS_OLDER
 
 QUICK = ["--rounds", "2", "--batch", "4", "--tokens", "8"]
 ROW = {

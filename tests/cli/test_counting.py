@@ -14,7 +14,7 @@ from lfu_reg.cli.counting import count, flop_counter
 from lfu_reg.cli.methods import blocks_alone, make_method
 from lfu_reg.cli.saved_bytes import SavedBytes
 from lfu_reg.cli.subjects import Setting, make_subject
-from tests.architectures import IS_OLDER
+from tests.support.architectures import IS_OLDER
 
 pytestmark = pytest.mark.filterwarnings("ignore::lfu_reg.LfUWarning")
 SETTING = Setting(model="tiny", batch=2, tokens=8)

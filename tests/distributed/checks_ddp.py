@@ -15,15 +15,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from lfu_reg import LfURegularizer, LfUWarning
-from tests.cases import Batch, Case, seeded, token_batch
-from tests.compare import assert_same_gradients, gradients_of, mismatch
 from tests.distributed.recipes import run_recipe
 from tests.distributed.reference import expected, mean, parameters_of, regularizer, train
-from tests.harness import a_matrices_of
-from tests.models import LLAMA, PEFT, TINY
-from tests.plain_models import TinyLM
-from tests.refusals import says
-from tests.snapshots import Snapshot
+from tests.support.cases import Batch, Case, seeded, token_batch
+from tests.support.compare import assert_same_gradients, gradients_of, mismatch
+from tests.support.harness import a_matrices_of
+from tests.support.models import LLAMA, PEFT, TINY
+from tests.support.plain_models import TinyLM
+from tests.support.refusals import says
+from tests.support.snapshots import Snapshot
 
 SGD = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 KINDS: dict[str, dict[str, Any]] = {

@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from tests.compare import assert_same_gradients
 from tests.distributed.reference import parameters_of, regularizer, train
-from tests.models import TINY
-from tests.refusals import says
+from tests.support.compare import assert_same_gradients
+from tests.support.models import TINY
+from tests.support.refusals import says
 
 SGD = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 MICRO = 2

@@ -13,12 +13,12 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.utils.checkpoint import checkpoint
 
-from tests.compare import assert_same_gradients
 from tests.distributed.reference import expected, parameters_of, regularizer, train
-from tests.harness import a_matrices_of
-from tests.models import TINY
-from tests.plain_models import ResidualBlock
-from tests.refusals import says
+from tests.support.compare import assert_same_gradients
+from tests.support.harness import a_matrices_of
+from tests.support.models import TINY
+from tests.support.plain_models import ResidualBlock
+from tests.support.refusals import says
 
 SGD = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 

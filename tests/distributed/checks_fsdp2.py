@@ -18,15 +18,15 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 
 from benchmarks.collective_recorder import Collectives
 from lfu_reg import LfURegularizer, LfUWarning
-from tests.cases import Batch, Case, next_token_loss, seeded, token_batch
-from tests.compare import assert_same_gradients, mismatch
 from tests.distributed.recipes import run_recipe
 from tests.distributed.reference import expected, parameters_of, regularizer, train, whole
 from tests.distributed.sharding import blocks_of, gradients_of, same_on_all_ranks, shard
-from tests.harness import a_matrices_of
-from tests.models import LLAMA, PEFT, TINY
-from tests.plain_models import FailingBackward, TinyLM
-from tests.refusals import says
+from tests.support.cases import Batch, Case, next_token_loss, seeded, token_batch
+from tests.support.compare import assert_same_gradients, mismatch
+from tests.support.harness import a_matrices_of
+from tests.support.models import LLAMA, PEFT, TINY
+from tests.support.plain_models import FailingBackward, TinyLM
+from tests.support.refusals import says
 
 ADAMW = functools.partial(torch.optim.AdamW, lr=1e-2, foreach=False)
 KEEP: dict[str, Any] = {"reshard_after_forward": False}

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lfu_reg.listeners import attached_already
+from lfu_reg.hooks.gated_hook import attached_already
 from tests.distributed.reference import parameters_of
-from tests.models import TINY
+from tests.support.models import TINY
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from lfu_reg import LfURegularizer
-from tests import oracle
-from tests.cases import Batch, Case
-from tests.compare import Gradients, gradients_of
 from tests.distributed.launch import RANKS
-from tests.harness import auxiliary
+from tests.support import oracle
+from tests.support.cases import Batch, Case
+from tests.support.compare import Gradients, gradients_of
+from tests.support.harness import auxiliary
 
 SETTINGS = {"alpha": 0.05, "lam": 0.7}
 Optimizer = Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer]

@@ -11,8 +11,8 @@ from torch import nn
 
 from lfu_reg import LfURegularizer
 from tests.distributed.launch import Results, launch
-from tests.models import TINY
-from tests.refusals import says
+from tests.support.models import TINY
+from tests.support.refusals import says
 
 CHECKS = ("check_zero_0_to_2", "check_the_engine_is_refused")
 

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from lfu_reg import LfURegularizer, LfUWarning
-from tests.cases import Batch, Case
-from tests.compare import Gradients, gradients_of
-from tests.float64 import everywhere
-from tests.harness import auxiliary, run_pair
-from tests.snapshots import Snapshot, buffers_of, differing
+from tests.support.cases import Batch, Case
+from tests.support.compare import Gradients, gradients_of
+from tests.support.float64 import everywhere
+from tests.support.harness import auxiliary, run_pair
+from tests.support.snapshots import Snapshot, buffers_of, differing
 from tests.zoo.inputs import batch_for, loss_of
 from tests.zoo.observe import Observation, mask_from, observe
 from tests.zoo.species import NoDropoutError, Species, default_dtype

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.cases import Batch, next_token_loss, token_batch
+from tests.support.cases import Batch, next_token_loss, token_batch
 from tests.zoo.sizes import VOCAB
 
 # Image tokens before the text, several codebooks: their own loss wants labels of another shape.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from tests.oracle_parts import hidden_of
+from tests.support.oracle_parts import hidden_of
 
 
 def is_linear_map(module: nn.Module) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.architectures import IS_OLDER
+from tests.support.architectures import IS_OLDER
 from tests.zoo.examine import Findings, examine
 from tests.zoo.run import examined
 from tests.zoo.species import Species, catalogue

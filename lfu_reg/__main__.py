@@ -1,6 +1,0 @@
-"""`python -m lfu_reg` is the command `lfu-reg`."""
-
-from lfu_reg.cli import main
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,96 @@
+"""Eq. 2: one normalised gradient-ascent step on the auxiliary components.
+
+theta_aux <- theta_aux + alpha * g / ||g||_2,    g = d l_SFT / d theta_aux
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lfu_reg.model.multi_tensor import multiplied, portions, zero_unless
+
+
+def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """||g||_2 over all tensors together, in at least float32, without a device synchronisation.
+
+    Args:
+        gradients: tensors of any shape, at least one.
+
+    Returns:
+        Scalar on the device of the first tensor.
+    """
+    device = gradients[0].device
+    norms = _norms(gradients)
+    # The norm of sharded gradients is the root of a sum over ranks, which one all-reduce takes for all of them.
+    sharded: list[Any] = [norm for norm in norms if hasattr(norm, "full_tensor")]
+    if sharded:
+        together: Any = _norm(torch.stack(sharded))
+        norms = [together.full_tensor(), *(norm for norm in norms if not hasattr(norm, "full_tensor"))]
+    return _norm(torch.stack([norm.to(device) for norm in norms]))
+
+
+def ascend(
+    gradients: Sequence[Tensor], alpha: float, *, per_group: Sequence[int] | None = None, norm: Tensor | None = None
+) -> list[Tensor]:
+    """The step alpha * g / ||g||_2; zero where the norm is zero or not finite.
+
+    Args:
+        gradients: g, one tensor per component.
+        alpha: step length, the norm of what is returned.
+        per_group: group number of each tensor; then every group gets a step of length alpha of its own
+            (per-layer normalisation). None is one global norm, as in the paper.
+        norm: the global norm, `gradient_norm(gradients)`, where it is known already.
+
+    Returns:
+        One tensor per gradient, same shapes.
+    """
+    if per_group is None:
+        return _normalised(gradients, alpha, gradient_norm(gradients) if norm is None else norm)
+    step: list[Tensor] = [gradients[0]] * len(gradients)
+    for group in dict.fromkeys(per_group):
+        members = [i for i, g in enumerate(per_group) if g == group]
+        mine = [gradients[i] for i in members]
+        for i, moved in zip(members, _normalised(mine, alpha, gradient_norm(mine)), strict=True):
+            step[i] = moved
+    return step
+
+
+def _normalised(gradients: Sequence[Tensor], alpha: float, norm: Tensor) -> list[Tensor]:
+    # A direction of zero or infinite length is no direction: stay put, and let the diagnostics say so.
+    usable = torch.isfinite(norm) & (norm > 0)
+    factor = torch.where(usable, alpha / norm, torch.zeros_like(norm))
+    moved = list(gradients)
+    for numbers in portions(gradients):
+        # In at least float32, as the norm: alpha / ||g|| of a small gradient is infinite in float16.
+        wide = [gradients[i].to(norm.dtype) for i in numbers]
+        home = wide[0].device
+        steps = multiplied(wide, factor.to(home))
+        # Zero times infinity is NaN.
+        for i, step in zip(numbers, zero_unless(usable.to(home), steps), strict=True):
+            moved[i] = step.to(gradients[i].dtype)
+    return moved
+
+
+def _norms(tensors: Sequence[Tensor]) -> list[Tensor]:
+    norms: list[Tensor] = []
+    for numbers in portions(tensors):
+        together = [tensors[i].detach() for i in numbers]
+        if len(together) == 1:
+            norms.append(_norm(together[0]))
+        else:
+            norms += torch._foreach_norm(together, dtype=_at_least_float32(together[0]))
+    return norms
+
+
+def _norm(tensor: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(tensor.detach(), dtype=_at_least_float32(tensor))
+    return norm
+
+
+def _at_least_float32(tensor: Tensor) -> torch.dtype:
+    # The square of a float16 gradient of 1e-4 is zero, and 300 squares of 3e4 sum to infinity.
+    return torch.promote_types(tensor.dtype, torch.float32)

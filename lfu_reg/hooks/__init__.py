@@ -1,0 +1,1 @@
+"""Forward hooks, and one pass through the model that they serve."""

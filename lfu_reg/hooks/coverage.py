@@ -1,0 +1,79 @@
+"""Whether the hooks fired where they should: a module past which the call goes gets no component, without a word.
+
+A chosen layer that never runs is looked at in `checks.check_layers_ran`; here it is the modules inside of a layer at
+which the auxiliary acts (LoRA's linear maps). Some of them rightly never fire: a weight may be lent to a function, an
+expert not be chosen. So they are told once; only what can have no other cause than a stale graph is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from torch import nn
+
+from lfu_reg.diagnostics import Diagnostics
+from lfu_reg.hooks.forward_pass import Pass
+from lfu_reg.model.compile import entrances
+
+SILENT = (
+    "These modules never ran although their layers did, so LfU does not act on them: {}. Nothing is wrong where their "
+    "weight is used without calling them (torch.nn.MultiheadAttention's out_proj, Mamba's dt_proj) or a router did not "
+    "choose them; leave them out with LoRADeltas(target_modules=...) to have silence. Modules that are run as "
+    "module.forward(x) or by a fused kernel bypass their hooks: call module(x). In a compiled model, call "
+    "torch.compiler.reset() once after attaching."
+)
+STALE = (
+    "torch.compile ran a graph that knows nothing of the hooks in {}, so LfU would have no effect there. The graph was "
+    "made for another model of the same classes, which has no hooks. Set torch._dynamo.config."
+    "skip_nnmodule_hook_guards = False before the models first run, or call torch.compiler.reset() after attaching."
+)
+UNEVEN = (
+    "These modules ran another number of times in pass 2 than in pass 1: {}. With routed experts that is the "
+    "perturbation's doing; else the model's control flow depends on something that a replay does not repeat, and these "
+    "are better left out with layers=... or LoRADeltas(target_modules=...)."
+)
+
+
+class Firing:
+    """Watches the sites of one regularizer.
+
+    Args:
+        layers: names of the chosen layers.
+        sites: names of the modules at which the auxiliary acts.
+        diagnostics: told what looks wrong.
+    """
+
+    def __init__(self, layers: Collection[str], sites: Collection[str], diagnostics: Diagnostics) -> None:
+        inner = {layer: [site for site in sites if site.startswith(f"{layer}.")] for layer in layers}
+        self._inside = {layer: found for layer, found in inner.items() if found}
+        self._diagnostics = diagnostics
+
+    def check(self, this: Pass, model: nn.Module) -> None:
+        """Look at pass 1.
+
+        Args:
+            this: the pass, after its forward.
+            model: what the user trains, the attached module or a wrapper of it.
+
+        Raises:
+            RuntimeError: if a layer of a compiled model ran without any hook inside of it.
+        """
+        silent: list[str] = []
+        for layer, sites in self._inside.items():
+            missing = [site for site in sites if not this.fired[site]] if this.fired[layer] else []
+            if missing == sites and (this.compiled or entrances(model)):
+                raise RuntimeError(STALE.format(layer))
+            silent += missing
+        if silent:
+            self._diagnostics.tell("silent", SILENT.format(_listed(silent)))
+
+    def compare(self, clean: Pass, perturbed: Pass) -> None:
+        """Look at pass 2, where it ran on all samples and to the end of the layers."""
+        sites = [site for found in self._inside.values() for site in found]
+        uneven = [site for site in sites if clean.fired[site] != perturbed.fired[site]]
+        if uneven:
+            self._diagnostics.tell("uneven", UNEVEN.format(_listed(uneven)))
+
+
+def _listed(names: list[str], most: int = 8) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

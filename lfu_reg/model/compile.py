@@ -1,0 +1,109 @@
+"""torch.compile: what hooks and passes have to know of it.
+
+A hook on a compiled module is traced into its graphs. Outside of a step that is a check of one flag and leaves the
+graph whole; in a step the hook is handed on to plain Python, which breaks the graph at every hooked module. Three
+things would go wrong without a word:
+
+* Graphs older than the hooks ignore them: torch does not guard empty tables of hooks. They are forgotten at attaching.
+* So does the graph of a sibling that has no hooks: see `ModelHooks`, which gives it idle ones.
+* A module that is compiled only as a part of something else runs uncompiled when it is called alone, with other
+  rounding and other dropout masks: see `Trunk`, which does not replay it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from lfu_reg.model.module_walk import modules_of
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _region_getter() -> Callable[[], Any]:
+    # Private. torch 2.6 gives the answer away without counting the reference, and crashes after some calls.
+    found = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", None)
+    if found is None or tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7):
+        return lambda: None
+    getter: Callable[[], Any] = found
+    return getter
+
+
+# What torch.compile runs the frames of this thread with: None or False outside of its regions. Where there is no
+# telling, replays may run uncompiled.
+region = _region_getter()
+
+FULLGRAPH = (
+    "The model is compiled with fullgraph=True, which a step of LfURegularizer cannot keep: its hooks break the graph "
+    "at every hooked module. Compile with torch.compile(model) or block by block, `for block in blocks: "
+    "block.compile()`. Outside of a step (evaluation, generation, reg.disabled()) graphs stay whole."
+)
+DONATED = (
+    "A graph compiled before this step gives its buffers away during the first backward, but strategy='retained' goes "
+    "through it twice. Set torch._functorch.config.donated_buffer = False before the model is compiled, or use "
+    "strategy='released'."
+)
+
+
+def forget_graphs() -> None:
+    """Have everything traced anew, for modules that have just got hooks. Costs one compilation, if there was one."""
+    torch.compiler.reset()
+
+
+def untraced(function: F) -> F:
+    """Decorator: torch.compile breaks its graph at a call of the function, and sees nothing of its inside."""
+    disabled: F = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+    return disabled
+
+
+def untraced_itself(function: F) -> F:
+    """Decorator: as `untraced`, but what the function calls is compiled."""
+    disabled: F = torch.compiler.disable(function, recursive=False)  # type: ignore[no-untyped-call]
+    return disabled
+
+
+def entrances(model: nn.Module) -> dict[nn.Module, nn.Module]:
+    """Every module in `model` that is compiled for itself, with what to call so that it runs compiled."""
+    found: dict[nn.Module, nn.Module] = {}
+    for module in modules_of(model):
+        if type(module).__name__ == "OptimizedModule":
+            found[unwrapped(module)] = module
+        elif vars(module).get("_compiled_call_impl") is not None:
+            found.setdefault(module, module)
+    return found
+
+
+def unwrapped(model: Any) -> Any:
+    """The module that `torch.compile(module)` was given; anything else as it is."""
+    return getattr(model, "_orig_mod", model) if type(model).__name__ == "OptimizedModule" else model
+
+
+@contextmanager
+def graphs_for_two_backwards(wanted: bool) -> Iterator[None]:
+    """Graphs compiled in the block can be backpropagated more than once, where that is wanted."""
+    from torch._functorch import config
+
+    wanted = wanted and hasattr(config, "donated_buffer")
+    with config.patch(donated_buffer=False) if wanted else nullcontext():
+        yield
+
+
+@contextmanager
+def failures_explained() -> Iterator[None]:
+    """Turn errors of torch.compile that a step causes into ones that name the cure.
+
+    Raises:
+        RuntimeError: for fullgraph=True, and for a graph that cannot be retained.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, torch._dynamo.exc.Unsupported) and "hand_on" in str(error):
+            raise RuntimeError(FULLGRAPH) from error
+        if isinstance(error, RuntimeError) and "donated buffer" in str(error):
+            raise RuntimeError(DONATED) from error
+        raise

@@ -1,0 +1,91 @@
+"""Linear maps, whatever class they are: nn.Linear, transformers' Conv1D, PEFT-wrapped and quantised ones.
+
+Only the sizes are read, never the weight: a packed 4-bit weight has neither the right shape nor a dtype to compute in.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeAlias
+
+from torch import Tensor, nn
+
+from lfu_reg.model import peft as adapters
+
+TargetModules: TypeAlias = str | Sequence[str]
+
+
+# What libraries call the sizes of a linear map; the second pair is that of the first GPTQ kernels.
+_SIZES = (("in_features", "out_features"), ("infeatures", "outfeatures"))
+
+
+def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
+    """(in, out) of a linear map y = W x + b over the last dimension; None for every other module.
+
+    An adapter layer has the sizes of what it wraps: PEFT's own `in_features` also stand for embeddings, convolutions
+    and single parameters.
+    """
+    module = adapters.innermost(module)
+    if type(module).__name__ == "Conv1D":  # transformers' transposed Linear; nx is missing before 4.46
+        assert isinstance(module.weight, Tensor)
+        return module.weight.shape[0], module.weight.shape[1]
+    if getattr(module, "n_groups", 1) != 1:  # block-diagonal (DeepSeek-V4): its sizes are those of no single map
+        return None
+    for names in _SIZES:
+        n_in, n_out = (getattr(module, name, None) for name in names)
+        if isinstance(n_in, int) and isinstance(n_out, int):
+            return n_in, n_out
+    return None
+
+
+def find_linears(layers: Mapping[str, nn.Module], target_modules: TargetModules = "all-linear") -> dict[str, nn.Module]:
+    """Linear maps in the given layers, by full module name.
+
+    A wrapper around a linear map (PEFT's `lora.Linear` around its `base_layer`) counts as one map, and its inside as
+    none.
+
+    Args:
+        layers: layers by full name; a layer that is a linear map itself is included.
+        target_modules: PEFT's grammar: "all-linear", a regular expression for whole names, or a list of names of which
+            leading parts may be left out.
+
+    Returns:
+        Mapping from name to module, empty if there is no linear map at all.
+
+    Raises:
+        ValueError: if there are linear maps and none matches; the message lists them.
+    """
+    found: dict[str, nn.Module] = {}
+    for name, layer in layers.items():
+        _collect(layer, name, found)
+    chosen = {name: module for name, module in found.items() if _is_target(name, target_modules)}
+    if found and not chosen:
+        kinds = sorted({name.rsplit(".", 1)[-1] for name in found})
+        raise ValueError(
+            f"target_modules={target_modules!r} matches no linear map in the chosen layers. There are {len(found)}, "
+            f"whose names end in: {', '.join(kinds)} (for example {next(iter(found))!r}). Give 'all-linear', a list of "
+            "such endings, or a regular expression that matches whole names."
+        )
+    return chosen
+
+
+def _collect(module: nn.Module, name: str, found: dict[str, nn.Module]) -> None:
+    if linear_sizes(module) is not None and module not in found.values():
+        found[name] = module
+        return
+    if (inner := adapters.base_layer(module)) is not None:  # what else is in an adapter layer is the adapter's
+        _collect(inner, f"{name}.base_layer", found)
+        return
+    for child_name, child in module.named_children():
+        _collect(child, f"{name}.{child_name}", found)
+
+
+def _is_target(name: str, target_modules: TargetModules) -> bool:
+    if isinstance(target_modules, str):
+        return target_modules == "all-linear" or re.fullmatch(target_modules, name) is not None
+    if isinstance(target_modules, Iterable) and all(isinstance(target, str) for target in target_modules):
+        return any(name == target or name.endswith(f".{target}") for target in target_modules)
+    raise TypeError(
+        f"target_modules={target_modules!r}; allowed are 'all-linear', a regular expression, or a list of module names."
+    )

@@ -1,0 +1,122 @@
+"""What PEFT's wrappers mean for hooks, token masks and replays. Read by duck typing: nothing of PEFT is imported.
+
+An adapter layer wraps a layer of the model as its `base_layer` and returns what both make together. It counts as that
+layer, as a whole: a delta on `base_layer` alone would be scaled with it (DoRA, IA3) or rotated (OFT), and a delta on
+the adapter's own matrices is no delta of the map.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from lfu_reg.hooks.gated_hook import Hook
+from lfu_reg.model.module_walk import modules_of
+
+# PEFT's forward takes these for itself: it hooks its layers for the length of the call, and the model inside never
+# sees them. A replay of what is inside would leave them out, and an exception would leave PEFT's hooks behind.
+_CONTEXT_ARGUMENTS = ("adapter_names", "alora_offsets")
+
+
+def base_layer(module: nn.Module) -> nn.Module | None:
+    """What an adapter layer wraps; None for every other module."""
+    return module._modules.get("base_layer")
+
+
+def innermost(module: nn.Module) -> nn.Module:
+    """The module itself, or what is inside of the adapter layers around it."""
+    while (inner := base_layer(module)) is not None:
+        module = inner
+    return module
+
+
+def adds_to_its_base_layer(module: nn.Module) -> bool:
+    """Whether an adapter layer returns base_layer(x) plus something that does not depend on the base layer's weight.
+
+    True for LoRA (and AdaLoRA) on a linear map. DoRA and the other variants read the weight's length; IA3, OFT and the
+    rest scale or rotate; a wrapper of a single parameter calls its module with another one.
+    """
+    if not hasattr(module, "lora_A") or hasattr(module, "parameter_name"):
+        return False
+    variants = getattr(module, "use_dora", None), getattr(module, "lora_variant", None)
+    return not any(isinstance(variant, dict) and any(variant.values()) for variant in variants)
+
+
+@dataclass(frozen=True)
+class PlainLoRA:
+    """The adapter of a PEFT layer that returns base_layer(x) + scaling * up(down(x)) and does nothing else.
+
+    Attributes:
+        name: of the adapter.
+        down: `lora_A`, [rank, in].
+        up: `lora_B`, [out, rank].
+        scaling: the factor on both.
+    """
+
+    name: str
+    down: nn.Linear
+    up: nn.Linear
+    scaling: float
+
+
+def plain_lora(module: nn.Module) -> PlainLoRA | None:
+    """The adapter of `module` if it acts as `PlainLoRA` says, and is trained; None for anything else.
+
+    Not with dropout, DoRA and other variants, a bias of its own, hooks or other forward methods inside.
+    """
+    layers: Any = sys.modules.get("peft.tuners.lora.layer")
+    forward = getattr(getattr(layers, "Linear", None), "forward", None)
+    if forward is None or type(module).forward is not forward or "forward" in vars(module):
+        return None
+    layer: Any = module
+    name = acting_adapter(layer)
+    if name is None or not adds_to_its_base_layer(layer):
+        return None
+    dropout, down, up = layer.lora_dropout[name], layer.lora_A[name], layer.lora_B[name]
+    if not (type(dropout) is nn.Identity or (type(dropout) is nn.Dropout and dropout.p == 0)):
+        return None
+    if not (_is_plain(down) and _is_plain(up)) or not layer.scaling[name]:
+        return None
+    if not (down.weight.requires_grad or up.weight.requires_grad):
+        return None
+    return PlainLoRA(name, down, up, float(layer.scaling[name]))
+
+
+def acting_adapter(layer: Any) -> str | None:
+    """Name of the one adapter whose products a LoRA layer adds at present; None for none of them, and for several."""
+    if layer.disable_adapters or layer.merged:
+        return None
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    return names[0] if len(names) == 1 else None
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    parameters, inside = linear._parameters, vars(linear)
+    tables = [table for key in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks") if (table := inside[key])]
+    hooks = [hook for table in tables for hook in table.values()]
+    hooked = any(not (isinstance(hook, Hook) and hook.listener is None) for hook in hooks)  # idle ones of ours
+    plain = type(linear) is nn.Linear and type(parameters["weight"]) is nn.Parameter and parameters["bias"] is None
+    return plain and not hooked and "forward" not in inside and inside.get("_compiled_call_impl") is None
+
+
+def virtual_tokens(model: nn.Module) -> int:
+    """How many virtual tokens PEFT may put in front of the batch's own (prompt tuning, P-tuning); 0 without PEFT.
+
+    Those of prefix tuning are counted as well, but are keys and values: its hidden states are no longer than the batch.
+    """
+    for module in modules_of(model):
+        if vars(module).get("_is_prompt_learning"):
+            config: Any = getattr(module, "active_peft_config", None)
+            return int(getattr(config, "num_virtual_tokens", 0) or 0)
+    return 0
+
+
+def enters_a_context(module: nn.Module, kwargs: dict[str, Any]) -> bool:
+    """Whether a call of `module` hooks PEFT's layers until it returns (mixed batches, activated LoRA)."""
+    if any(kwargs.get(argument) is not None for argument in _CONTEXT_ARGUMENTS):
+        return True
+    configs = getattr(module, "peft_config", None) if "special_peft_forward_args" in vars(module) else None
+    return any(getattr(config, "alora_invocation_tokens", None) for config in (configs or {}).values())

@@ -1,0 +1,1 @@
+"""The step: what each of its lines does, and what it is checked for."""

@@ -1,0 +1,248 @@
+"""Bad input, told at once: what was given, what is allowed, the cure."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lfu_reg.hooks.gated_hook import attached_already
+from lfu_reg.model.tokens import TokenMasks
+from lfu_reg.step.schedules import check_schedule
+from lfu_reg.step.trunk import is_cache
+
+NOTHING_TRAINABLE = (
+    "sft_loss_fn returned a loss that does not depend on anything trainable (requires_grad is False). Do not detach it "
+    "or compute it under torch.no_grad(), and make sure that some parameters require gradients. Reentrant checkpoints "
+    "cut the graph where no input requires a gradient: use_reentrant=False."
+)
+NO_REPLICAS = (
+    "torch.nn.DataParallel runs copies of the model in threads, whose hidden states would mix. Use "
+    "torch.nn.parallel.DistributedDataParallel with one process per GPU (torchrun), or hide the other GPUs with "
+    "CUDA_VISIBLE_DEVICES (transformers' Trainer wraps in DataParallel when it sees several)."
+)
+WRITTEN = (
+    "After these modules had returned, the model wrote in place into the memory of their outputs, by way of another "
+    "tensor: {}. Such an output is a view of that tensor, or the tensor under another name. What LfU adds to the "
+    "output would be missing there, and the write in the gradients. Let the module return a copy (y.clone()) or write "
+    'out of place (x = x * 2 for x.mul_(2)); or use auxiliary="weights", which leaves outputs alone, or other '
+    "layers=...."
+)
+EVERY_POSITION_COUNTS = (
+    "Every position counts in the consistency term, padding and prompts too: no mask of the batch fits the hidden "
+    "states (shapes {shapes}), {offered}. Give token_mask=..., a callable of the batch that returns a mask shaped like "
+    "the tokens that the layers see."
+)
+
+
+def check_model(model: object) -> None:
+    """Raise unless a regularizer can be attached to `model`."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; allowed is any torch.nn.Module.")
+    if any(isinstance(module, nn.DataParallel) for module in model.modules()):
+        raise ValueError(NO_REPLICAS)
+    if attached_already(model):
+        raise RuntimeError(
+            f"{type(model).__name__} already has an LfURegularizer attached, and two would perturb each other's "
+            "passes. Call remove() on the first one, or use it as a context manager."
+        )
+
+
+def check_no_scripts(layers: Mapping[str, nn.Module]) -> None:
+    """Raise if a layer is a program of TorchScript, whose modules are not called in Python."""
+    for name, layer in layers.items():
+        if any(isinstance(module, torch.jit.ScriptModule) for module in layer.modules()):
+            raise ValueError(
+                f"Layer {name!r} holds a torch.jit.ScriptModule (script or trace), inside of which no hooks run. "
+                "Attach the regularizer to the model as it was before, and use torch.compile for speed."
+            )
+
+
+def check_is_attached(model: object, attached: nn.Module) -> None:
+    """Raise unless `model` is or contains the attached module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; pass the attached module or a wrapper of it.")
+    for module in model.modules():  # the wrappers come first
+        if isinstance(module, nn.DataParallel):
+            raise ValueError(NO_REPLICAS)
+        if module is attached:
+            return
+    raise ValueError(
+        f"This {type(model).__name__} neither is nor contains the {type(attached).__name__} that the regularizer is "
+        "attached to. Pass that model or a wrapper of it (PEFT, DDP, compiled), or attach a new LfURegularizer to "
+        "this one."
+    )
+
+
+def check_terms(*, alpha: object, lam: object, reduction: object, stop_gradient: object, strategy: object) -> None:
+    """Raise for a setting of the loss's terms and their gradients that is not allowed, or contradicts another."""
+    check_schedule("alpha", alpha)
+    check_schedule("lam", lam)
+    _check_one_of("reduction", reduction, ("mean", "sum"))
+    _check_one_of("stop_gradient", stop_gradient, ("clean", "perturbed", "none"))
+    _check_one_of("strategy", strategy, ("auto", "released", "retained"))
+    if strategy == "released" and stop_gradient != "clean":
+        raise ValueError(
+            f"strategy='released' frees the graph of the clean pass, through which stop_gradient={stop_gradient!r} "
+            "sends gradients. Use strategy='auto' or 'retained'."
+        )
+
+
+def check_amounts(*, ascent_steps: object, every: object, batch_fraction: object) -> None:
+    """Raise for a setting of how much is computed that is out of range."""
+    _check_count("ascent_steps", ascent_steps)
+    _check_count("every", every)
+    _check_fraction("batch_fraction", batch_fraction)
+
+
+def check_state(state: Collection[str]) -> None:
+    """Raise unless a state to load has what a regularizer's state has."""
+    if {"step", "seed"} - set(state):
+        raise ValueError(
+            f"The state has entries {sorted(state)}; it needs 'step' and 'seed', as LfURegularizer.state_dict() "
+            "gives them."
+        )
+
+
+def _check_one_of(name: str, value: object, allowed: Collection[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r}; allowed are {', '.join(map(repr, allowed))}.")
+
+
+def _check_count(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}={value!r}; allowed are whole numbers from 1.")
+
+
+def _check_fraction(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+        raise ValueError(f"{name}={value!r}; allowed are numbers above 0 and up to 1.")
+
+
+def check_batch(batch: Any) -> None:
+    """Raise if the batch holds a key/value cache, which each pass would grow and the next attend to."""
+    for key, value in _entries(batch):
+        if value is not None and (key in ("past_key_values", "cache_params") or is_cache(value)):
+            raise ValueError(
+                f"The batch holds a KV cache (its entry {key!r} is a {type(value).__name__}). LfU runs the model twice "
+                "on the batch, and the second pass would attend to what the first one added: train without a cache, "
+                "use_cache=False."
+            )
+
+
+def _entries(batch: Any) -> Iterable[tuple[Any, Any]]:
+    if isinstance(batch, Mapping):
+        return batch.items()
+    if isinstance(batch, (tuple, list)):
+        return enumerate(batch)
+    return getattr(batch, "__dict__", {}).items()
+
+
+def check_loss(loss: object, *, first: bool) -> Tensor:
+    """The SFT loss, if gradients can be taken of it.
+
+    Args:
+        loss: what the user's function returned.
+        first: check for NaN and infinity as well, which waits for the device; in later steps these are the loop's
+            business, so that a GradScaler sees them and skips.
+    """
+    if not isinstance(loss, Tensor):
+        hint = " Return outputs.loss instead of outputs." if hasattr(loss, "loss") else ""
+        raise TypeError(f"sft_loss_fn returned a {type(loss).__name__}; it has to return a scalar tensor.{hint}")
+    if loss.dim() != 0:
+        raise ValueError(
+            f"sft_loss_fn returned a tensor of shape {list(loss.shape)}; it has to return a scalar: reduce it with "
+            ".mean() or .sum()."
+        )
+    if not loss.requires_grad:
+        raise ValueError(NOTHING_TRAINABLE)
+    if first and not torch.isfinite(loss.detach()):
+        raise ValueError(
+            f"sft_loss_fn returned {float(loss.detach())} at the first step. Check the data (a batch without any label "
+            "gives NaN), the learning rate and the dtype: no direction can be taken from such a loss."
+        )
+    return loss
+
+
+def check_trainable(leaves: Sequence[Tensor], anchor: Tensor) -> None:
+    """Raise unless something besides the regularizer's own anchor is trained by the loss."""
+    if all(leaf is anchor for leaf in leaves):
+        raise ValueError(NOTHING_TRAINABLE)
+
+
+def check_resident(model: nn.Module) -> None:
+    """Raise if parameters that are to be trained are offloaded: they exist only while their module runs."""
+    offloaded = [name for name, p in model.named_parameters() if p.requires_grad and p.device.type == "meta"]
+    if offloaded:
+        raise ValueError(
+            f"{len(offloaded)} trainable parameters are on the meta device, {offloaded[0]!r} first: offloaded to the "
+            "CPU or disk (device_map, cpu_offload, disk_offload), where gradients are lost, with LfU or without. Keep "
+            "what is trained on a device: train adapters on resident layers, use a device_map without 'cpu' or 'disk', "
+            "or freeze them with requires_grad_(False)."
+        )
+
+
+def check_layers_ran(layers: Collection[str], ran: Collection[str], *, named: bool) -> None:
+    """Raise if no chosen layer ran, or if one that was chosen by name or number did not."""
+    silent = [name for name in layers if name not in ran]
+    if silent and (named or len(silent) == len(layers)):
+        raise RuntimeError(
+            "These layers returned nothing to the regularizer in the loss's forward pass: "
+            f"{', '.join(silent[:10])}{f' and {len(silent) - 10} more' if len(silent) > 10 else ''}. Either "
+            "sft_loss_fn does not run them, or it runs them without gradients (as reentrant checkpoints do: "
+            "use_reentrant=False), or they are run as layer.forward(x), which bypasses hooks: call layer(x), or choose "
+            "other layers. Or torch.compile ran a graph of another model of the same classes, which has no hooks: set "
+            "torch._dynamo.config.skip_nnmodule_hook_guards = False before the models first run, or call "
+            "torch.compiler.reset() after attaching."
+        )
+
+
+def check_not_written(names: Iterable[str]) -> None:
+    """Raise if the model wrote past our hooks into outputs of the named modules."""
+    if written := sorted({repr(name) for name in names}):
+        raise RuntimeError(WRITTEN.format(", ".join(written[:5]) + (", ..." if len(written) > 5 else "")))
+
+
+def check_same_layers(clean: Sequence[str], perturbed: Sequence[str]) -> None:
+    """Raise unless both passes ran the same layers in the same order."""
+    if list(clean) != list(perturbed):
+        raise RuntimeError(
+            f"Pass 2 ran other layers than pass 1: {len(perturbed)} hidden states instead of {len(clean)} "
+            f"({', '.join(sorted(set(clean) ^ set(perturbed))[:5]) or 'the same layers in another order'}). The "
+            "model's control flow depends on something that a replay does not repeat; leave those layers out with "
+            "layers=...."
+        )
+
+
+def check_token_mask(tokens: TokenMasks, hidden_states: Sequence[Tensor]) -> None:
+    """Raise if the user's token mask fitted no hidden state."""
+    if tokens.given is not None and not tokens.matched_given:
+        shapes = ", ".join(dict.fromkeys(str(list(hidden.shape)) for hidden in hidden_states))
+        raise ValueError(
+            f"token_mask has shape {list(tokens.given.shape)}, which fits no hidden state (shapes {shapes}). It has to "
+            "be shaped like their token dimensions, for example [batch, tokens] for [batch, tokens, hidden]."
+        )
+
+
+def masks_without_effect(
+    tokens: TokenMasks, hidden_states: Sequence[Tensor], calls: Iterable[Mapping[str, Any]]
+) -> str | None:
+    """What to tell the user if every position counts although somebody said that some do not. Waits for the device.
+
+    Args:
+        tokens: the batch's masks, after they were matched.
+        hidden_states: what they were matched to.
+        calls: keyword arguments of the attached model's calls.
+    """
+    if tokens.matched:
+        return None
+    if tokens.leave_something_out():
+        offered = "not its labels or attention_mask either"
+    elif any(TokenMasks(kwargs).leave_something_out() for kwargs in calls):
+        offered = "but the model was called with labels or an attention_mask that leave some out"
+    else:
+        return None
+    shapes = ", ".join(dict.fromkeys(str(list(hidden.shape)) for hidden in hidden_states))
+    return EVERY_POSITION_COUNTS.format(shapes=shapes, offered=offered)

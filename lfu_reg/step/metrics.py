@@ -1,0 +1,78 @@
+"""The figures of a step, as a user logs them: `LfURegularizer.metrics` says what they mean.
+
+Tensors are detached and stay on their devices, so only who reads a figure waits for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from lfu_reg.hooks.forward_pass import State
+
+
+def plain_step(loss: Tensor, before: Mapping[str, Any], *, alpha: float, lam: float) -> dict[str, Any]:
+    """Of a step without the regularizer: one that `every` leaves out, or that lam = 0 does.
+
+    Args:
+        loss: l_SFT.
+        before: figures of the step before, of which the last relative distance stays.
+        alpha: length of the ascent step.
+        lam: weight of the consistency term.
+    """
+    kept = {key: before[key] for key in ("relative_distance",) if key in before}
+    return {"loss": loss.detach(), "sft_loss": loss.detach(), **kept, "alpha": alpha, "lam": lam}
+
+
+def regularized_step(
+    *,
+    loss: Tensor,
+    sft_loss: Tensor,
+    consistency_loss: Tensor,
+    ascent_grad_norm: Tensor,
+    relative_distance: Tensor | None,
+    states: Sequence[State],
+    distances: Tensor,
+    empty_steps: int,
+    alpha: float,
+    lam: float,
+) -> dict[str, Any]:
+    """Of a step with it.
+
+    Args:
+        loss: l_SFT + lam * l_cons.
+        sft_loss: l_SFT.
+        consistency_loss: l_cons.
+        ascent_grad_norm: ||g||.
+        relative_distance: when it was last measured.
+        states: K hidden states, in the order in which they were captured.
+        distances: of each of them to its perturbed twin [K].
+        empty_steps: how many steps had no token that counts.
+        alpha: length of the ascent step.
+        lam: weight of the consistency term.
+    """
+    return {
+        "loss": loss.detach(),
+        "sft_loss": sft_loss.detach(),
+        "consistency_loss": consistency_loss.detach(),
+        "ascent_grad_norm": ascent_grad_norm,
+        "relative_distance": relative_distance,
+        **{f"distance/{label}": value for label, value in zip(_labels(states), distances, strict=True)},
+        "empty_steps": empty_steps,
+        "alpha": alpha,
+        "lam": lam,
+    }
+
+
+def _labels(states: Sequence[State]) -> list[str]:
+    """Names of the states; a layer that ran several times gets numbers behind its name."""
+    names = [state.name for state in states]
+    seen: dict[str, int] = {}
+    labels = []
+    for name in names:
+        seen[name] = seen.get(name, -1) + 1
+        label = name or "logits"
+        labels.append(f"{label}[{seen[name]}]" if names.count(name) > 1 else label)
+    return labels

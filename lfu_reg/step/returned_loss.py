@@ -1,0 +1,77 @@
+"""The graft: a loss whose backward hands precomputed gradients to the leaves.
+
+Pass 1 and pass 2 take their gradients at once and free their graphs. What the caller gets is a scalar of the right
+value whose backward multiplies those gradients by the upstream gradient. So division by accumulation steps,
+`GradScaler.scale`, sums with other losses and DDP's reducer see an ordinary loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lfu_reg.model.multi_tensor import multiplied, portions
+
+
+def graft(value: Tensor, gradients: Iterable[tuple[Tensor, Tensor | None]], scale: float = 1.0) -> Tensor:
+    """Scalar equal to `value` with d(result)/d(leaf) = gradient / scale for every pair.
+
+    Args:
+        value: scalar; its own graph is ignored.
+        gradients: pairs of a leaf that requires gradients, and its gradient, shaped like it, or None if it gets none.
+            Leaves without a gradient take part all the same: DistributedDataParallel waits for each leaf of the graph.
+        scale: what the gradients were multiplied by, so that float16 could hold them.
+
+    Returns:
+        Scalar tensor, differentiable once with respect to the leaves.
+    """
+    pairs = list(gradients)
+    result: Tensor = _Graft.apply(  # type: ignore[no-untyped-call]
+        value.detach(), [gradient for _, gradient in pairs], scale, *[leaf for leaf, _ in pairs]
+    )
+    return result
+
+
+class _Graft(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: list[Tensor | None], scale: float, *leaves: Tensor) -> Tensor:
+        # Not save_for_backward: these are neither inputs nor outputs, and no saved-tensor hook should see them.
+        ctx.gradients, ctx.scale, ctx.dtypes = gradients, scale, [leaf.dtype for leaf in leaves]
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "create_graph=True asks for second derivatives, and the loss of LfURegularizer is differentiable once: "
+                "the graphs of its passes are gone. Use strategy='retained', which keeps them, or leave out "
+                "create_graph=True."
+            )
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError(
+                "The loss of LfURegularizer was backpropagated twice. Its gradients are handed over once and then "
+                "freed: add losses before calling backward, or call the regularizer again."
+            )
+        return None, None, None, *_handed_over(gradients, grad_output, ctx.scale, ctx.dtypes)
+
+
+def _handed_over(
+    gradients: list[Tensor | None], grad_output: Tensor, scale: float, dtypes: list[torch.dtype]
+) -> list[Tensor | None]:
+    """Each gradient times `grad_output` / `scale`, in its leaf's dtype; takes them out of the list as it goes."""
+    factors: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+    handed: list[Tensor | None] = [None] * len(gradients)
+    for numbers in portions(gradients):
+        # In at least float32: the caller's scale and the own one may each be too much for float16, and meet here. In
+        # bfloat16 a divisor such as 1/3 would be off by 0.2 % for all gradients alike.
+        taken = [gradient for i in numbers if (gradient := gradients[i]) is not None]
+        kind = taken[0].device, torch.promote_types(taken[0].dtype, torch.float32)
+        if kind not in factors:
+            factors[kind] = grad_output.to(*kind) / scale
+        for i, gradient in zip(numbers, multiplied([g.to(kind[1]) for g in taken], factors[kind]), strict=True):
+            handed[i], gradients[i] = gradient.to(dtypes[i]), None
+    return handed

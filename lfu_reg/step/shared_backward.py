@@ -1,0 +1,71 @@
+"""What no perturbation reaches is run and differentiated once, for both passes.
+
+      embedding, layers below ──► cut ──► layers that theta_aux acts in or behind ──► l_SFT, l_cons
+      └────── the prefix ──────┘
+
+Both passes have the same hidden states up to the cut, so pass 2 starts there (`chain.py`). Backward, both terms of the
+loss reach the prefix through the cut alone, and a gradient is linear in what comes from above:
+
+      d(l_SFT + lam * l_cons) / d theta_prefix = (d l_SFT / d cut + lam * d l_cons / d cut) . d cut / d theta_prefix
+
+So one backward through the prefix, from the sum, does for both. Nothing of this is an estimate. Steering vectors act
+behind the first chosen layer: with all L layers chosen, one of L is saved; with the last third, two thirds of them.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from lfu_reg.model.graph import gradients_of, leaves_above_and_below
+
+
+class SharedPrefix:
+    """The part of pass 1's graph below the cut, kept until the gradients of both passes have arrived at it.
+
+    Args:
+        cut: hidden state in the graph of pass 1.
+        above: the leaves that the loss depends on other than through the cut.
+        below: the trained leaves that the cut depends on.
+
+    Attributes:
+        above, below: the same.
+        edge: of the graph at the cut, None where it is in no graph.
+        start: what pass 2 starts from: a leaf of the same values, which wants a gradient if there is something below.
+    """
+
+    def __init__(self, cut: Tensor, above: list[Tensor], below: list[Tensor]) -> None:
+        self.above, self.below = above, below
+        self.edge: GradientEdge | None = get_gradient_edge(cut) if cut.requires_grad else None
+        self.start = cut.detach().requires_grad_(bool(below))
+        self._cut = cut
+        self._gradient: Tensor | None = None
+
+    def collect(self, gradient: Tensor | None) -> None:
+        """Add what one of the passes brings down to the cut."""
+        if gradient is not None and self.below:
+            self._gradient = gradient if self._gradient is None else self._gradient + gradient
+
+    def backward(self) -> list[tuple[Tensor, Tensor | None]]:
+        """Every leaf below with its gradient, from all that was collected; frees the graph."""
+        if self._gradient is None:
+            return [(leaf, None) for leaf in self.below]
+        return list(zip(self.below, gradients_of(self._cut, self.below, self._gradient), strict=True))
+
+
+def shared_prefix(sft_loss: Tensor, cut: Tensor, anchor: Tensor) -> SharedPrefix | None:
+    """The prefix of pass 1's graph.
+
+    Args:
+        sft_loss: scalar with the graph of pass 1.
+        cut: hidden state in it.
+        anchor: a leaf that is not trained.
+
+    Returns:
+        None where something flows around the cut: a skip connection, an encoder's states, tied weights in training.
+    """
+    divided = leaves_above_and_below(sft_loss, cut)
+    if divided is None:
+        return None
+    above, below = divided
+    return SharedPrefix(cut, above, [leaf for leaf in below if leaf is not anchor])

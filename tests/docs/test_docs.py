@@ -1,0 +1,47 @@
+"""The pages name tests and files that exist, and the failure table has every row."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+import lfu_reg
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
+TABLE = ROOT / "docs" / "failure-modes.md"
+ROWS = 37
+
+_TEST = re.compile(r"`(tests/[\w/]+\.py)(?:::(\w+))?`")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT / "docs")))
+def test_named_tests_exist(page: Path) -> None:
+    for file, name in _TEST.findall(page.read_text()):
+        assert (ROOT / file).exists(), f"{file} does not exist"
+        if name:
+            assert re.search(rf"def {name}\b", (ROOT / file).read_text()), f"{file} has no {name}"
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text()
+    missing = [str(p.relative_to(ROOT / "docs")) for p in PAGES if str(p.relative_to(ROOT / "docs")) not in navigation]
+    assert not missing
+
+
+def test_every_public_name_is_in_the_api_page() -> None:
+    documented = re.findall(r"^::: ([\w.]+)$", (ROOT / "docs" / "api.md").read_text(), flags=re.MULTILINE)
+    assert set(lfu_reg.__all__) <= {name.rsplit(".", 1)[-1] for name in documented}
+    for name in documented:
+        module, _, attribute = name.rpartition(".")
+        if module != "lfu_reg.integrations.lightning":  # an extra
+            assert hasattr(importlib.import_module(module), attribute), name
+
+
+def test_the_failure_table_has_a_test_in_every_row() -> None:
+    rows = re.findall(r"^\| (\d+) \|(.*)$", TABLE.read_text(), flags=re.MULTILINE)
+    assert [int(number) for number, _ in rows] == list(range(1, ROWS + 1))
+    assert all(_TEST.search(row) for _, row in rows)

@@ -1,0 +1,59 @@
+"""The README's and the docs' examples run, and the README's figures are those of the result file."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from lfu_reg.hooks.gated_hook import attached_already
+from tests.support.cases import plain_loss, token_batch
+from tests.support.plain_models import TinyLM
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md", "docs/recipes/compile.md"])
+@pytest.mark.filterwarnings("ignore::lfu_reg.LfUWarning")
+def test_examples_run(page: str) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    assert blocks
+    model: nn.Module = TinyLM().train()
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    names = {
+        "model": model,
+        "loader": [token_batch(seed) for seed in range(2)],
+        "sft_loss_fn": plain_loss,
+        "backend": "eager",
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+    }
+    for block in blocks:
+        exec(compile(block, page, "exec"), names)
+    assert not all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert not attached_already(model)
+
+
+def test_figures_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    spec = importlib.util.spec_from_file_location("step_page", ROOT / "benchmarks/step_page.py")
+    assert spec is not None
+    assert spec.loader is not None
+    page = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(page)
+    result = json.loads((ROOT / "benchmarks/results/step_cpu_lora.json").read_text())
+    assert page.readme_figures(result) in (ROOT / "README.md").read_text()
+    written = (ROOT / "docs/cost.md").read_text()
+    assert page.section(result, "step_cpu_lora.json") in written
+    results = {path.name: json.loads(path.read_text()) for path in (ROOT / "benchmarks/results").glob("step_*.json")}
+    assert page.aims(results) in written
+
+
+def test_commands_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make (\w+)", (ROOT / "README.md").read_text(), re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target

@@ -1,0 +1,117 @@
+"""Bad input: an error before anything is trained, which says what was given, what is allowed, and the cure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from torch import nn
+
+from lfu_reg import LfURegularizer, LoRADeltas, RandomDirections, SteeringVectors
+from tests.support.cases import seeded
+from tests.support.models import TINY
+from tests.support.plain_models import LSTMStack, TinyCNN
+from tests.support.refusals import refuses, refuses_step
+
+
+def test_no_repeated_blocks_and_no_layers() -> None:
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 2)
+
+    refuses(Flat(), ("Flat", "layers", "first", "second"))
+    with LfURegularizer(Flat(), "steering", layers=["first"]) as reg:
+        assert reg.layers == ("first",)
+
+
+@pytest.mark.parametrize(
+    ("choice", "parts"),
+    [
+        ("blocks.9", ("blocks.9", "blocks.0", "blocks.2")),
+        (r"decoder\.\d+", ("decoder", "blocks.0")),
+        (["blocks.0", "nope"], ("nope", "blocks.0")),
+        ([7], ("7", "3", "blocks.0")),
+        (-9, ("-9", "blocks.0")),
+        (slice(5, 9), ("slice", "3")),
+        ([], ("[]",)),
+        (lambda name, module: False, ("callable", "blocks.0")),
+        ("(", ("(", "regular expression")),
+        (1.5, ("1.5", "index")),
+        (True, ("True", "index")),
+        (None, ("None", "index")),
+    ],
+    ids=lambda value: "callable" if callable(value) else str(value),
+)
+def test_layers_that_match_nothing(choice: Any, parts: tuple[str, ...]) -> None:
+    refuses(TINY.make(), parts, "steering", layers=choice)
+
+
+@pytest.mark.parametrize("setting", ["alpha", "lam"])
+@pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf"), "0.1", [0.1], True])
+def test_alpha_and_lam(setting: str, value: Any) -> None:
+    refuses(TINY.make(), (setting, str(value), "number"), "steering", **{setting: value})
+
+
+@pytest.mark.parametrize("setting", ["alpha", "lam"])
+@pytest.mark.parametrize("value", [-0.1, float("nan"), "0.1", None])
+def test_alpha_and_lam_from_a_schedule(setting: str, value: Any) -> None:
+    model = TINY.make()
+    reg = LfURegularizer(model, "steering", **{setting: lambda step: value})
+    refuses_step((setting, str(value), "number"), model=model, reg=reg)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "allowed"),
+    [
+        ("reduction", "max", "mean"),
+        ("distance", "l1", "mse"),
+        ("distance", 3, "mse"),
+        ("stop_gradient", "both", "perturbed"),
+        ("strategy", "fast", "released"),
+        ("auxiliary", "dora", "lora"),
+        ("auxiliary", 3, "lora"),
+        ("ascent_steps", 0, "1"),
+        ("ascent_steps", 1.5, "1"),
+        ("every", 0, "1"),
+        ("batch_fraction", 0.0, "1"),
+        ("batch_fraction", 1.5, "1"),
+        ("batch_fraction", float("nan"), "1"),
+        ("seed", "abc", "whole numbers"),
+        ("seed", 1.5, "whole numbers"),
+    ],
+)
+def test_other_settings(setting: str, value: Any, allowed: str) -> None:
+    refuses(TINY.make(), (str(value), allowed), **{setting: value})
+
+
+@pytest.mark.parametrize(
+    ("make", "part"),
+    [
+        (lambda: SteeringVectors(norm="local"), "per-layer"),
+        (lambda: SteeringVectors(tokens="some"), "masked"),
+        (lambda: LoRADeltas(rank=0), "rank"),
+        (lambda: LoRADeltas(rank=2.5), "rank"),
+        (lambda: LoRADeltas(lora_alpha=-1), "lora_alpha"),
+        (lambda: RandomDirections("lora"), "LoRADeltas"),
+    ],
+)
+def test_auxiliaries_settings(make: Callable[[], Any], part: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=part):
+        make()
+
+
+def test_no_linear_map_to_act_on() -> None:
+    refuses(seeded(LSTMStack), ("lora", "linear", "steering"), "lora")
+    refuses(seeded(TinyCNN), ("lora", "linear", "steering"), "lora")
+
+
+@pytest.mark.parametrize("target", ["nope", ["nope"], r"blocks\.7\..*"])
+def test_target_modules_that_match_nothing(target: Any) -> None:
+    asked = "nope" if "nope" in target else "7"
+    refuses(TINY.make(), ("target_modules", asked, "up", "down"), LoRADeltas(target_modules=target))
+
+
+def test_target_modules_of_a_wrong_kind() -> None:
+    refuses(TINY.make(), ("target_modules", "all-linear"), LoRADeltas(target_modules=3))

@@ -1,0 +1,532 @@
+"""What no perturbation reaches runs once, forward and backward, and the gradients are those of the paper's step."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lfu_reg import LfURegularizer, RandomDirections, SteeringVectors
+from lfu_reg.model.graph import take_part
+from lfu_reg.step import chain
+from lfu_reg.step.shared_backward import shared_prefix
+from tests.support.cases import Batch, Case, next_token_loss, seeded
+from tests.support.checkpointed import CheckpointedLM, GroupedLM, PlainLM
+from tests.support.compare import assert_same_gradients, gradients_of
+from tests.support.harness import auxiliary, run_pair
+from tests.support.models import BERT, FROZEN, GEMMA, LLAMA, MIXTRAL, PEFT, TIED, TINY, VIT
+from tests.support.plain_models import FailingBackward, ResidualBlock
+
+# Layers, and for each auxiliary how often each of Llama's four blocks runs in a step.
+RUNS = {
+    "all": {"steering": [1, 2, 2, 2], "lora": [2, 2, 2, 2]},
+    "early": {"steering": [1], "lora": [2]},
+    "middle": {"steering": [1, 1], "lora": [1, 2]},
+    "late": {"steering": [1, 1, 1, 2], "lora": [1, 1, 2, 2]},
+    "two": {"steering": [1, 1, 2], "lora": [1, 2, 2]},
+    "inner": {"steering": [1, 1, 2, 2], "lora": [1, 1, 2, 2]},
+}
+LAYERS: dict[str, Any] = {"two": [1, 2], "inner": r".*\.[23]\.mlp"}
+ALPHA = 0.005
+SHARES = chain._innermost_hooks is not None
+shares = pytest.mark.skipif(not SHARES, reason="this torch does not tell what is around a layer: nothing is shared")
+
+
+@contextmanager
+def runs(model: nn.Module, kind: type | tuple[type, ...]) -> Iterator[Counter[str]]:
+    """How often modules of a kind run in the block, by name."""
+    counts: Counter[str] = Counter()
+    handles = [
+        module.register_forward_pre_hook(lambda m, a, name=name: counts.update([name]))
+        for name, module in model.named_modules()
+        if isinstance(module, kind)
+    ]
+    yield counts
+    for handle in handles:
+        handle.remove()
+
+
+def settled(model: nn.Module, case: Case, name: Any, **options: Any) -> LfURegularizer:
+    """A regularizer after its first step, which checks the way it takes."""
+    reg = LfURegularizer(model, auxiliary(name) if isinstance(name, str) else name, alpha=ALPHA, lam=0.7, **options)
+    reg(model, case.batch(), case.loss)
+    return reg
+
+
+def blocks_of(model: nn.Module, case: Case) -> list[nn.Module]:
+    return [model.get_submodule(name) for name in case.layers]
+
+
+def runs_of_first(model: nn.Module, case: Case, name: Any, loss: Any = None, **options: Any) -> int:
+    """How often the second step runs the first block."""
+    reg = settled(model, case, name, **options)
+    first = model.get_submodule(case.layers[0])
+    with runs(model, type(first)) as counts:
+        reg(model, case.batch(), loss or case.loss)
+    reg.remove()
+    return counts[case.layers[0]]
+
+
+def is_shared(model: nn.Module, case: Case, name: Any, loss: Any = None, **options: Any) -> bool:
+    """Whether the second step runs the first block once only."""
+    return runs_of_first(model, case, name, loss, **options) == 1
+
+
+@shares
+@pytest.mark.parametrize("case", [LLAMA, PEFT], ids=lambda c: c.name)
+@pytest.mark.parametrize("name", ["steering", "lora"])
+@pytest.mark.parametrize("layers", RUNS)
+def test_blocks_below_the_first_perturbed_one_run_once(layers: str, name: str, case: Case) -> None:
+    model = case.make()
+    reg = settled(model, case, name, layers=LAYERS.get(layers, layers))
+    with runs(model, type(blocks_of(model, case)[0])) as counts:
+        loss = reg(model, case.batch(), case.loss)
+    got = [counts[block] for block in case.layers]
+    expected = RUNS[layers][name]
+    # Where nothing is saved, pass 2 is left after the last chosen layer all the same.
+    assert got == expected + [1] * (4 - len(expected))
+    loss.backward()
+
+
+@shares
+@pytest.mark.parametrize("name", ["steering", "lora"])
+def test_their_backward_runs_once(name: str) -> None:
+    model = LLAMA.make()
+    reg = settled(model, LLAMA, name, layers="late")
+    arrivals: Counter[str] = Counter()
+
+    def watch(number: int) -> Any:
+        def on_output(module: nn.Module, args: Any, output: Tensor) -> None:
+            output.register_hook(lambda grad: arrivals.update([number]))
+
+        return on_output
+
+    handles = [block.mlp.down_proj.register_forward_hook(watch(i)) for i, block in enumerate(model.model.layers)]
+    reg(model, LLAMA.batch(), LLAMA.loss).backward()
+    for handle in handles:
+        handle.remove()
+    shared = 3 if name == "steering" else 2
+    assert [arrivals[i] for i in range(4)] == [1] * shared + [2] * (4 - shared)
+
+
+@pytest.mark.parametrize("case", [LLAMA, PEFT, FROZEN, MIXTRAL, BERT, VIT], ids=lambda c: c.name)
+@pytest.mark.parametrize("name", ["steering", "lora"])
+@pytest.mark.parametrize("layers", ["all", "middle", "late", "last"])
+def test_gradients_are_the_oracles(layers: str, name: str, case: Case) -> None:
+    chosen: Any = [len(case.layers) - 1] if layers == "last" else layers
+    if case is FROZEN and layers == "middle":
+        pytest.skip("nothing before this layer is trained")
+    run_pair(case, name, reg_options={"layers": chosen}).check()
+    model = case.make()
+    if SHARES and (layers != "all" or name == "steering"):
+        assert is_shared(model, case, name, layers=chosen)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"distance": "cosine"},
+        {"reduction": "sum"},
+        {"lam": 5.0, "alpha": 0.3},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["steering", "lora"])
+def test_options(name: str, options: dict[str, Any]) -> None:
+    run_pair(LLAMA, name, reg_options={"layers": "late"}, **options).check()
+
+
+@shares
+@pytest.mark.parametrize("name", ["steering", "lora"])
+def test_layers_of_several_kinds(name: str) -> None:
+    """Each kind has a mask of its own. That these come from no hidden state is seen at the second step."""
+    gradients = {}
+    for strategy in ("released", "retained"):
+        model = GEMMA.make()
+        first = model.get_submodule(GEMMA.layers[0])
+        options = {"alpha": ALPHA, "lam": 0.7, "layers": "late", "seed": 1, "strategy": strategy}
+        with LfURegularizer(model, auxiliary(name), **options) as reg:
+            shared = []
+            for seed in range(4):
+                model.zero_grad()
+                with runs(model, type(first)) as counts:
+                    reg(model, GEMMA.batch(seed), GEMMA.loss).backward()
+                shared.append(counts[GEMMA.layers[0]] == 1)
+        assert shared == [False, False, *[strategy == "released"] * 2]
+        gradients[strategy] = gradients_of(model)
+    assert_same_gradients(gradients["released"], gradients["retained"])
+    run_pair(GEMMA, name, reg_options={"layers": "late"}).check()
+
+
+def test_further_ascent_steps() -> None:
+    run_pair(LLAMA, "steering", reg_options={"layers": "late"}, ascent_steps=2).check()
+
+
+@pytest.mark.parametrize("name", ["steering", "lora"])
+def test_an_undesirable_batch(name: str) -> None:
+    run_pair(LLAMA, name, reg_options={"layers": "late"}, undesirable=LLAMA.batch(7)).check()
+
+
+@pytest.mark.parametrize("relative", [True, False])
+def test_relative_steering(relative: bool) -> None:
+    run_pair(LLAMA, "steering", reg_options={"layers": "late"}, aux_options={"relative": relative}).check()
+
+
+@shares
+def test_random_directions_share_as_well() -> None:
+    assert is_shared(LLAMA.make(), LLAMA, RandomDirections(SteeringVectors()))
+
+
+def test_samples_of_the_batch() -> None:
+    """Half of the batch in pass 2: its gradient at the cut reaches only those rows, and the prefix all of them."""
+    model, twin = LLAMA.make(), LLAMA.make()
+    options: dict[str, Any] = {"batch_fraction": 0.5, "seed": 3, "alpha": 0.05, "lam": 0.7, "layers": "late"}
+    with LfURegularizer(model, "steering", **options) as reg:
+        reg(model, LLAMA.batch(), LLAMA.loss).backward()
+    with LfURegularizer(twin, "steering", strategy="retained", **options) as reg:
+        reg(twin, LLAMA.batch(), LLAMA.loss).backward()
+    assert_same_gradients(gradients_of(model), gradients_of(twin))
+
+
+@shares
+def test_dropout_is_the_same_in_both_passes() -> None:
+    """Masks drawn in the prefix are shared, and those behind it drawn again."""
+    case = Case(
+        "dropout", lambda: seeded(lambda: PlainLM(dropout=0.4)), TINY.batch, TINY.loss, TINY.mask, TINY.layers, 6
+    )
+    model = case.make()
+    assert is_shared(model, case, "steering")
+    for name in ("steering", "lora"):
+        run_pair(case, name, reg_options={"layers": [1, 2]}, seed=5).check()
+
+
+# ------------------------------------------------------------- where it must not be done
+
+
+def lm_case(make: Any, layers: tuple[str, ...] = TINY.layers, loss: Any = TINY.loss) -> Case:
+    return Case("lm", lambda: seeded(make), TINY.batch, loss, TINY.mask, layers, 6)
+
+
+class SkipLM(PlainLM):
+    """The embedding flows around the blocks to the head."""
+
+    def body(self, hidden: Tensor) -> Tensor:
+        return super().body(hidden) + hidden
+
+
+class MixedLM(PlainLM):
+    """Something happens between the blocks."""
+
+    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        return block(hidden * 1.5)
+
+
+class ShuffledLM(PlainLM):
+    """Blocks run in another order than the one that they are kept in."""
+
+    def body(self, hidden: Tensor) -> Tensor:
+        for number in (0, 2, 1):
+            hidden = self.blocks[number](hidden)
+        return self.norm(hidden.flatten(0, 1)).view_as(hidden)
+
+
+class MemoryBlock(nn.Module):
+    """Takes a summary of an earlier hidden state, computed by the model's loop without gradients."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, hidden: Tensor, memory: Tensor | None = None) -> Tensor:
+        return self.inner(hidden) + (0 if memory is None else memory)
+
+
+class MemoryLM(PlainLM):
+    """Hidden states reach later blocks past the chain, detached: only a perturbed comparison can tell."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(MemoryBlock(block) for block in self.blocks)
+
+    def body(self, hidden: Tensor) -> Tensor:
+        memory = None
+        for block in self.blocks:
+            hidden = block(hidden, memory)
+            memory = hidden.detach().mean(1, keepdim=True)
+        return self.norm(hidden.flatten(0, 1)).view_as(hidden)
+
+
+class InPlaceLM(PlainLM):
+    """The loop writes into what a block returned."""
+
+    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        return block(hidden).mul_(1.1)
+
+
+class CountingLM(PlainLM):
+    """Blocks need a context that the model's forward sets up."""
+
+    inside = False
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        self.inside = True
+        try:
+            return super().forward(input_ids)
+        finally:
+            self.inside = False
+
+
+class ContextBlock(nn.Module):
+    def __init__(self, inner: nn.Module, owner: list[CountingLM], otherwise: float | None) -> None:
+        super().__init__()
+        self.inner, self.owner, self.otherwise = inner, owner, otherwise
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        if self.owner[0].inside:
+            return self.inner(hidden)
+        if self.otherwise is None:
+            raise RuntimeError("called outside of the model")
+        return self.inner(hidden) * self.otherwise
+
+
+def context_lm(otherwise: float | None = None) -> nn.Module:
+    model = CountingLM()
+    model.blocks = nn.ModuleList(ContextBlock(block, [model], otherwise) for block in model.blocks)
+    return model
+
+
+REFUSED = {
+    "skip connection": lm_case(SkipLM),
+    "operations between blocks": lm_case(MixedLM),
+    "another order": lm_case(ShuffledLM),
+    "memory of earlier states": lm_case(MemoryLM),
+    "written in place": lm_case(InPlaceLM),
+    "layers that are others when called alone": lm_case(lambda: context_lm(0.9)),
+    "tied weights in training": lm_case(lambda: PlainLM(tied=True)),
+    "tied Llama": TIED,
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+@pytest.mark.parametrize("name", ["steering", "lora"])
+def test_refused(name: str, reason: str) -> None:
+    case = REFUSED[reason]
+    assert not is_shared(case.make(), case, name, layers=[1, 2])
+    run_pair(case, name, reg_options={"layers": [1, 2]}).check()
+
+
+@shares
+@pytest.mark.parametrize("make", [CheckpointedLM, GroupedLM])
+@pytest.mark.parametrize("name", ["steering", "lora"])
+@pytest.mark.parametrize("layers", [[1, 2], [2]], ids=str)
+def test_layers_checkpointed_by_the_models_loop(layers: list[int], name: str, make: Any) -> None:
+    """Called alone they would keep their activations."""
+    model, plain = seeded(make), seeded(PlainLM)
+    assert runs_of_first(model, lm_case(make), name, layers=layers) == 4  # both passes, repeated for their backward
+    assert is_shared(plain, lm_case(PlainLM), name, layers=layers)
+    for twin in (model, plain):
+        with LfURegularizer(twin, name, alpha=0.05, lam=0.7, layers=layers, seed=1) as reg:
+            reg(twin, TINY.batch(), TINY.loss).backward()
+    assert_same_gradients(gradients_of(model), gradients_of(plain))
+
+
+def test_where_torch_does_not_tell_what_is_around_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch 2.6: a checkpoint around the layers would go unnoticed, so nothing is shared with or without one."""
+    monkeypatch.setattr(chain, "_innermost_hooks", None)
+    for make in (CheckpointedLM, PlainLM):
+        case = lm_case(make)
+        assert not is_shared(case.make(), case, "steering", layers=[1, 2])
+    run_pair(lm_case(PlainLM), "steering", reg_options={"layers": [1, 2]}).check()
+
+
+def test_layers_that_cannot_be_called_alone() -> None:
+    """The trial of the way fails with the model's own error, and the longer way is taken without a word."""
+    case = Case("context", context_lm, TINY.batch, TINY.loss, TINY.mask, TINY.layers, 6)
+    model = case.make()
+    assert not is_shared(model, case, "steering")
+
+
+@shares
+def test_another_ones_hook_on_the_output() -> None:
+    model = LLAMA.make()
+    assert is_shared(model, LLAMA, "steering")
+    model.model.layers[0].register_forward_hook(lambda m, a, out: out * 1.1)
+    assert not is_shared(model, LLAMA, "steering")
+    run_pair(LLAMA, "lora", reg_options={"layers": "late"}).check()
+
+
+def test_a_model_called_twice() -> None:
+    def twice(model: Any, batch: Batch) -> Tensor:
+        flipped = {**batch, "input_ids": batch["input_ids"].flip(0)}
+        return LLAMA.loss(model, batch) + LLAMA.loss(model, flipped)
+
+    case = Case("twice", LLAMA.make, LLAMA.batch, twice, LLAMA.mask, LLAMA.layers, 28)
+    reg = settled(case.make(), case, "steering", layers="late")
+    model = reg._attached.model
+    with runs(model, type(blocks_of(model, case)[0])) as counts:
+        reg(model, case.batch(), twice)
+    assert [counts[block] for block in case.layers] == [4, 4, 4, 4]
+    run_pair(case, "steering", reg_options={"layers": "late"}).check()
+
+
+@shares
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(dtype: torch.dtype) -> None:
+    """A scaled loss may have to be backpropagated again, which a prefix that waits does not allow."""
+    model = LLAMA.make().to(dtype)
+    case = Case("half", lambda: model, LLAMA.batch, LLAMA.loss, LLAMA.mask, LLAMA.layers, 28)
+    assert is_shared(model, case, "steering") == (dtype is torch.bfloat16)
+
+
+@pytest.mark.parametrize("options", [{"strategy": "retained"}, {"stop_gradient": "none"}], ids=str)
+def test_retained_graphs_have_nothing_to_share(options: dict[str, Any]) -> None:
+    assert not is_shared(LLAMA.make(), LLAMA, "steering", **options)
+
+
+# ------------------------------------------------------------- checkpointing and other surroundings
+
+
+@shares
+@pytest.mark.parametrize("layers", ["all", "late"])
+@pytest.mark.parametrize("name", ["steering", "lora"])
+def test_checkpointed_blocks(name: str, layers: str) -> None:
+    """Those of the prefix run again once, as they ran in pass 1."""
+    model, plain = LLAMA.make(), LLAMA.make()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for twin in (model, plain):
+        twin.config.use_cache = False
+        reg = settled(twin, LLAMA, name, layers=layers, seed=1)
+        with runs(twin, nn.Linear) as counts:
+            reg(twin, LLAMA.batch(), LLAMA.loss).backward()
+        reg.remove()
+        first = counts["model.layers.0.mlp.up_proj"]
+        shared = name == "steering" or layers == "late"
+        assert first == (1 if shared else 2) * (2 if twin is model else 1)
+    assert_same_gradients(gradients_of(model), gradients_of(plain))
+
+
+class CallCheckpointedBlock(ResidualBlock):
+    """As layers of transformers 4.53 to 4.57, which checkpoint their own call."""
+
+    gradient_checkpointing = True
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        return checkpoint(super().__call__, hidden, use_reentrant=False)
+
+
+class CallCheckpointedLM(PlainLM):
+    def __init__(self) -> None:
+        super().__init__()
+        for block in self.blocks:
+            block.__class__ = CallCheckpointedBlock
+
+
+@shares
+@pytest.mark.parametrize("name", ["steering", "lora"])
+def test_layers_that_checkpoint_their_own_call(name: str) -> None:
+    """A call of ours is checkpointed, too; of others that might be so, nobody knows."""
+    model, plain = seeded(CallCheckpointedLM), seeded(PlainLM)
+    assert runs_of_first(model, lm_case(CallCheckpointedLM), name, layers=[1, 2]) == 2  # repeated for its backward
+    for twin in (model, plain):
+        with LfURegularizer(twin, name, alpha=0.05, lam=0.7, layers=[1, 2], seed=1) as reg:
+            reg(twin, TINY.batch(), TINY.loss).backward()
+    assert_same_gradients(gradients_of(model), gradients_of(plain))
+    for block in model.blocks:
+        block.gradient_checkpointing = False
+    assert runs_of_first(model, lm_case(CallCheckpointedLM), name, layers=[1, 2]) == 4
+
+
+@shares
+def test_a_call_without_gradients_before_the_one_that_counts() -> None:
+    def loss(model: Any, batch: Batch) -> Tensor:
+        with torch.no_grad():
+            base = LLAMA.loss(model, {**batch, "input_ids": batch["input_ids"].flip(0)})
+        return LLAMA.loss(model, batch) + base
+
+    case = Case("base", LLAMA.make, LLAMA.batch, loss, LLAMA.mask, LLAMA.layers, 28)
+    assert runs_of_first(case.make(), case, "steering", layers="late") == 2  # once without gradients
+    run_pair(case, "steering", reg_options={"layers": "late"}).check()
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_the_prefix_waits_only_for_trained_weights(trained: bool) -> None:
+    """The anchor, by which hidden states below every trained weight are in a graph, is none of them."""
+    anchor, weight, other = (torch.ones((), requires_grad=True) for _ in range(3))
+    cut = take_part(torch.ones(2), anchor)
+    cut = cut * weight if trained else cut
+    prefix = shared_prefix((cut * other).sum(), cut, anchor)
+    assert prefix is not None
+    assert [id(leaf) for leaf in prefix.below] == [id(weight)] * trained
+    assert prefix.start.requires_grad == trained
+
+
+@shares
+def test_a_cache_made_by_the_model() -> None:
+    """transformers hands a new cache to its layers, which pass 1 fills; in pass 2 they get none."""
+    model = LLAMA.make()
+    assert model.config.use_cache
+    assert is_shared(model, LLAMA, "steering", layers="late")
+
+
+@shares
+def test_saved_tensor_hooks_around_the_step() -> None:
+    model = LLAMA.make()
+    reg = settled(model, LLAMA, "steering", layers="late")
+    with runs(model, type(model.model.layers[0])) as counts, torch.autograd.graph.save_on_cpu():
+        reg(model, LLAMA.batch(), LLAMA.loss)
+    assert counts["model.layers.0"] == 1
+
+
+@shares
+def test_embeddings_from_outside() -> None:
+    """The loss function computes them with gradients, so it would have to run again, if it were not for the chain."""
+    asked: list[int] = []
+
+    def loss(model: Any, batch: Batch) -> Tensor:
+        asked.append(1)
+        hidden = model.get_input_embeddings()(batch["input_ids"]) * 2
+        logits = model(inputs_embeds=hidden, attention_mask=batch["attention_mask"]).logits
+        return next_token_loss(logits, batch["labels"])
+
+    case = Case("outside", LLAMA.make, LLAMA.batch, loss, LLAMA.mask, LLAMA.layers, 28)
+    reg = settled(case.make(), case, "steering")
+    asked.clear()
+    reg(reg._attached.model, case.batch(), loss)
+    assert len(asked) == 1
+    run_pair(case, "steering").check()
+
+
+def test_an_exception_in_the_prefixs_backward_leaves_everything() -> None:
+    model = LLAMA.make()
+    reg = settled(model, LLAMA, "steering", layers="late")
+    handle = model.model.embed_tokens.register_forward_hook(lambda m, a, out: FailingBackward.apply(out))
+    with pytest.raises(KeyError):
+        reg(model, LLAMA.batch(), LLAMA.loss)
+    handle.remove()
+    assert all(parameter.grad is None for parameter in model.parameters())
+    reg.remove()
+    run_pair(LLAMA, "steering", model=model, reg_options={"layers": "late"}).check()
+
+
+@shares
+def test_a_model_that_changes_its_way() -> None:
+    """Refused in one step, shared again in the next; gradients are right in both."""
+    model = seeded(PlainLM)
+    case = lm_case(PlainLM)
+    reg = settled(model, case, "steering")
+    plain = model.run
+    for mixed in (False, True, False):
+        if mixed:
+            model.run = lambda block, hidden: checkpoint(block, hidden, use_reentrant=False)
+        else:
+            model.run = plain
+        with runs(model, type(model.blocks[0])) as counts:
+            loss = reg(model, case.batch(), case.loss)
+        assert counts["blocks.0"] == (4 if mixed else 1)  # two forwards, each repeated for its backward
+        loss.backward()

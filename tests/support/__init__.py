@@ -1,0 +1,1 @@
+"""Models, oracles and loops that the tests share."""
