@@ -1,14 +1,14 @@
-"""Walks over the autograd graph: the leaves a loss depends on, and a way to make a tensor take part in it."""
+"""Walks over the autograd graph, and gradients of its leaves."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 from torch.autograd.graph import GradientEdge
 
 from lfu_reg.model.autocast import no_autocast
@@ -21,55 +21,50 @@ REENTRANT = (
 )
 
 
-def leaves_of(loss: Tensor) -> list[Tensor]:
-    """Leaf tensors that `loss` depends on, each once.
+@dataclass(frozen=True)
+class Graph:
+    """What a walk down from a loss has found.
 
-    They are found by walking down to the AccumulateGrad nodes, not from `model.parameters()`: a soft prompt, a separate
-    head or a trained loss scale outside of the model must get its gradient too.
+    Attributes:
+        leaves: leaf tensors, each once, in order of discovery.
+        nodes: every node of the graph.
+        reaches_outside: whether a node is older than the forward (a batch that comes out of another network, say).
+    """
+
+    leaves: list[Tensor]
+    nodes: set[Any]
+    reaches_outside: bool = False
+
+
+def now() -> int:
+    """The number of the next node of this thread's graphs: every node that is made later has at least this one."""
+    node: Any = torch.zeros((), device="cpu", requires_grad=True).clone().grad_fn
+    return int(node._sequence_nr())
+
+
+def graph_of(loss: Tensor, since: int = 0, stop: tuple[Any, int] | None = None) -> Graph:
+    """The graph that `loss` depends on.
+
+    Leaves are found by walking down to the AccumulateGrad nodes, not from `model.parameters()`: a soft prompt, a
+    separate head or a trained loss scale outside of the model must get its gradient too.
 
     Args:
         loss: tensor with a graph.
-
-    Returns:
-        The leaves in order of discovery.
+        since: `now()` before the forward; nodes with a smaller number are older.
+        stop: edge (node, output number) that is not followed.
 
     Raises:
         RuntimeError: if the graph holds a reentrant checkpoint, whose inner leaves cannot be seen.
     """
     if loss.grad_fn is None:
-        return [loss] if loss.requires_grad else []
-    return _walk(loss.grad_fn)[0]
-
-
-def leaves_above_and_below(loss: Tensor, cut: Tensor) -> tuple[list[Tensor], list[Tensor]] | None:
-    """The leaves that `loss` depends on other than through `cut`, and those that `cut` depends on.
-
-    Args:
-        loss: tensor with a graph.
-        cut: tensor in that graph.
-
-    Returns:
-        The leaves; None where a part of the graph belongs to both, so that something flows around the cut.
-
-    Raises:
-        RuntimeError: if the graph holds a reentrant checkpoint.
-    """
-    if not cut.requires_grad:
-        return leaves_of(loss), []
-    if cut.grad_fn is None or loss.grad_fn is None:
-        return None
-    below, nodes_below = _walk(cut.grad_fn)
-    above, nodes_above = _walk(loss.grad_fn, (cut.grad_fn, cut.output_nr))
-    return None if nodes_below & nodes_above else (above, below)
-
-
-def _walk(start: Any, stop: tuple[Any, int] | None = None) -> tuple[list[Tensor], set[Any]]:
-    """Leaves and nodes that a node depends on, itself included; edges that are equal to `stop` are not followed."""
+        return Graph([loss] if loss.requires_grad else [], set())
     # Every step looks at thousands of nodes, so this is written for speed: a kind's name is looked up once.
     stop_node = None if stop is None else stop[0]
     found: list[Tensor] = []
-    seen, waiting = {start}, [start]
+    seen: set[Any] = {loss.grad_fn}
+    waiting: list[Any] = [loss.grad_fn]
     names: dict[type, str] = {}
+    outside = False
     while waiting:
         node = waiting.pop()
         kind = type(node)
@@ -79,13 +74,34 @@ def _walk(start: Any, stop: tuple[Any, int] | None = None) -> tuple[list[Tensor]
             continue
         if name == "CheckpointFunctionBackward":
             raise RuntimeError(REENTRANT)
+        outside = outside or node._sequence_nr() < since
         for edge in node.next_functions:
             below = edge[0]
             if below is None or below in seen or (below is stop_node and edge == stop):
                 continue
             seen.add(below)
             waiting.append(below)
-    return found, seen
+    return Graph(found, seen, outside)
+
+
+def leaves_of(loss: Tensor) -> list[Tensor]:
+    """Leaf tensors that `loss` depends on, each once."""
+    return graph_of(loss).leaves
+
+
+def leaves_above_and_below(loss: Tensor, cut: Tensor) -> tuple[list[Tensor], list[Tensor]] | None:
+    """The leaves that `loss` depends on other than through `cut`, and those that `cut` depends on.
+
+    Returns:
+        The leaves; None where a part of the graph belongs to both, so that something flows around the cut.
+    """
+    if not cut.requires_grad:
+        return leaves_of(loss), []
+    if cut.grad_fn is None or loss.grad_fn is None:
+        return None
+    below = graph_of(cut)
+    above = graph_of(loss, stop=(cut.grad_fn, cut.output_nr))
+    return None if below.nodes & above.nodes else (above.leaves, below.leaves)
 
 
 def gradients_of(
@@ -127,67 +143,22 @@ def hooks_quiet(leaves: Sequence[Tensor]) -> Iterator[None]:
             hooks.update(kept)
 
 
-def nothing_saved() -> AbstractContextManager[None]:
-    """Context in which graphs are built that keep no tensors, for a forward that is never backpropagated.
+@contextmanager
+def grad_set_aside(tensors: Iterable[Tensor]) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """No `.grad` on these tensors in the block; afterwards they have what they had before.
 
-    Hooks are to run as with gradients, which `no_grad` would not have.
+    What the block's own backward has left in `.grad` is added to the list that is yielded, as it ends. An
+    autograd.Function that calls `backward()` in its backward writes there.
     """
-    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, lambda nothing: nothing)
-
-
-def take_part(tensor: Tensor, anchor: Tensor) -> Tensor:
-    """The same values as part of a graph, for an activation below the first trainable weight.
-
-    The result shares memory with `tensor`. It is not a leaf, so the model may still change it in place, and it
-    depends on `anchor`, so that a backward that asks for the anchor's gradient passes through here.
-
-    Args:
-        tensor: activation that requires no gradient.
-        anchor: scalar leaf that requires a gradient; it always receives zero.
-
-    Returns:
-        Tensor shaped like `tensor` that requires a gradient.
-    """
-    # `.data` and not `.detach()`: marking it dirty must not bump the version that other users of `tensor` rely on.
-    result: Tensor = _TakePart.apply(tensor.data, anchor)  # type: ignore[no-untyped-call]
-    return result
-
-
-class _TakePart(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: FunctionCtx, tensor: Tensor, anchor: Tensor) -> Tensor:
-        ctx.mark_dirty(tensor)
-        ctx.anchor_device = anchor.device  # type: ignore[attr-defined]
-        return tensor
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[None, Tensor]:
-        return None, torch.zeros((), device=ctx.anchor_device)
-
-
-def no_view(tensor: Tensor) -> Tensor:
-    """The same values, memory and gradients, but no view of another tensor.
-
-    Hooks of a view are lost when the model writes into it, as an in-place activation after a linear map does: its
-    history is then written anew from its base on.
-
-    Args:
-        tensor: any tensor that requires a gradient.
-
-    Returns:
-        `tensor` itself where it is no view.
-    """
-    if torch.compiler.is_compiling() or not tensor._is_view():
-        return tensor
-    result: Tensor = _NoView.apply(tensor)  # type: ignore[no-untyped-call]
-    return result
-
-
-class _NoView(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: FunctionCtx, tensor: Tensor) -> Tensor:
-        return tensor.data
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> Tensor:
-        return grad_output
+    kept = [(tensor, tensor.grad) for tensor in tensors]
+    written: list[tuple[Tensor, Tensor]] = []
+    for tensor, gradient in kept:
+        if gradient is not None:
+            tensor.grad = None
+    try:
+        yield written
+        written += [(tensor, tensor.grad) for tensor, _ in kept if tensor.grad is not None]
+    finally:
+        for tensor, gradient in kept:
+            if tensor.grad is not gradient:
+                tensor.grad = gradient

@@ -1,0 +1,76 @@
+"""Taps: nodes of the autograd graph that hand the gradient on and collect the ascent direction from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lfu_reg.model.graph import graph_of
+
+
+class Gate:
+    """What a tap knows of its pass: a reference to the pass and its states would be a cycle through the graph.
+
+    Attributes:
+        is_open: whether the library's own backward of the pass is running, so that taps collect.
+        is_crossed: whether somebody took a gradient of a gradient through a tap (double backward).
+        finite: where it is asked for, whether each gradient collected is finite, as scalars that nobody has read.
+    """
+
+    def __init__(self) -> None:
+        self.is_open = self.is_crossed = False
+        self.finite: list[Tensor] | None = None
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Let taps collect in the block."""
+        self.is_open = True
+        try:
+            yield
+        finally:
+            self.is_open = False
+
+
+def tap(tensor: Tensor, anchor: Tensor, gate: Gate, rule: Callable[[Tensor], Sequence[Tensor | None]]) -> Tensor:
+    """The same values in the same memory, as a node of the graph of its own that `rule` is called from.
+
+    A node, and not a hook on `tensor`: hooks that the model has put on the tensor come after it, and those that are put
+    on the result come before, as they do for a component that is added here. The result is neither a leaf nor a view,
+    so the model may change it in place.
+
+    Args:
+        tensor: activation of any shape.
+        anchor: scalar leaf that requires a gradient and always receives zero, so that the result is part of a graph
+            also below the first trained weight, and a backward that asks for the anchor's gradient passes here.
+        gate: of the pass.
+        rule: takes the gradient of the result, while the gate is open.
+    """
+    result: Tensor = _Tap.apply(tensor, anchor, gate, rule)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Tap(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, anchor: Tensor, gate: Gate, rule: Any) -> Tensor:
+        ctx.gate, ctx.rule, ctx.anchor_like = gate, rule, anchor.detach()
+        return tensor.data
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        gate: Gate = ctx.gate
+        if gate.is_open:
+            collected = ctx.rule(grad_output)
+            if gate.finite is not None:
+                gate.finite += [torch.isfinite(c).all() for c in collected if c is not None]
+        elif torch.is_grad_enabled():
+            gate.is_crossed = True
+        return grad_output, torch.zeros_like(ctx.anchor_like), None, None
+
+
+def depends_on_a_tap(tensor: Tensor) -> bool:
+    """Whether a tap of any pass lies in the graph of `tensor`."""
+    return tensor.grad_fn is not None and any(type(node).__name__ == "_TapBackward" for node in graph_of(tensor).nodes)
