@@ -29,6 +29,12 @@ NO_GRADIENT = (
     "The consistency term has no gradient: no trainable parameter lies before the chosen layers, so it changes the "
     "loss's value and trains nothing. Choose later layers, or train earlier ones."
 )
+UNREPEATABLE = (
+    "This step is plain SFT: sft_loss_fn was called a second time, with the model perturbed, and {}. The two calls have "
+    "to see the same data and the same random draws. Take batches from iterators, count, and draw from generators of "
+    "your own outside of sft_loss_fn, or keep what you draw in the batch; torch's, numpy's and Python's global "
+    "generators and what the model's modules hold are put back for you. reg.is_second_pass tells code which call it is in."
+)
 UNSCALED_FLOAT16 = (
     "float16 with sharded parameters: gradients are taken inside of the step, before a GradScaler multiplies the loss, "
     "and here the step cannot scale it itself, so small gradients are lost. Use bfloat16, or DistributedDataParallel."
@@ -52,7 +58,7 @@ class Diagnostics:
         self._history: list[float] = []
         self._period: int | None = None  # in which a step was watched last
 
-    def tell(self, kind: str, message: str) -> None:
+    def warn_once(self, kind: str, message: str) -> None:
         """Warn, once per kind."""
         if kind not in self._told:
             self._told.add(kind)
@@ -109,14 +115,14 @@ class Diagnostics:
         complete: bool,
     ) -> None:
         if all(norm == 0 for norm in norms):
-            self.tell(
+            self.warn_once(
                 "zero gradient",
                 "LfU has no effect: the gradient of the SFT loss with respect to the auxiliary components is exactly "
                 f"zero ({len(norms)} step(s)). No chosen layer influences the loss, or no token counts in it: check "
                 "layers=..., the labels, and that the loss comes from the attached model.",
             )
         elif alpha > 0 and all(alpha * norm < rounding * abs(s) for norm, s in zip(norms, sft, strict=True)):
-            self.tell(
+            self.warn_once(
                 "rounding",
                 "LfU has no direction: a step of length alpha along the gradient of the auxiliary components changes "
                 f"the SFT loss by less than its rounding (||g|| = {max(norms):.1e}): the direction is rounding, too. "
@@ -124,14 +130,14 @@ class Diagnostics:
                 'vectors): use auxiliary="lora" or "weights", or other layers; or raise alpha.',
             )
         elif not all(map(math.isfinite, norms)):
-            self.tell(
+            self.warn_once(
                 "no direction",
                 "The ascent gradient was not finite in some steps; they ran without a perturbation. In float16 use a "
                 "GradScaler, and check the loss for overflow.",
             )
         ratios = [c / abs(s) for s, c in zip(sft, consistency, strict=True) if s]
         if complete and ratios and max(ratios) < NEGLIGIBLE:
-            self.tell(
+            self.warn_once(
                 "negligible",
                 f"LfU has no effect: for {len(ratios)} steps lam * l_cons was at most {max(ratios):.1e} of the SFT "
                 "loss. Raise alpha (the perturbation) or lam (its weight).",
@@ -139,7 +145,7 @@ class Diagnostics:
 
     def _collapse(self, consistency: list[float], relative_distance: float, alpha: float) -> None:
         if relative_distance > COLLAPSED:
-            self.tell(
+            self.warn_once(
                 "collapse",
                 f"LfU collapses the model: the perturbed hidden states are {relative_distance:.2f} times their own "
                 f"length away from the clean ones. alpha={alpha:g} is too large for this model: try "
@@ -148,7 +154,7 @@ class Diagnostics:
         finite = [value for value in consistency if math.isfinite(value)]
         usual = median(self._history) if self._history else 0.0
         if len(self._history) >= 2 and finite and median(finite) > EXPLODED * usual > 0:
-            self.tell(
+            self.warn_once(
                 "explosion",
                 f"lam * l_cons went from {usual:.2e} to {median(finite):.2e}. Lower alpha or lam, or the learning "
                 "rate.",
@@ -165,7 +171,7 @@ class Diagnostics:
             return
         together = fmean((s - means[0]) * (c - means[1]) for s, c in zip(sft, consistency, strict=True))
         if together / (spreads[0] * spreads[1]) < OPPOSED:
-            self.tell(
+            self.warn_once(
                 "oscillation",
                 "The SFT loss and lam * l_cons swing against each other: each step towards one undoes the other. "
                 "Lower lam, or the learning rate.",

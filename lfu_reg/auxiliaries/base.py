@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lfu_reg.distributed.fsdp2 import Shards
-from lfu_reg.model.patching import Replacement
+from lfu_reg.model.patching import Patch
 
 Components: TypeAlias = tuple[Tensor, ...]
 GradientRule: TypeAlias = Callable[[Tensor], Sequence[Tensor | None]]
@@ -136,11 +136,11 @@ class Auxiliary(ABC):
     def require_gradients(self, required: bool) -> None:  # noqa: B027  nothing to do where leaves are parameters
         """Whether components are to be leaves that require gradients, for an explicit gradient at the current point."""
 
-    def pass2_patches(self) -> Iterable[Replacement]:
+    def pass2_patches(self) -> Iterable[Patch]:
         """What stands in the place of parameters in pass 2, for components that are no hook's business."""
         return ()
 
-    def pass1_patches(self) -> Iterable[Replacement]:
+    def pass1_patches(self) -> Iterable[Patch]:
         """What stands in the place of something in pass 1, so that its backward gives g without a tap."""
         return ()
 

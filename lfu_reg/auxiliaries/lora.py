@@ -25,7 +25,7 @@ from lfu_reg.auxiliaries.output import OutputAuxiliary
 from lfu_reg.auxiliaries.peft_folding import Fold
 from lfu_reg.model import peft as adapters
 from lfu_reg.model.linears import TargetModules, find_linears, linear_sizes
-from lfu_reg.model.patching import Replacement
+from lfu_reg.model.patching import Patch
 from lfu_reg.model.peft import PlainLoRA
 from lfu_reg.model.tokens import rows
 
@@ -122,11 +122,11 @@ class LoRADeltas(OutputAuxiliary):
         found = {name: adapters.plain_lora(module) for name, module in self._linears.items()} if self.may_fold else {}
         self._adapters = {name: adapter for name, adapter in found.items() if adapter is not None}
 
-    def pass1_patches(self) -> Iterable[Replacement]:
+    def pass1_patches(self) -> Iterable[Patch]:
         """Layers whose adapters the deltas are folded into, with B as a leaf."""
         return self._folds(observed=True)
 
-    def pass2_patches(self) -> Iterable[Replacement]:
+    def pass2_patches(self) -> Iterable[Patch]:
         """Layers whose adapters the deltas are folded into."""
         return self._folds(observed=False)
 
@@ -140,7 +140,7 @@ class LoRADeltas(OutputAuxiliary):
         self._components = {name: tuple(c.detach() for c in cs) for name, cs in self._components.items()}
         return norm
 
-    def _folds(self, *, observed: bool) -> Iterable[Replacement]:
+    def _folds(self, *, observed: bool) -> Iterable[Patch]:
         for name, adapter in self._adapters.items():
             site, components = self._linears[name], partial(self._folded, name, adapter, observed)
             yield site, "forward", Fold(site, adapter, components, self.scale)

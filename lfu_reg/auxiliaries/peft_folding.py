@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from lfu_reg.auxiliaries.base import Components
 from lfu_reg.model.compile import untraced
-from lfu_reg.model.patching import substituted
+from lfu_reg.model.patching import patched
 from lfu_reg.model.peft import PlainLoRA, acting_adapter
 
 
@@ -69,7 +69,7 @@ class Fold:
         if self._weights is None:
             self._weights = self._widened(*self._components())
         down, up = self._weights
-        with substituted([(adapter.down, "weight", down), (adapter.up, "weight", up)]):
+        with patched([(adapter.down, "weight", down), (adapter.up, "weight", up)]):
             y = forward(site, *args, **kwargs)
         self.acted = True
         return y

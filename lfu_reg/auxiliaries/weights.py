@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lfu_reg.auxiliaries.ascent import ascend, gradient_norm
 from lfu_reg.auxiliaries.base import Auxiliary, Call, Generators, GradientRule
 from lfu_reg.model.module_walk import modules_of, trained_parameters
-from lfu_reg.model.patching import Replacement
+from lfu_reg.model.patching import Patch
 
 
 class WeightDeltas(Auxiliary):
@@ -118,7 +118,7 @@ class WeightDeltas(Auxiliary):
         """A shallow copy; it is not asked for anything, as the moved weights are kept with the pass."""
         return copy.copy(self)
 
-    def pass2_patches(self) -> Iterable[Replacement]:
+    def pass2_patches(self) -> Iterable[Patch]:
         """Parameter + delta instead of every parameter, in every module that holds it (tied weights)."""
         if self._model is None or self.shards is not None:
             return ()

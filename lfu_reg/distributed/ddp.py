@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch.distributed as dist
@@ -37,12 +37,13 @@ class Wrappers:
         self._searched = False
 
     @contextmanager
-    def must_run(self, model: nn.Module, attached: nn.Module) -> Iterator[None]:
+    def must_run(self, model: nn.Module, attached: nn.Module, ran: Callable[[], bool]) -> Iterator[None]:
         """For the block in which the loss is computed.
 
         Args:
             model: what the user trains, the attached module or a wrapper of it.
             attached: the attached module.
+            ran: whether the attached module took part in the loss at all.
 
         Raises:
             ValueError: before, for a static graph; after, if the loss did not come through the wrapper.
@@ -63,11 +64,25 @@ class Wrappers:
             wrapper.require_forward_param_sync = int(wrapper.require_forward_param_sync)  # type: ignore[assignment]
         try:
             yield
-            if waiting and not any(wrapper.require_forward_param_sync is True for wrapper in waiting):
+            if waiting and ran() and not any(wrapper.require_forward_param_sync is True for wrapper in waiting):
                 raise ValueError(BYPASSED)
         finally:
             for wrapper in waiting:
                 wrapper.require_forward_param_sync = bool(wrapper.require_forward_param_sync)
+
+
+@contextmanager
+def not_synchronising(model: nn.Module, attached: nn.Module) -> Iterator[None]:
+    """Let the wrappers run their forward in the block without any preparation or communication for a backward."""
+    names = ("require_backward_grad_sync", "require_forward_param_sync")
+    kept = [(wrapper, name, getattr(wrapper, name)) for wrapper in wrappers_of(model, attached) for name in names]
+    try:
+        for wrapper, name, _ in kept:
+            setattr(wrapper, name, False)
+        yield
+    finally:
+        for wrapper, name, value in kept:
+            setattr(wrapper, name, value)
 
 
 def wrappers_of(model: nn.Module, attached: nn.Module) -> list[DistributedDataParallel]:

@@ -12,7 +12,7 @@ from collections.abc import Collection
 from torch import nn
 
 from lfu_reg.diagnostics import Diagnostics
-from lfu_reg.hooks.forward_pass import Pass
+from lfu_reg.hooks.forward_pass import ForwardPass
 from lfu_reg.model.compile import entrances
 
 SILENT = (
@@ -29,12 +29,12 @@ STALE = (
 )
 UNEVEN = (
     "These modules ran another number of times in pass 2 than in pass 1: {}. With routed experts that is the "
-    "perturbation's doing; else the model's control flow depends on something that a replay does not repeat, and these "
+    "perturbation's doing; else the model's control flow depends on something that a second call does not repeat, and these "
     "are better left out with layers=... or LoRADeltas(target_modules=...)."
 )
 
 
-class Firing:
+class Coverage:
     """Watches the sites of one regularizer.
 
     Args:
@@ -48,11 +48,11 @@ class Firing:
         self._inside = {layer: found for layer, found in inner.items() if found}
         self._diagnostics = diagnostics
 
-    def check(self, this: Pass, model: nn.Module) -> None:
+    def check(self, fwd: ForwardPass, model: nn.Module) -> None:
         """Look at pass 1.
 
         Args:
-            this: the pass, after its forward.
+            fwd: the pass, after its forward.
             model: what the user trains, the attached module or a wrapper of it.
 
         Raises:
@@ -60,19 +60,19 @@ class Firing:
         """
         silent: list[str] = []
         for layer, sites in self._inside.items():
-            missing = [site for site in sites if not this.fired[site]] if this.fired[layer] else []
-            if missing == sites and (this.compiled or entrances(model)):
+            missing = [site for site in sites if not fwd.record.fired[site]] if fwd.record.fired[layer] else []
+            if missing == sites and (fwd.record.compiled or entrances(model)):
                 raise RuntimeError(STALE.format(layer))
             silent += missing
         if silent:
-            self._diagnostics.tell("silent", SILENT.format(_listed(silent)))
+            self._diagnostics.warn_once("silent", SILENT.format(_listed(silent)))
 
-    def compare(self, clean: Pass, perturbed: Pass) -> None:
+    def compare(self, clean: ForwardPass, perturbed: ForwardPass) -> None:
         """Look at pass 2, where it ran on all samples and to the end of the layers."""
         sites = [site for found in self._inside.values() for site in found]
-        uneven = [site for site in sites if clean.fired[site] != perturbed.fired[site]]
+        uneven = [site for site in sites if clean.record.fired[site] != perturbed.record.fired[site]]
         if uneven:
-            self._diagnostics.tell("uneven", UNEVEN.format(_listed(uneven)))
+            self._diagnostics.warn_once("uneven", UNEVEN.format(_listed(uneven)))
 
 
 def _listed(names: list[str], most: int = 8) -> str:

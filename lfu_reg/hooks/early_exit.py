@@ -1,69 +1,129 @@
-"""Pass 2 leaves the forward after the last layer whose hidden state is wanted; the rest would be thrown away."""
+"""Pass 2 leaves the forward after the last layer whose hidden state is wanted, where that cuts nobody's code off.
+
+What is left is on the stack of Python's frames as the last layer ends: torch's, transformers' and PEFT's own code, which
+is written to be left by an exception, and user code that has nothing to do any more but return. A user's function that
+goes on to reset a flag or to clear a list has to run to its end.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import dis
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from types import CodeType, FrameType
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from lfu_reg.distributed.fsdp2 import units_of
-from lfu_reg.hooks.forward_pass import Pass
+from lfu_reg.hooks.forward_pass import ForwardPass
 from lfu_reg.hooks.gated_hook import Hook
+
+# Whose functions may be left, and whose may not, although they are inside of these packages.
+_LIBRARIES = (
+    "torch.",
+    "transformers.",
+    "peft.",
+    "lfu_reg.",
+    "contextlib.",
+    "functools.",
+    "accelerate.utils.operations.",
+)
+_DOES_SOMETHING = ("STORE_ATTR", "STORE_SUBSCR", "STORE_GLOBAL", "STORE_NAME", "STORE_DEREF", "STORE_SLICE", "DELETE_")
+_DOES_SOMETHING += ("YIELD", "IMPORT", "FOR_ITER", "SEND", "PRINT")
+_NEVER = ("torch._dynamo", "torch.distributed.fsdp", "torch.distributed._composable", "torch.fx", "torch.jit")
 
 
 class EarlyExit(BaseException):
     """Leaves the forward pass after the last hidden state that is wanted. Not an Exception: no model may swallow it."""
 
 
-class EarlyExits:
+class Exits:
     """Raises `EarlyExit` at the end of the layer whose hidden state was the last one wanted.
 
     Attributes:
         listening: whether the running pass may be left early.
-        running: the running pass.
     """
 
     def __init__(self) -> None:
         self.listening = False
-        self.running: Pass | None = None
+        self._fwd: ForwardPass | None = None
 
-    def on_call(self, name: str, compiled: bool, *call: Any) -> None:
+    def follow(self, fwd: ForwardPass | None) -> None:
+        """Leave this pass, or none."""
+        self._fwd = fwd
+        self.listening = fwd is not None and fwd.leave_after > 0
+
+    def on_call(self, name: str, compiled: bool, module: nn.Module, *call: Any) -> None:
         """What the hook on layer `name` does."""
-        this = self.running
-        # Not while the pass is repeated for its backward (activation checkpointing).
-        if this is not None and this.recording and this.stop_after is not None and len(this.states) >= this.stop_after:
+        fwd = self._fwd
+        if fwd is None or len(fwd.record.states) < fwd.leave_after or fwd.record.compiled:
+            return
+        is_last = type(next(reversed(module._forward_hooks.values()))) is Hook
+        if fwd.leave != "never" and is_last and way_is_clear(whoever=fwd.leave == "always"):
             raise EarlyExit
+        if fwd.quiet_tail:  # until the loss function returns: nobody differentiates what comes now
+            torch.set_grad_enabled(False)
 
 
-def early_exit_is_safe(model: nn.Module) -> bool:
-    """Whether a forward may be left by an exception: sharded engines keep track of its end."""
-    if units_of(model) or any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
-        return False
-    return not any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+def call_loss_function(function: Callable[[Any, Any], Tensor], model: Any, batch: Any) -> Tensor:
+    """Call it from a frame that is found again when its forward is to be left."""
+    return function(model, batch)
 
 
-def way_out(start: nn.Module, last: nn.Module) -> list[nn.Module]:
-    """The modules that an exit from `last` leaves if the forward begins at `start`: both, and those between."""
-    return [module for module in start.modules() if any(inner is last for inner in module.modules())]
-
-
-def hooks_stay_paired(way: Iterable[nn.Module]) -> bool:
-    """Whether an exit skips no forward hook but ours: its pre-hook has run, and what that opened would stay open.
-
-    Where the forward is left, hooks registered before our own have run, too. `always_call=True` helps no hook: torch
-    keeps that promise for an `Exception` only.
+def way_is_clear(*, whoever: bool) -> bool:
+    """Whether the frames from the layer up to the call of the loss function may be left.
 
     Args:
-        way: see `way_out`.
+        whoever: also those of code that would go on to do something.
     """
     if torch_module._global_forward_hooks:
         return False
-    return all(isinstance(hook, Hook) for module in way for hook in _after_the_exit(module))
+    for frame in _frames_to_leave():
+        name = f"{frame.f_globals.get('__name__', '')}."
+        if name.startswith(_NEVER):
+            return False
+        if whoever:
+            continue
+        if name == f"{torch_module.__name__}.":
+            left = frame.f_locals.get("self")
+            # Its pre-hooks have run, and what they opened would stay open.
+            if isinstance(left, nn.Module) and any(type(hook) is not Hook for hook in left._forward_hooks.values()):
+                return False
+        elif not name.startswith(_LIBRARIES) and not only_returns(frame.f_code, frame.f_lasti):
+            return False
+    return True
 
 
-def _after_the_exit(module: nn.Module) -> list[object]:
-    hooks: list[object] = list(module._forward_hooks.values())
-    exits = (i for i, hook in enumerate(hooks) if isinstance(hook, Hook) and isinstance(hook.listener, EarlyExits))
-    return hooks[1 + max(exits, default=-1) :]
+def _frames_to_leave() -> Iterator[FrameType]:
+    """From the module that called our hook up to the function that called the loss function."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code is not Hook.__call__.__code__:
+        frame = frame.f_back
+    frame = None if frame is None else frame.f_back
+    while frame is not None and frame.f_code is not call_loss_function.__code__:
+        yield frame
+        frame = frame.f_back
+
+
+@functools.lru_cache(maxsize=1024)
+def only_returns(code: CodeType, last: int) -> bool:
+    """Whether what is left of a function after instruction `last` calls and stores nothing, but for locals.
+
+    The end of a `with` block is a call as well, which an exception makes, too.
+    """
+    instructions = [i for i in dis.get_instructions(code) if i.offset > last and i.opname not in ("CACHE", "PRECALL")]
+    for number, instruction in enumerate(instructions):
+        name = instruction.opname
+        if name.startswith("CALL") and not name.startswith("CALL_INTRINSIC"):
+            three = instructions[max(number - 3, 0) : number]
+            if len(three) == 3 and all(i.opname.startswith("LOAD_CONST") and i.argval is None for i in three):
+                continue
+            return False
+        if name.startswith(_DOES_SOMETHING) or "JUMP" in name:
+            return False
+        if name.startswith(("RETURN", "RAISE", "RERAISE")):
+            return True
+    return True

@@ -25,22 +25,24 @@ class State:
         name: the layer.
         hidden: its hidden state, as the layer returned it.
         tokens: the positions that count.
-        version: of `hidden` when it was captured; a later one means that the model wrote over it.
+        watch: tells whether the model writes over what the layer returned; None where that cannot be told.
+        is_copy: whether `hidden` is safe from that.
     """
 
     name: str
     hidden: Tensor
     tokens: Tokens
-    version: int
+    watch: WriteWatch | None = None
+    is_copy: bool = False
 
     def of(self, samples: Tensor | None) -> Tensor:
         """The hidden state of the given samples (numbers along the batch dimension); None is all of them."""
         return self.hidden if samples is None else self.hidden.index_select(0, samples.to(self.hidden.device))
 
     @property
-    def is_overwritten(self) -> bool:
-        """Whether the model has written over it."""
-        return self.hidden._version != self.version
+    def is_written_over(self) -> bool:
+        """Whether the model has written over what the layer returned."""
+        return self.watch is not None and self.watch.was_written
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class Record:
         fired: how often each hooked module ran with gradients.
         compiled: whether any of them ran in a region of torch.compile.
         float16: whether anything at the hooks ran in float16.
+        saves_elsewhere: whether saved tensors went through somebody's hooks at a captured layer.
         watched: outputs in whose place the model got another tensor on the same memory, for the sake of a tap.
     """
 
@@ -76,6 +79,7 @@ class Record:
     fired: Counter[str] = field(default_factory=Counter)
     compiled: bool = False
     float16: bool = False
+    saves_elsewhere: bool = False
     watched: list[WriteWatch] = field(default_factory=list)
 
     @property
@@ -99,7 +103,10 @@ class ForwardPass:
         capture: keep hidden states: "detached", "attached" to the graph, "cloned" (attached, and safe from being
             overwritten), or None.
         patches: what stands in the place of parameters and forward methods during the pass.
-        leave_after: leave the forward after this many captured states, where that cuts nobody's code off; 0: never.
+        leave: leave the forward after the last state that is wanted: "never", where the way is "clear" of code that
+            would be cut off, or "always".
+        leave_after: how many states are wanted.
+        quiet_tail: what runs after them is in no graph.
         gate: open while the library's own backward of the pass is running.
         anchor: leaf on which taps depend that would otherwise not be part of the graph.
         record: what the hooks note down.
@@ -110,7 +117,9 @@ class ForwardPass:
     apply: bool = False
     capture: Literal["detached", "attached", "cloned"] | None = "detached"
     patches: Sequence[Patch] = ()
+    leave: Literal["never", "clear", "always"] = "never"
     leave_after: int = 0
+    quiet_tail: bool = False
     gate: Gate = field(default_factory=Gate)
     anchor: Tensor = field(default_factory=lambda: torch.zeros((), device="cpu", requires_grad=True))
     record: Record = field(default_factory=Record)

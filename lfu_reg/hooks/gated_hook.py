@@ -6,8 +6,6 @@ import functools
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from torch import nn
-
 from lfu_reg.model.compile import region, untraced, untraced_itself
 
 
@@ -69,12 +67,3 @@ def hand_on() -> Callable[[Hook, tuple[Any, ...]], Any]:
         return call_listener(hook, region() not in (None, False), call)
 
     return hand_on
-
-
-def attached_already(model: nn.Module) -> bool:
-    """Whether a regularizer's hooks are on any module of `model`."""
-    return any(
-        isinstance(hook, Hook) and hook.listener is not None
-        for module in model.modules()
-        for hook in module._forward_hooks.values()
-    )

@@ -1,35 +1,34 @@
-"""Forward hooks that are registered once, stay silent outside of a step, and do what the running pass asks for.
+"""The forward hooks of one regularizer, and the pass that they serve.
 
-Registering and removing hooks at every step would break compiled models and leak on exceptions; here a pass is one
-object (`Pass`) that is put in `ModelHooks.running` and taken out again, and a hook that finds none there returns at
-once.
+Hooks are registered for the length of a step, so that a model can be saved, scripted, copied and exported between
+steps as if nothing was attached. Only where something is compiled they stay, silent: torch.compile does not look for
+new hooks. A pass is one object (`ForwardPass`) that is put in `ModelHooks.running` and taken out again.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
-from lfu_reg.auxiliaries.base import Auxiliary, Call, GradientRule, Tokens
+from lfu_reg.auxiliaries.base import Auxiliary, Call, Tokens
 from lfu_reg.auxiliaries.peft_folding import has_acted
-from lfu_reg.hooks.early_exit import EarlyExits
-from lfu_reg.hooks.forward_pass import Gate, Pass, State
-from lfu_reg.hooks.gated_hook import Hook
+from lfu_reg.hooks.early_exit import Exits
+from lfu_reg.hooks.entries import Entries
+from lfu_reg.hooks.forward_pass import ForwardPass, State
+from lfu_reg.hooks.gated_hook import Hook, Listener
 from lfu_reg.hooks.inplace import WriteWatch
-from lfu_reg.hooks.recompute import Repeats
+from lfu_reg.hooks.taps import tap
 from lfu_reg.model import outputs
 from lfu_reg.model.autocast import in_float16, without_autocast
+from lfu_reg.model.checkpoints import saves_elsewhere
 from lfu_reg.model.compile import forget_graphs
-from lfu_reg.model.graph import no_view, take_part
 from lfu_reg.model.layers import channels_first, is_encoder_layer
-from lfu_reg.model.patching import substituted
+from lfu_reg.model.patching import patched
 
 TRANSFORMED = (
     "The model ran inside of a torch.func transform (vmap, grad, jvp), whose tensors do not live beyond it: no hidden "
@@ -46,6 +45,12 @@ class ModelHooks:
         sites: where the auxiliary acts, by name.
         auxiliary: theta_aux.
         head: the module whose output holds the logits, if these are compared instead of hidden states.
+
+    Attributes:
+        captured: modules whose outputs are captured, by name.
+        overwritten: layers whose outputs the model changes in place, so that these need a copy; None: not known yet.
+        last_gradient: set to have the next tapped backward call it with the layer's number and dl/dh of the last
+            captured layer.
     """
 
     def __init__(
@@ -56,71 +61,115 @@ class ModelHooks:
         auxiliary: Auxiliary,
         head: nn.Module | None = None,
     ) -> None:
-        self.listening = False
-        self._exits = EarlyExits()
-        self.running: Pass | None = None
-        self.overwritten: set[str] = set()  # layers whose outputs the model changes in place: these need a copy
-        self._auxiliary = auxiliary
-        self._sites = set(sites)
+        self.listening = self._recording = False
+        self.running: ForwardPass | None = None
+        self.overwritten: set[str] | None = None
+        self.last_gradient: Callable[[int, Tensor], None] | None = None
         self.captured = {"": head} if head is not None else dict(layers)
+        self._model, self._auxiliary, self._sites = model, auxiliary, set(sites)
         self._encoder = {name for name in layers if is_encoder_layer(name, layers)}
-        modules = {**layers, **sites, **({"": head} if head is not None else {})}
-        self._channels_first = {name: channels_first(module) for name, module in modules.items()}
-        self._repeats = Repeats(auxiliary, self._look)
+        self._hooked = {**layers, **sites, **self.captured}
+        self._channels_first = {name: channels_first(module) for name, module in self._hooked.items()}
+        self._exits, self._entries = Exits(), Entries(model, layers, auxiliary)
+        self._others: list[tuple[nn.Module, Hook]] = []
         self._handles: list[RemovableHandle] = []
-        for name, module in modules.items():
-            # First of all hooks, whenever the others came: what they capture or change is then downstream of ours.
-            self._handles.append(module.register_forward_hook(Hook(self, name), with_kwargs=True, prepend=True))
-        for name, module in self.captured.items():
-            # Last of those there are, so that what others opened around the layer (checkpoint, FSDP) is closed.
-            self._handles.append(module.register_forward_hook(Hook(self._exits, name), with_kwargs=True))
-        # A compiled block shares its graphs with its siblings, and torch tells a module with hooks from one without
-        # only where both have some. So every other module of the same classes gets an idle one.
-        classes, hooked = {type(module) for module in modules.values()}, set(modules.values())
-        for module in model.modules():
-            if type(module) in classes and module not in hooked:
-                self._handles.append(module.register_forward_hook(Hook(None, ""), with_kwargs=True))
-        forget_graphs()
+        self._stay = False
+
+    def also(self, modules: Mapping[str, nn.Module], listener: Listener) -> None:
+        """Let somebody else listen to some modules, before everybody."""
+        self._others += [(module, Hook(listener, name)) for name, module in modules.items()]
+
+    # ------------------------------------------------------------------ registering
+
+    @contextmanager
+    def installed(self, *, stay: bool) -> Iterator[None]:
+        """Hooks are on the model for the block; with `stay` beyond it, until `remove()`."""
+        if stay != self._stay:
+            self.remove()
+            self._stay = stay
+        if not self._handles:
+            self._register()
+        try:
+            yield
+        finally:
+            if not self._stay:
+                self.remove()
 
     def remove(self) -> None:
         """Take every hook off again."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self.captured = [], {}
-        self._repeats.possible = False
+        self._handles = []
+
+    def forget(self) -> None:
+        """Let go of the model."""
+        self._hooked, self.captured, self._others = {}, {}, []
+        self._entries.modules = {}
+        del self._model
+
+    def _register(self) -> None:
+        add = self._handles.append
+        for name, module in self._hooked.items():
+            # Before all other hooks, whenever they came: what they capture or change is then downstream of ours.
+            add(module.register_forward_hook(Hook(self, name), with_kwargs=True, prepend=True))
+        for module, hook in self._others:
+            add(module.register_forward_hook(hook, with_kwargs=True, prepend=True))
+        for name, module in self.captured.items():
+            # After all other hooks, so that what they opened around the layer (checkpoint, DDP) is closed.
+            add(module.register_forward_hook(Hook(self._exits, name), with_kwargs=True))
+        for name, module in self._entries.modules.items():
+            add(module.register_forward_pre_hook(Hook(self._entries, name), with_kwargs=True, prepend=True))
+        if self._stay:
+            # A compiled block shares its graphs with its siblings, and torch tells a module with hooks from one
+            # without only where both have some. So every other module of the same classes gets an idle one.
+            classes, hooked = {type(m) for m in self._hooked.values()}, set(self._hooked.values())
+            for module in self._model.modules():
+                if type(module) in classes and module not in hooked:
+                    add(module.register_forward_hook(Hook(None, ""), with_kwargs=True))
+            forget_graphs()
+
+    # ------------------------------------------------------------------ running
 
     @contextmanager
-    def run(self, this: Pass) -> Iterator[Pass]:
-        """Let `this` be the running pass for the block, whatever happens in it."""
-        before, self.running = self.running, this
+    def run(self, fwd: ForwardPass) -> Iterator[ForwardPass]:
+        """Let `fwd` be the running pass for the block: its forward, and backwards that repeat parts of it."""
+        before, self.running = self.running, fwd
         self._look()
         try:
-            with self._repeats.prepared(this), substituted(this.replaced):
-                yield this
+            with patched(fwd.patches):
+                yield fwd
         finally:
-            this.recording = this.gate.is_open = False
-            this.taps.clear()
-            self.running = before
+            self.running, self._recording = before, False
+            self._look()
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """The running pass's forward is in the block: what happens in it is noted down."""
+        self._recording = True
+        self._look()
+        try:
+            yield
+        finally:
+            self._recording = False
             self._look()
 
     def _look(self) -> None:
-        self.listening = self.running is not None or bool(self._repeats.running)
-        self._exits.running = self.running
-        self._exits.listening = self.running is not None and self.running.stop_after is not None
+        self.listening = self.running is not None
+        recorded = self.running if self._recording else None
+        self._exits.follow(recorded)
+        self._entries.follow(recorded)
 
     def on_call(self, name: str, compiled: bool, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """What the hook on `name` does; None leaves the output alone."""
-        this, auxiliary = self.running, self._auxiliary
-        if self._repeats.running:
-            this, auxiliary = self._repeats.running.get(threading.get_ident(), (this, auxiliary))
+        fwd = self.running
         # Parts of a model that run without gradients (frozen towers, a reference model's pass) have none to offer.
-        if this is None or output is None or not torch.is_grad_enabled():
+        if fwd is None or output is None or not torch.is_grad_enabled():
             return None
         if torch._C._functorch.peek_interpreter_stack() is not None:
             raise RuntimeError(TRANSFORMED)
-        if this.recording:
-            this.fired[name] += 1
-            this.compiled |= compiled
+        if self._recording:
+            fwd.record.fired[name] += 1
+            fwd.record.compiled |= compiled
         path = outputs.locate(output, outputs.HIDDEN_STATE if name else outputs.LOGITS)
         if path is None:
             raise ValueError(
@@ -128,51 +177,61 @@ class ModelHooks:
                 "is no hidden state to compare or to steer. Choose other layers with layers=...."
             )
         y = outputs.get(output, path)
-        if not this.float16 and in_float16(y):
-            this.float16 = True
-        tokens = self._tokens(name, y, this)
+        fwd.record.float16 = fwd.record.float16 or in_float16(y)
+        tokens = self._tokens(name, y, fwd)
         changed = y
-        if name in self._sites and (this.apply or this.observe):
-            changed = self._at_site(Call(name, module, _first_input(args, kwargs), y, tokens), this, auxiliary)
-        if name in self.captured and this.recording and this.capture is not None:
-            self._keep(name, changed, tokens, this)
+        if name in self._sites and (fwd.apply or fwd.observe):
+            changed = self._at_site(Call(name, module, _first_input(args, kwargs), y, tokens), fwd)
+        if name in self.captured and self._recording and fwd.capture is not None:
+            changed = self._keep(name, changed, tokens, fwd)
         return None if changed is y else outputs.replace(output, path, changed)
 
-    def _at_site(self, call: Call, this: Pass, auxiliary: Auxiliary) -> Tensor:
+    def _at_site(self, call: Call, fwd: ForwardPass) -> Tensor:
         if has_acted(call.module):
             return call.y
         with without_autocast(call.y.device.type):
-            if this.apply:
-                return auxiliary.apply_at(call)
-            y = no_view(call.y) if call.y.requires_grad else take_part(call.y, this.anchor)
-            if this.recording:
-                y.register_hook(_tap(auxiliary.observe(call), this.gate))  # type: ignore[no-untyped-call]
-                if this.outlives:
-                    this.taps.append(get_gradient_edge(y))
-                if y is not call.y and WriteWatch.can_watch(call.y):
-                    this.watched.append(WriteWatch(call.name, call.y))
+            if fwd.apply:
+                return self._auxiliary.apply_at(call)
+            if not self._recording:  # a checkpointed block that a backward repeats: its taps are in the graph
+                return tap(call.y, fwd.anchor, fwd.gate, _nothing)
+            rule = self._auxiliary.observe(call)
+            y = tap(call.y, fwd.anchor, fwd.gate, rule or _nothing)
+            if WriteWatch.can_watch(call.y):
+                fwd.record.watched.append(WriteWatch(call.name, call.y))
             return y
 
-    def _keep(self, name: str, hidden: Tensor, tokens: Tokens, this: Pass) -> None:
-        kept = hidden.detach() if this.capture == "detached" else hidden
-        if name in self.overwritten or this.capture == "cloned":
-            kept = kept.clone()
-        this.states.append(State(name, kept, tokens, kept._version))
+    def _keep(self, name: str, hidden: Tensor, tokens: Tokens, fwd: ForwardPass) -> Tensor:
+        number = len(fwd.record.states)
+        fwd.record.saves_elsewhere = fwd.record.saves_elsewhere or saves_elsewhere()
+        if self.last_gradient is not None and not fwd.apply:
+            hidden = tap(hidden, fwd.anchor, fwd.gate, _Told(self, number))
+        kept = hidden.detach() if fwd.capture == "detached" else hidden
+        watch = WriteWatch(name, hidden) if WriteWatch.can_watch(hidden) else None
+        copy = fwd.capture == "cloned" or self.overwritten is None or name in self.overwritten or watch is None
+        fwd.record.states.append(State(name, kept.clone() if copy else kept, tokens, watch, copy))
+        return hidden
 
-    def _tokens(self, name: str, y: Tensor, this: Pass) -> Tokens:
+    def _tokens(self, name: str, y: Tensor, fwd: ForwardPass) -> Tokens:
         axis = 1 if self._channels_first[name](y) else -1
-        mask, index = this.tokens.match(y, axis, encoder=name in self._encoder)
+        mask, index = fwd.tokens.match(y, axis, encoder=name in self._encoder)
         return Tokens(mask, index, axis)
 
 
-def _tap(rule: GradientRule | None, gate: Gate) -> Callable[[Tensor], None]:
-    def tap(grad_y: Tensor) -> None:
-        if gate.is_open and rule is not None:
-            collected = rule(grad_y)
-            if gate.finite is not None:
-                gate.finite += [torch.isfinite(c).all() for c in collected if c is not None]
+class _Told:
+    """The rule of a tap that tells dl/dh of the layer whose gradient arrives first, which is the last one."""
 
-    return tap
+    def __init__(self, hooks: ModelHooks, number: int) -> None:
+        self._hooks, self._number = hooks, number
+
+    def __call__(self, gradient: Tensor) -> Sequence[Tensor | None]:
+        tell, self._hooks.last_gradient = self._hooks.last_gradient, None
+        if tell is not None:
+            tell(self._number, gradient)
+        return ()
+
+
+def _nothing(gradient: Tensor) -> Sequence[Tensor | None]:
+    return ()
 
 
 def _first_input(args: Any, kwargs: Any) -> Tensor | None:

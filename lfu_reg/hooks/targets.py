@@ -15,7 +15,7 @@ from torch import nn
 from lfu_reg.model import peft as adapters
 
 
-class Places:
+class Targets:
     """Where some modules of a model are.
 
     Args:
@@ -39,7 +39,7 @@ class Places:
         """Let go of the model."""
         self._children, self._lists = {}, {}
 
-    def are_taken(self) -> bool:
+    def were_replaced(self) -> bool:
         """Whether a module, or one above it, has been replaced by something that does not run it as it was.
 
         Also where a list of blocks has become longer or shorter.

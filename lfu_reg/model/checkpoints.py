@@ -1,4 +1,4 @@
-"""Activation checkpoints in a retained graph are refused.
+"""Notices activation checkpoints, which a retained graph cannot have.
 
 A checkpointed block runs its forward again during the backward pass. The released strategy takes its gradients while
 the pass is still set up, so the block repeats exactly what it did. A retained graph is backpropagated by the caller,
@@ -8,7 +8,7 @@ when the perturbation is gone: the block would run again without it.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,35 +16,58 @@ import torch
 import torch.utils.checkpoint
 
 REFUSED = (
-    "Activation checkpointing does not go with a graph that is retained until the caller's backward: checkpointed blocks "
-    "would run again without the perturbation. {cure}"
-)
-BY_STRATEGY = (
-    "Use strategy='released' with stop_gradient='clean' (the defaults, without sharding by FSDP1 or ZeRO-3), or switch "
-    "checkpointing off."
+    "Activation checkpointing does not go with a graph that is retained until the caller's backward, as checkpointed "
+    "blocks would run again without the perturbation. The graph is retained with strategy='retained', "
+    "stop_gradient='none' or 'perturbed', FSDP1 and ZeRO-3, and where the loss depends on a graph that was made before "
+    "the call (a batch that comes out of another trained network: compute it inside of sft_loss_fn). Use the defaults, "
+    "or switch checkpointing off."
 )
 
+OFFLOADED = (
+    "Somebody's saved-tensor hooks are in force (activation offloading), which expect one backward after each forward, and "
+    "a graph that is retained is gone through more than once. Use strategy='released' with stop_gradient='clean' (the "
+    "defaults), or switch offloading off."
+)
+
+# Private, and not in torch 2.6: there is no telling who saves activations.
+_innermost_hooks: Callable[[bool], Any] | None = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+
 _changing = threading.Lock()
-_refusing: set[int] = set()  # threads
+_noting: dict[int, list[str]] = {}  # by thread
 _entered: list[Any] = []  # what stands behind the watch
 
 
+def can_tell_who_saves() -> bool:
+    """Whether `saves_elsewhere` works with this version of torch."""
+    return _innermost_hooks is not None
+
+
+def saves_elsewhere() -> bool:
+    """Whether saved tensors go through hooks of somebody else than torch itself."""
+    top = None if _innermost_hooks is None else _innermost_hooks(False)
+    return top is not None and not getattr(top[0], "__module__", "").startswith("torch.")
+
+
 @contextmanager
-def refused() -> Iterator[None]:
-    """Raise RuntimeError if this thread enters a non-reentrant checkpoint in the block."""
+def noted() -> Iterator[list[str]]:
+    """A list that is filled if this thread enters a non-reentrant checkpoint in the block."""
     thread = threading.get_ident()
+    found: list[str] = []
     with _changing:
-        nested = thread in _refusing
-        if not _refusing:
+        if not _noting:
             _watch()
-        _refusing.add(thread)
+        outer = _noting.get(thread)
+        _noting[thread] = found
     try:
-        yield
+        yield found
     finally:
         with _changing:
-            if not nested:
-                _refusing.discard(thread)
-            if not _refusing:
+            if outer is None:
+                del _noting[thread]
+            else:
+                outer += found
+                _noting[thread] = outer
+            if not _noting:
                 torch.autograd.graph.saved_tensors_hooks.__enter__ = _entered.pop()  # type: ignore[method-assign]
 
 
@@ -54,8 +77,12 @@ def _watch() -> None:
     enter = hooks.__enter__
 
     def watched(self: Any) -> None:
-        if threading.get_ident() in _refusing and type(self).__module__ == torch.utils.checkpoint.__name__:
-            raise RuntimeError(REFUSED.format(cure=BY_STRATEGY))
+        kind = type(self)
+        if (
+            kind.__module__ == torch.utils.checkpoint.__name__
+            and (found := _noting.get(threading.get_ident())) is not None
+        ):
+            found.append(kind.__name__)
         enter(self)
 
     _entered.append(enter)

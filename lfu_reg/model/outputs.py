@@ -68,6 +68,11 @@ def describe(output: Any) -> str:
     return f"a {type(output).__name__}"
 
 
+def is_cache(value: Any) -> bool:
+    """Whether `value` is a key/value cache, which grows when it is used."""
+    return type(value).__name__.endswith("Cache")
+
+
 @dataclasses.dataclass(frozen=True)
 class _Field:
     """A dataclass attribute, as opposed to an index or a key."""

@@ -16,7 +16,7 @@ ABSENT: Any = object()
 
 
 @contextmanager
-def substituted(replacements: Iterable[Patch]) -> Iterator[None]:
+def patched(replacements: Iterable[Patch]) -> Iterator[None]:
     """Let modules see and run what stands in the place of their own for the block, also if an exception ends it."""
     listed = [(vars(m) if name == "forward" else m._parameters, name, new) for m, name, new in replacements]
     kept = [(table, name, table.get(name, ABSENT)) for table, name, _ in listed]

@@ -1,4 +1,4 @@
-"""What PEFT's wrappers mean for hooks, token masks and replays. Read by duck typing: nothing of PEFT is imported.
+"""What PEFT's wrappers mean for hooks, and token masks. Read by duck typing: nothing of PEFT is imported.
 
 An adapter layer wraps a layer of the model as its `base_layer` and returns what both make together. It counts as that
 layer, as a whole: a delta on `base_layer` alone would be scaled with it (DoRA, IA3) or rotated (OFT), and a delta on
@@ -13,12 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from lfu_reg.hooks.gated_hook import Hook
 from lfu_reg.model.module_walk import modules_of
-
-# PEFT's forward takes these for itself: it hooks its layers for the length of the call, and the model inside never
-# sees them. A replay of what is inside would leave them out, and an exception would leave PEFT's hooks behind.
-_CONTEXT_ARGUMENTS = ("adapter_names", "alora_offsets")
 
 
 def base_layer(module: nn.Module) -> nn.Module | None:
@@ -90,10 +85,8 @@ def _is_variant(layer: Any) -> bool:
 def _is_plain(linear: nn.Module) -> bool:
     parameters, inside = linear._parameters, vars(linear)
     tables = [table for key in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks") if (table := inside[key])]
-    hooks = [hook for table in tables for hook in table.values()]
-    hooked = any(not (isinstance(hook, Hook) and hook.listener is None) for hook in hooks)  # idle ones of ours
     plain = type(linear) is nn.Linear and type(parameters["weight"]) is nn.Parameter and parameters["bias"] is None
-    return plain and not hooked and "forward" not in inside and inside.get("_compiled_call_impl") is None
+    return plain and not tables and "forward" not in inside and inside.get("_compiled_call_impl") is None
 
 
 def virtual_tokens(model: nn.Module) -> int:
@@ -106,11 +99,3 @@ def virtual_tokens(model: nn.Module) -> int:
             config: Any = getattr(module, "active_peft_config", None)
             return int(getattr(config, "num_virtual_tokens", 0) or 0)
     return 0
-
-
-def enters_a_context(module: nn.Module, kwargs: dict[str, Any]) -> bool:
-    """Whether a call of `module` hooks PEFT's layers until it returns (mixed batches, activated LoRA)."""
-    if any(kwargs.get(argument) is not None for argument in _CONTEXT_ARGUMENTS):
-        return True
-    configs = getattr(module, "peft_config", None) if "special_peft_forward_args" in vars(module) else None
-    return any(getattr(config, "alora_invocation_tokens", None) for config in (configs or {}).values())

@@ -1,7 +1,9 @@
-"""What a regularizer has attached to a model: hooks on the chosen layers, and what follows from where these are."""
+"""What a regularizer has attached to a model, and what it has learnt of it that outlives a step."""
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -12,31 +14,30 @@ from lfu_reg.diagnostics import Diagnostics
 from lfu_reg.distances.base import Distance
 from lfu_reg.distributed.ddp import Wrappers
 from lfu_reg.distributed.engine import Engine, engine_of
-from lfu_reg.hooks.coverage import Firing
-from lfu_reg.hooks.forward_pass import Pass
+from lfu_reg.hooks.coverage import Coverage
+from lfu_reg.hooks.forward_pass import ForwardPass
 from lfu_reg.hooks.model_hooks import ModelHooks
-from lfu_reg.hooks.targets import Places
-from lfu_reg.model.buffers import ForwardWatch
-from lfu_reg.model.compile import graphs_for_two_backwards
-from lfu_reg.model.graph import leaves_of
+from lfu_reg.hooks.targets import Targets
 from lfu_reg.model.layers import LayerChoice, choose_layers, is_preset
 from lfu_reg.model.rng import devices_of
 from lfu_reg.step import checks
-from lfu_reg.step.chain import Chain
-from lfu_reg.step.float16 import float16_in_play
-from lfu_reg.step.replays import Replays
-from lfu_reg.step.sft_loss import SFTLoss
-from lfu_reg.step.shared_backward import shared_prefix
-from lfu_reg.step.trunk import Trunk
+from lfu_reg.step.reused_blocks import ReusedBlocks
 
 SHARED = (
     "{} was given to another LfURegularizer since, and would move the weights of that one's model. Give each "
     "regularizer an auxiliary of its own."
 )
 REMOVED = "This LfURegularizer was removed from its model. Create a new one: LfURegularizer(model, ...)."
+TWICE = (
+    "{} already has an LfURegularizer attached, and two would perturb each other's passes. Call remove() on the first "
+    "one, or use it as a context manager."
+)
+
+# Which modules somebody regularizes, without a note on the modules themselves.
+_attached: weakref.WeakKeyDictionary[nn.Module, weakref.ref[AttachedModel]] = weakref.WeakKeyDictionary()
 
 
-class Attachment:
+class AttachedModel:
     """One regularizer on one model.
 
     Args:
@@ -50,20 +51,21 @@ class Attachment:
         layers: names of the chosen layers.
         modules: the chosen layers by name.
         hooks: capture hidden states, and run the model with theta_aux in place.
-        trunk: records calls in pass 1.
-        chain: records the calls of layers in pass 1.
-        replays: repeats one of them in pass 2.
+        reused: blocks that answer pass 2 with what they returned in pass 1.
+        wrappers: DDP's, around the model.
+        writers: modules that write to their buffers; None before the first step.
+        has_run: whether a step has found its layers.
+        tail_may_be_quiet: whether code behind the last layer has run without gradients so far.
 
     Raises:
         ValueError: for layers that do not exist or cannot be hooked.
+        RuntimeError: if another regularizer, which is still in use, is attached to a part of the model.
     """
 
     layers: tuple[str, ...]
     modules: dict[str, nn.Module]
     hooks: ModelHooks
-    trunk: Trunk
-    chain: Chain
-    replays: Replays
+    reused: ReusedBlocks
 
     def __init__(
         self,
@@ -73,10 +75,11 @@ class Attachment:
         distance: Distance,
         diagnostics: Diagnostics,
     ) -> None:
+        check_is_free(model)
         self._model: nn.Module | None = model
         self._choice, self._auxiliary, self._diagnostics = choice, auxiliary, diagnostics
         self._on_logits = distance.measures == "logits"
-        self._wrappers = Wrappers()
+        self.wrappers = Wrappers()
         self._attach(model)
 
     def _attach(self, model: nn.Module) -> None:
@@ -85,13 +88,17 @@ class Attachment:
         checks.check_no_scripts(chosen)
         self.layers, self.modules = tuple(chosen), chosen
         self.hooks = ModelHooks(model, chosen, sites, self._auxiliary, head=model if self._on_logits else None)
-        self.trunk = Trunk(model, [] if self._on_logits else self.layers, self.devices)
         at_sites = sites if self._auxiliary.acts_at_sites and not self._on_logits else None
-        self.chain = Chain(model, self.layers, at_sites, self.devices)
-        self.replays = Replays(self.hooks, self.trunk, self.chain, self._diagnostics)
-        self._site_names = tuple(sites)
-        self._firing = Firing(self.layers, sites, self._diagnostics)
-        self._places = Places(model, [*chosen, *sites, *self.trunk.names, *self.chain.names])
+        self.reused = ReusedBlocks(model, self.layers, at_sites, self.devices)
+        self.hooks.also(self.reused.blocks, self.reused)
+        self.sites = tuple(sites)
+        self._coverage = Coverage(self.layers, sites, self._diagnostics)
+        self._targets = Targets(model, [*chosen, *sites, *self.reused.blocks])
+        self.writers: set[nn.Module] | None = None
+        self.has_run, self.tail_may_be_quiet = False, True
+        for module in (model, *chosen.values()):
+            _attached[module] = weakref.ref(self)
+        self._finalizer = weakref.finalize(self, self.hooks.remove)  # hooks that stay, if nobody calls `remove()`
 
     def follow(self) -> None:
         """Hook what is there now, where adapters came around hooked modules or were merged, or blocks were added.
@@ -99,30 +106,28 @@ class Attachment:
         Raises:
             RuntimeError: if the auxiliary belongs to another regularizer by now.
         """
-        if self._places.are_taken():
-            self.hooks.remove()
-            self.trunk.remove()
-            self.chain.remove()
+        if self._targets.were_replaced():
+            self._let_go()
             self._attach(self.model)
         if not self._auxiliary.is_attached_to(self.model):
             raise RuntimeError(SHARED.format(self._auxiliary))
 
-    def forget(self) -> None:
-        """Let go of the inputs of a step."""
-        self.trunk.forget()
-        self.chain.forget()
-        self.replays.forget()
+    def _let_go(self) -> None:
+        self._finalizer()
+        for module in [module for module, owner in _attached.items() if owner() is self]:
+            del _attached[module]
 
     def remove(self) -> None:
         """Take all hooks off the model, and let go of it."""
-        self.hooks.remove()
-        self.trunk.remove()
-        self.chain.remove()
-        self.replays.remove()
-        self._places.forget()
-        if self._model is not None:
-            self._auxiliary.detach(self._model)
-        self._model, self.modules = None, {}
+        if self._model is None:
+            return
+        self._let_go()
+        self._auxiliary.detach(self._model)
+        self.reused.forget()
+        self.reused.blocks, self.reused.inside = {}, set()
+        self._targets.forget()
+        self._model, self.modules, self.writers = None, {}, None
+        self.hooks.forget()
 
     @property
     def is_removed(self) -> bool:
@@ -158,60 +163,7 @@ class Attachment:
             checks.check_resident(self.model)
         return engine_of(model, self.model, self.modules.values())
 
-    def clean_forward(self, sft: SFTLoss, clean: Pass, *, first: bool, shares_prefix: bool) -> Tensor:
-        """The forward of pass 1, with everything noted down that later passes are to repeat or to leave alone.
-
-        Args:
-            sft: the loss function of the step.
-            clean: the running pass.
-            first: whether this is the first step, at which the loss's value is checked as well.
-            shares_prefix: whether pass 2 may start behind what no perturbation reaches.
-
-        Returns:
-            l_SFT with its graph.
-
-        Raises:
-            TypeError, ValueError: for a loss that cannot be used, or that did not come through DDP's wrapper.
-        """
-        watch = ForwardWatch(self.model)
-        with (
-            self.trunk.recording(),
-            self.chain.recording(shares_prefix and self.replays.can_shorten),
-            graphs_for_two_backwards(clean.outlives),
-            self._wrappers.must_run(sft.model, self.model),
-        ):
-            loss = sft.clean(self.devices(), first=first)
-        clean.recording = False
-        buffers, weights = watch.changed()
-        clean.buffers += buffers
-        if weights:  # pass 2 writes to them as well, before the prefix, whose backward waits, has used them
-            self.chain.forget()
-        return loss
-
-    def leaves_of(self, sft_loss: Tensor, clean: Pass) -> list[Tensor]:
-        """The leaves of pass 1's graph, of which `clean` is given the prefix if there is one to share.
-
-        Args:
-            sft_loss: scalar with the graph of pass 1.
-            clean: the pass, after its forward.
-
-        Raises:
-            RuntimeError: if the graph holds a reentrant checkpoint.
-        """
-        cut = self.chain.cut
-        # A site that fired more often is shared with another layer, perhaps below the cut.
-        once = all(clean.fired[name] <= 1 for name in self._site_names)
-        if cut is not None and once and self.chain.is_whole() and self.trunk.runs_once_and_bare():
-            prefix = shared_prefix(sft_loss, cut, clean.anchor)
-            leaves = [] if prefix is None else [*prefix.above, *prefix.below]
-            # A scaled loss may have to be backpropagated again, which the part that waits would not follow.
-            if prefix is not None and not float16_in_play(clean, [sft_loss, *leaves]):
-                clean.prefix = prefix
-                return leaves
-        self.chain.forget()  # it holds on to the graph
-        return leaves_of(sft_loss)
-
-    def check_clean(self, clean: Pass, leaves: Sequence[Tensor], model: nn.Module, turn: int) -> None:
+    def check_clean(self, clean: ForwardPass, leaves: Sequence[Tensor], model: nn.Module, turn: int) -> None:
         """Look at pass 1: whether what was hooked ran, with something to train and tokens that count.
 
         Args:
@@ -225,19 +177,19 @@ class Attachment:
             RuntimeError: for layers that did not run, or ran without their hooks, or whose outputs were written to past
                 the hooks.
         """
+        record = clean.record
         checks.check_trainable(leaves, clean.anchor)
-        checks.check_not_written(watch.name for watch in clean.watched if watch.was_written)
-        ran, named = {state.name for state in clean.states}, not is_preset(self._choice)
+        checks.check_not_written(watch.name for watch in record.watched if watch.was_written)
+        ran, named = {state.name for state in record.states}, not is_preset(self._choice)
         checks.check_layers_ran(self.hooks.captured, ran, named=named)
-        self._firing.check(clean, model)
-        hidden_states = [state.hidden for state in clean.states]
+        self._coverage.check(clean, model)
+        hidden_states = [state.hidden for state in record.states]
         checks.check_token_mask(clean.tokens, hidden_states)
-        if self._diagnostics.is_due(turn) and (
-            message := checks.masks_without_effect(clean.tokens, hidden_states, self.trunk.arguments())
-        ):
-            self._diagnostics.tell("no mask", message)
+        if self._diagnostics.is_due(turn) and (message := checks.masks_without_effect(clean.tokens, hidden_states)):
+            self._diagnostics.warn_once("no mask", message)
+        self.has_run = True
 
-    def check_perturbed(self, perturbed: Pass, clean: Pass, samples: Tensor | None) -> None:
+    def check_perturbed(self, perturbed: ForwardPass, clean: ForwardPass, samples: Tensor | None) -> None:
         """Look at pass 2: whether the same ran as in pass 1.
 
         Args:
@@ -248,6 +200,20 @@ class Attachment:
         Raises:
             RuntimeError: if other layers ran.
         """
-        checks.check_same_layers([state.name for state in clean.states], [state.name for state in perturbed.states])
+        checks.check_same_layers(
+            [state.name for state in clean.record.states], [state.name for state in perturbed.record.states]
+        )
         if samples is None:
-            self._firing.compare(clean, perturbed)
+            self._coverage.compare(clean, perturbed)
+
+
+def check_is_free(model: nn.Module) -> None:
+    """Raise if a regularizer that somebody still holds is attached to a part of the model."""
+    for collect in (True, False):
+        owners = [ref() for module in model.modules() if (ref := _attached.get(module)) is not None]
+        if not any(owner is not None for owner in owners):
+            return
+        if collect:  # one that nobody holds any more may wait to be collected
+            owners.clear()
+            gc.collect()
+    raise RuntimeError(TWICE.format(type(model).__name__))

@@ -8,15 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lfu_reg.hooks.gated_hook import attached_already
+from lfu_reg.model.outputs import is_cache
 from lfu_reg.model.tokens import TokenMasks
-from lfu_reg.step.schedules import check_schedule
-from lfu_reg.step.trunk import is_cache
 
 NOTHING_TRAINABLE = (
     "sft_loss_fn returned a loss that does not depend on anything trainable (requires_grad is False). Do not detach it "
     "or compute it under torch.no_grad(), and make sure that some parameters require gradients. Reentrant checkpoints "
     "cut the graph where no input requires a gradient: use_reentrant=False."
+)
+CANNOT_DIVIDE = (
+    "batch_fraction < 1 needs inputs whose tensors have the samples along their first dimension, and a model that draws "
+    "no random numbers for each sample (dropout): a call on {number} samples did not give their hidden states. Use "
+    "batch_fraction=1.0, or every=k for a lower cost."
 )
 NO_REPLICAS = (
     "torch.nn.DataParallel runs copies of the model in threads, whose hidden states would mix. Use "
@@ -43,11 +46,6 @@ def check_model(model: object) -> None:
         raise TypeError(f"model is a {type(model).__name__}; allowed is any torch.nn.Module.")
     if any(isinstance(module, nn.DataParallel) for module in model.modules()):
         raise ValueError(NO_REPLICAS)
-    if attached_already(model):
-        raise RuntimeError(
-            f"{type(model).__name__} already has an LfURegularizer attached, and two would perturb each other's "
-            "passes. Call remove() on the first one, or use it as a context manager."
-        )
 
 
 def check_no_scripts(layers: Mapping[str, nn.Module]) -> None:
@@ -76,27 +74,6 @@ def check_is_attached(model: object, attached: nn.Module) -> None:
     )
 
 
-def check_terms(*, alpha: object, lam: object, reduction: object, stop_gradient: object, strategy: object) -> None:
-    """Raise for a setting of the loss's terms and their gradients that is not allowed, or contradicts another."""
-    check_schedule("alpha", alpha)
-    check_schedule("lam", lam)
-    _check_one_of("reduction", reduction, ("mean", "sum"))
-    _check_one_of("stop_gradient", stop_gradient, ("clean", "perturbed", "none"))
-    _check_one_of("strategy", strategy, ("auto", "released", "retained"))
-    if strategy == "released" and stop_gradient != "clean":
-        raise ValueError(
-            f"strategy='released' frees the graph of the clean pass, through which stop_gradient={stop_gradient!r} "
-            "sends gradients. Use strategy='auto' or 'retained'."
-        )
-
-
-def check_amounts(*, ascent_steps: object, every: object, batch_fraction: object) -> None:
-    """Raise for a setting of how much is computed that is out of range."""
-    _check_count("ascent_steps", ascent_steps)
-    _check_count("every", every)
-    _check_fraction("batch_fraction", batch_fraction)
-
-
 def check_state(state: Collection[str]) -> None:
     """Raise unless a state to load has what a regularizer's state has."""
     if {"step", "seed"} - set(state):
@@ -104,21 +81,6 @@ def check_state(state: Collection[str]) -> None:
             f"The state has entries {sorted(state)}; it needs 'step' and 'seed', as LfURegularizer.state_dict() "
             "gives them."
         )
-
-
-def _check_one_of(name: str, value: object, allowed: Collection[str]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name}={value!r}; allowed are {', '.join(map(repr, allowed))}.")
-
-
-def _check_count(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name}={value!r}; allowed are whole numbers from 1.")
-
-
-def _check_fraction(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
-        raise ValueError(f"{name}={value!r}; allowed are numbers above 0 and up to 1.")
 
 
 def check_batch(batch: Any) -> None:
@@ -138,6 +100,15 @@ def _entries(batch: Any) -> Iterable[tuple[Any, Any]]:
     if isinstance(batch, (tuple, list)):
         return enumerate(batch)
     return getattr(batch, "__dict__", {}).items()
+
+
+def check_loss_function(function: object) -> None:
+    """Raise unless it can be called, which a loss cannot."""
+    if not callable(function):
+        raise TypeError(
+            f"sft_loss_fn is a {type(function).__name__}; it has to be a function of (model, batch) that returns the "
+            "loss, since LfU runs the model itself: reg(model, batch, sft_loss_fn), not reg(model, batch, loss)."
+        )
 
 
 def check_loss(loss: object, *, first: bool) -> Tensor:
@@ -226,23 +197,9 @@ def check_token_mask(tokens: TokenMasks, hidden_states: Sequence[Tensor]) -> Non
         )
 
 
-def masks_without_effect(
-    tokens: TokenMasks, hidden_states: Sequence[Tensor], calls: Iterable[Mapping[str, Any]]
-) -> str | None:
-    """What to tell the user if every position counts although somebody said that some do not. Waits for the device.
-
-    Args:
-        tokens: the batch's masks, after they were matched.
-        hidden_states: what they were matched to.
-        calls: keyword arguments of the attached model's calls.
-    """
-    if tokens.matched:
-        return None
-    if tokens.leave_something_out():
-        offered = "not its labels or attention_mask either"
-    elif any(TokenMasks(kwargs).leave_something_out() for kwargs in calls):
-        offered = "but the model was called with labels or an attention_mask that leave some out"
-    else:
+def masks_without_effect(tokens: TokenMasks, hidden_states: Sequence[Tensor]) -> str | None:
+    """What to warn of if every position counts although a mask says that some do not. Waits for the device."""
+    if tokens.matched or not tokens.leave_something_out():
         return None
     shapes = ", ".join(dict.fromkeys(str(list(hidden.shape)) for hidden in hidden_states))
-    return EVERY_POSITION_COUNTS.format(shapes=shapes, offered=offered)
+    return EVERY_POSITION_COUNTS.format(shapes=shapes, offered="not its labels or attention_mask either")

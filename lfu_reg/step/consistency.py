@@ -8,10 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lfu_reg.distances.base import Distance, Reduction
+from lfu_reg.distances.base import Distance
 from lfu_reg.hooks.forward_pass import State
 from lfu_reg.model.autocast import without_autocast
 from lfu_reg.model.tokens import rows
+from lfu_reg.step.settings import Settings
 
 
 def consistency(
@@ -19,9 +20,7 @@ def consistency(
     clean: Sequence[State],
     perturbed: Sequence[State],
     samples: Tensor | None,
-    *,
-    reduction: Reduction,
-    stop_gradient: str,
+    settings: Settings,
 ) -> tuple[Tensor, Tensor]:
     """l_cons over the tokens that count, averaged over layers.
 
@@ -33,8 +32,7 @@ def consistency(
         clean: K states of pass 1, of the whole batch.
         perturbed: the same K states of pass 2, of `samples` only.
         samples: numbers of the samples that pass 2 ran on, None for all.
-        reduction: see `Distance`.
-        stop_gradient: which side is detached: "clean", "perturbed" or "none" of them.
+        settings: say which side is detached, and how the hidden dimension is reduced.
 
     Returns:
         Scalar loss and detached per-layer distances [K].
@@ -44,19 +42,21 @@ def consistency(
     for number, (before, after) in enumerate(zip(clean, perturbed, strict=True)):
         axis = after.tokens.axis
         state = before.of(samples)
-        h.append(_hidden_last(state.detach() if stop_gradient == "clean" else state, axis))
-        h_prime.append(_hidden_last(after.hidden.detach() if stop_gradient == "perturbed" else after.hidden, axis))
+        h.append(_hidden_last(state.detach() if settings.stop_gradient == "clean" else state, axis))
+        h_prime.append(
+            _hidden_last(after.hidden.detach() if settings.stop_gradient == "perturbed" else after.hidden, axis)
+        )
         index.append(after.tokens.index)
         groups[_share(before, after, axis)].append(number)
     with without_autocast(clean[0].hidden.device.type):
         if list(groups) == [1.0]:
-            return distance(h, h_prime, index, reduction)
+            return distance(h, h_prime, index, settings.reduction)
         # Stacks of different lengths (encoder and decoder) have different shares of their tokens in the samples.
         terms: list[Tensor] = []
         distances = [torch.empty(())] * len(h)
         for factor, members in groups.items():
             loss, per_layer = distance(
-                [h[i] for i in members], [h_prime[i] for i in members], [index[i] for i in members], reduction
+                [h[i] for i in members], [h_prime[i] for i in members], [index[i] for i in members], settings.reduction
             )
             terms.append(loss * (factor * len(members) / len(h)))
             for i, value in zip(members, per_layer, strict=True):

@@ -1,7 +1,7 @@
 """Gradients that float16 would lose are taken of a scaled loss, as a GradScaler does it, but inside of the step.
 
 The step takes its gradients before the caller's GradScaler multiplies the loss, so that scale comes too late for what
-underflows on the way down. Where float16 is in play the loss is multiplied by a power of two first, and the graft
+underflows on the way down. Where float16 is in play the loss is multiplied by a power of two first, and the returned loss
 divides by it again in float32. The caller's scaler is neither read nor changed: it sees an ordinary loss.
 
 The scale finds itself as GradScaler's does (Micikevicius et al. 2018, arXiv 1710.03740), except that a step that
@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from lfu_reg.hooks.forward_pass import Gate, Pass
+from lfu_reg.hooks.forward_pass import ForwardPass
+from lfu_reg.hooks.taps import Gate
 from lfu_reg.model.graph import gradients_of
 
 # GradScaler's: the first scale, and so many steps without an overflow until it is doubled.
@@ -110,9 +111,9 @@ class LossScales:
             scale.value, scale.good_steps = float(value), int(good_steps)
 
 
-def float16_in_play(this: Pass, tensors: Iterable[Tensor]) -> bool:
+def float16_in_play(fwd: ForwardPass, tensors: Iterable[Tensor]) -> bool:
     """Whether a pass computed in float16 somewhere, or one of the tensors (the loss, its leaves) is kept in it."""
-    return this.float16 or any(tensor.dtype is torch.float16 for tensor in tensors)
+    return fwd.record.float16 or any(tensor.dtype is torch.float16 for tensor in tensors)
 
 
 def all_finite(gradients: Iterable[Tensor | None], flags: Sequence[Tensor] = ()) -> bool:

@@ -1,4 +1,8 @@
-"""The figures of a step, as a user logs them: `LfURegularizer.metrics` says what they mean.
+"""The figures of a step, as a user logs them.
+
+"loss", "sft_loss", "consistency_loss", "ascent_grad_norm" (||g||), "distance/<layer>", "relative_distance"
+(||h' - h|| / ||h||, measured at the first regularized step and every 50th), "empty_steps" (how many had no token that
+counts, so that l_cons = 0), "unrepeatable_steps" (how many were plain SFT, as the loss did not repeat), "alpha", "lam".
 
 Tensors are detached and stay on their devices, so only who reads a figure waits for it.
 """
@@ -11,19 +15,30 @@ from typing import Any
 from torch import Tensor
 
 from lfu_reg.hooks.forward_pass import State
+from lfu_reg.step.progress import Progress
 
 
-def plain_step(loss: Tensor, before: Mapping[str, Any], *, alpha: float, lam: float) -> dict[str, Any]:
+def plain_step(
+    loss: Tensor, before: Mapping[str, Any], progress: Progress, *, alpha: float, lam: float
+) -> dict[str, Any]:
     """Of a step without the regularizer: one that `every` leaves out, or that lam = 0 does.
 
     Args:
         loss: l_SFT.
         before: figures of the step before, of which the last relative distance stays.
+        progress: counts.
         alpha: length of the ascent step.
         lam: weight of the consistency term.
     """
     kept = {key: before[key] for key in ("relative_distance",) if key in before}
-    return {"loss": loss.detach(), "sft_loss": loss.detach(), **kept, "alpha": alpha, "lam": lam}
+    return {
+        "loss": loss.detach(),
+        "sft_loss": loss.detach(),
+        **kept,
+        "unrepeatable_steps": progress.unrepeatable_steps,
+        "alpha": alpha,
+        "lam": lam,
+    }
 
 
 def regularized_step(
@@ -35,7 +50,7 @@ def regularized_step(
     relative_distance: Tensor | None,
     states: Sequence[State],
     distances: Tensor,
-    empty_steps: int,
+    progress: Progress,
     alpha: float,
     lam: float,
 ) -> dict[str, Any]:
@@ -49,7 +64,7 @@ def regularized_step(
         relative_distance: when it was last measured.
         states: K hidden states, in the order in which they were captured.
         distances: of each of them to its perturbed twin [K].
-        empty_steps: how many steps had no token that counts.
+        progress: counts.
         alpha: length of the ascent step.
         lam: weight of the consistency term.
     """
@@ -60,7 +75,8 @@ def regularized_step(
         "ascent_grad_norm": ascent_grad_norm,
         "relative_distance": relative_distance,
         **{f"distance/{label}": value for label, value in zip(_labels(states), distances, strict=True)},
-        "empty_steps": empty_steps,
+        "empty_steps": progress.empty_steps,
+        "unrepeatable_steps": progress.unrepeatable_steps,
         "alpha": alpha,
         "lam": lam,
     }

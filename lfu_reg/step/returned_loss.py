@@ -1,4 +1,4 @@
-"""The graft: a loss whose backward hands precomputed gradients to the leaves.
+"""The returned loss (Eq. 6), whose backward hands precomputed gradients to the leaves.
 
 Pass 1 and pass 2 take their gradients at once and free their graphs. What the caller gets is a scalar of the right
 value whose backward multiplies those gradients by the upstream gradient. So division by accumulation steps,
@@ -16,7 +16,7 @@ from torch import Tensor
 from lfu_reg.model.multi_tensor import multiplied, portions
 
 
-def graft(value: Tensor, gradients: Iterable[tuple[Tensor, Tensor | None]], scale: float = 1.0) -> Tensor:
+def returned_loss(value: Tensor, gradients: Iterable[tuple[Tensor, Tensor | None]], scale: float = 1.0) -> Tensor:
     """Scalar equal to `value` with d(result)/d(leaf) = gradient / scale for every pair.
 
     Args:
@@ -29,13 +29,13 @@ def graft(value: Tensor, gradients: Iterable[tuple[Tensor, Tensor | None]], scal
         Scalar tensor, differentiable once with respect to the leaves.
     """
     pairs = list(gradients)
-    result: Tensor = _Graft.apply(  # type: ignore[no-untyped-call]
+    result: Tensor = _ReturnedLoss.apply(  # type: ignore[no-untyped-call]
         value.detach(), [gradient for _, gradient in pairs], scale, *[leaf for leaf, _ in pairs]
     )
     return result
 
 
-class _Graft(torch.autograd.Function):
+class _ReturnedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, gradients: list[Tensor | None], scale: float, *leaves: Tensor) -> Tensor:
         # Not save_for_backward: these are neither inputs nor outputs, and no saved-tensor hook should see them.

@@ -1,31 +1,45 @@
-"""The SFT loss of one step, as each of its passes takes it: of a batch of its own, from the same random state."""
+"""The user's loss function as each pass of a step calls it: on a batch of its own, from the same random state."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+import traceback
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lfu_reg.hooks.early_exit import EarlyExit, call_loss_function
 from lfu_reg.model.peft import virtual_tokens
 from lfu_reg.model.rng import RandomState
 from lfu_reg.model.tokens import TokenMask, TokenMasks
 from lfu_reg.step import checks
-from lfu_reg.step.trunk import select_samples
 
 LossFunction: TypeAlias = Callable[[Any, Any], Tensor]
 
+# Arguments that hold per-position vectors without a batch dimension.
+_UNBATCHED = ("cache_position", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens")
 
-def check_loss_function(function: object) -> None:
-    """Raise unless it can be called, which a loss cannot."""
-    if not callable(function):
-        raise TypeError(
-            f"sft_loss_fn is a {type(function).__name__}; it has to be a function of (model, batch) that returns the "
-            "loss, since LfU runs the model itself: reg(model, batch, sft_loss_fn), not reg(model, batch, loss)."
-        )
+_repeating: ContextVar[bool] = ContextVar("lfu_reg_repeating", default=False)
+
+
+@contextmanager
+def repeating() -> Iterator[None]:
+    """The loss function runs again in the block: `is_second_pass` says so."""
+    token = _repeating.set(True)
+    try:
+        yield
+    finally:
+        _repeating.reset(token)
+
+
+def is_repeating() -> bool:
+    """Whether any regularizer calls a loss function again at present."""
+    return _repeating.get()
 
 
 class SFTLoss:
@@ -36,40 +50,152 @@ class SFTLoss:
         model: what the user trains, the attached module or a wrapper of it.
         batch: of pass 1.
         token_mask: see `LfURegularizer`.
+        ignore_index: see `LfURegularizer`.
 
     Attributes:
         model: the same.
         tokens: the batch's token masks.
-        batch: a shallow copy, for later passes: the function may take entries out of the batch.
+        batch: the batch for later passes. Its containers are copies, as the function may take entries out of the batch
+            or put some in; its tensors are the user's own. An iterator is recorded and played again.
     """
 
-    def __init__(self, function: LossFunction, model: Any, batch: Any, token_mask: TokenMask | None) -> None:
+    def __init__(
+        self, function: LossFunction, model: Any, batch: Any, token_mask: TokenMask | None, ignore_index: int
+    ) -> None:
         self.model = model
-        self._function, self._given, self._token_mask = function, batch, token_mask
+        self._function, self._token_mask, self._ignore_index = function, token_mask, ignore_index
         self.tokens = self.tokens_of(batch)
-        self.batch = copy.copy(batch)
+        self._given: Any = Recorded(batch) if isinstance(batch, Iterator) else batch
+        self.batch: Any = self._given if isinstance(batch, Iterator) else copied(batch)
+        self._versions = [(tensor, tensor._version) for tensor in tensors_in(self.batch) if not tensor.is_inference()]
 
     def tokens_of(self, batch: Any) -> TokenMasks:
         """Which tokens of a batch count."""
         return TokenMasks(batch, self._token_mask, partial(virtual_tokens, self.model))
 
-    def clean(self, devices: Iterable[torch.device], *, first: bool) -> Tensor:
-        """The loss of pass 1. Later passes start from the random state of `devices` that this one finds.
-
-        Args:
-            devices: those in use.
-            first: whether this is the first step, at which values are checked as well.
-        """
-        self._random_start, self._first = RandomState.capture(devices), first
-        return checks.check_loss(self._function(self.model, self._given), first=first)
+    def first(self, devices: Iterable[torch.device], *, check_value: bool) -> Tensor:
+        """The loss of pass 1. Later passes start from the random state of `devices` that this one finds."""
+        self._random_start, self._check_value = RandomState.capture(devices), check_value
+        return checks.check_loss(call_loss_function(self._function, self.model, self._given), first=check_value)
 
     def again(self, batch: Any) -> Tensor:
         """The loss of this batch, with the random draws of pass 1."""
-        self._random_start.restore()
-        return checks.check_loss(self._function(self.model, batch), first=self._first)
+        with repeating():
+            self._random_start.restore()
+            loss = call_loss_function(self._function, self.model, self._fresh(batch))
+        return checks.check_loss(loss, first=self._check_value)
 
     def repeat(self, samples: Tensor | None, batch_size: int) -> None:
-        """Run pass 1's forward again, for some samples of the batch or for all."""
-        batch = copy.copy(self.batch) if samples is None else select_samples(self.batch, samples, batch_size)
-        self._random_start.restore()
-        self._function(self.model, batch)
+        """Call the function again for its forward only, on some samples of the batch or on all.
+
+        Its frames may be left early: they hold activations, and some of them hold the exception, so they are emptied
+        here and now.
+        """
+        batch = self._fresh(self.batch)
+        if samples is not None:
+            batch = select_samples(batch, samples, batch_size)
+        with repeating(), torch.enable_grad():  # which puts back what the pass may switch off
+            self._random_start.restore()
+            try:
+                call_loss_function(self._function, self.model, batch)
+            except EarlyExit as early:
+                traceback.clear_frames(early.__traceback__)
+
+    def _fresh(self, batch: Any) -> Any:
+        """The batch for one more call; what the function writes to in place is copied, so that it is written once."""
+        if isinstance(batch, Recorded):
+            return batch.again()
+        written = {id(tensor) for tensor, version in self._versions if tensor._version != version}
+        return copied(batch, clone=written)
+
+
+class Recorded:
+    """An iterator that notes down what is taken from it, to give the same again to another pass.
+
+    Args:
+        iterator: the user's.
+    """
+
+    def __init__(self, iterator: Iterator[Any]) -> None:
+        self._iterator = iterator
+        self._taken: list[Any] = []
+
+    def __iter__(self) -> Recorded:
+        return self
+
+    def __next__(self) -> Any:
+        item = next(self._iterator)
+        self._taken.append(copied(item))
+        return item
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self._iterator, name)
+
+    def again(self) -> Iterator[Any]:
+        """What was taken, from the first on."""
+        return iter([copied(item) for item in self._taken])
+
+
+def copied(value: Any, clone: Collection[int] = ()) -> Any:
+    """`value` with new containers, down to its leaves; tensors, modules and functions are the same objects.
+
+    Args:
+        value: anything.
+        clone: tensors, by identity, of which there are to be copies nevertheless.
+    """
+    if id(value) in clone:
+        return value.detach().clone()
+    if isinstance(value, (Tensor, nn.Module, str, bytes, int, float, type(None))) or callable(value):
+        return value
+    if type(value) in (list, tuple, set, frozenset):
+        return type(value)(copied(entry, clone) for entry in value)
+    if isinstance(value, tuple):
+        return type(value)(*(copied(entry, clone) for entry in value)) if hasattr(value, "_fields") else value
+    try:
+        result = copy.copy(value)
+        if isinstance(value, Mapping) and hasattr(value, "__setitem__"):
+            for key in value:
+                result[key] = copied(value[key], clone)
+        elif isinstance(value, list):
+            result[:] = [copied(entry, clone) for entry in value]
+        elif hasattr(value, "__dict__"):
+            for name, entry in vars(result).items():
+                if isinstance(entry, (list, dict, set, Tensor)):
+                    vars(result)[name] = copied(entry, clone)
+    except Exception:  # what cannot be copied (a loader, a lock) is shared, as it is with the caller
+        return value
+    return result
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in nested containers and in the attributes of the object itself."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for entry in value.values():
+            yield from tensors_in(entry)
+    elif isinstance(value, (list, tuple)):
+        for entry in value:
+            yield from tensors_in(entry)
+    elif not isinstance(value, (nn.Module, type)) and not callable(value):
+        yield from (entry for entry in getattr(value, "__dict__", {}).values() if isinstance(entry, Tensor))
+
+
+def select_samples(value: Any, samples: Tensor, batch_size: int, name: str = "") -> Any:
+    """`value` with every tensor in it that has one entry per sample reduced to `samples`."""
+    if isinstance(value, Tensor):
+        per_sample = value.dim() > 0 and len(value) == batch_size and not (value.dim() == 1 and name in _UNBATCHED)
+        return value.index_select(0, samples.to(value.device)) if per_sample else value
+    if isinstance(value, Mapping):
+        part = {key: select_samples(entry, samples, batch_size, str(key)) for key, entry in value.items()}
+        if type(value) is dict or not hasattr(value, "__setitem__"):
+            return part
+        result: Any = copy.copy(value)  # of the same class: transformers' batches have attributes as well
+        for key, entry in part.items():
+            result[key] = entry
+        return result
+    if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
+        return type(value)(select_samples(entry, samples, batch_size, name) for entry in value)
+    return value

@@ -1,14 +1,14 @@
 """What no perturbation reaches is run and differentiated once, for both passes.
 
       embedding, layers below ──► cut ──► layers that theta_aux acts in or behind ──► l_SFT, l_cons
-      └────── the prefix ──────┘
+      └─────── reused ─────────┘
 
-Both passes have the same hidden states up to the cut, so pass 2 starts there (`chain.py`). Backward, both terms of the
-loss reach the prefix through the cut alone, and a gradient is linear in what comes from above:
+Both passes have the same hidden states up to the cut, so blocks below it run once (`reused_blocks.py`). Backward, both terms of the
+loss reach what is below through the cut alone, and a gradient is linear in what comes from above:
 
-      d(l_SFT + lam * l_cons) / d theta_prefix = (d l_SFT / d cut + lam * d l_cons / d cut) . d cut / d theta_prefix
+      d(l_SFT + lam * l_cons) / d theta_below = (d l_SFT / d cut + lam * d l_cons / d cut) . d cut / d theta_below
 
-So one backward through the prefix, from the sum, does for both. Nothing of this is an estimate. Steering vectors act
+So one backward below the cut, from the sum, does for both. Nothing of this is an estimate. Steering vectors act
 behind the first chosen layer: with all L layers chosen, one of L is saved; with the last third, two thirds of them.
 """
 
@@ -20,7 +20,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from lfu_reg.model.graph import gradients_of, leaves_above_and_below
 
 
-class SharedPrefix:
+class SharedBackward:
     """The part of pass 1's graph below the cut, kept until the gradients of both passes have arrived at it.
 
     Args:
@@ -53,8 +53,8 @@ class SharedPrefix:
         return list(zip(self.below, gradients_of(self._cut, self.below, self._gradient), strict=True))
 
 
-def shared_prefix(sft_loss: Tensor, cut: Tensor, anchor: Tensor) -> SharedPrefix | None:
-    """The prefix of pass 1's graph.
+def shared_backward(sft_loss: Tensor, cut: Tensor, anchor: Tensor) -> SharedBackward | None:
+    """The part of pass 1's graph that both passes share.
 
     Args:
         sft_loss: scalar with the graph of pass 1.
@@ -68,4 +68,4 @@ def shared_prefix(sft_loss: Tensor, cut: Tensor, anchor: Tensor) -> SharedPrefix
     if divided is None:
         return None
     above, below = divided
-    return SharedPrefix(cut, above, [leaf for leaf in below if leaf is not anchor])
+    return SharedBackward(cut, above, [leaf for leaf in below if leaf is not anchor])

@@ -1,0 +1,115 @@
+"""What stacks of layers are called with before any perturbation can reach it: the same in both passes, or else.
+
+A loss function that does not repeat (its own generator, an iterator, a counter) feeds pass 2 with other data, and the
+consistency term would measure that. So the first layer of every stack, and the model itself, note what they are given.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lfu_reg.auxiliaries.base import Auxiliary
+from lfu_reg.hooks.forward_pass import Entry, ForwardPass
+from lfu_reg.hooks.taps import depends_on_a_tap
+from lfu_reg.model.layers import find_stacks
+
+MODEL = ""
+# Enough to tell batches apart: ids, embeddings, pixels.
+_MOST = 4
+
+
+class Entries:
+    """Notes what the model and the first layer of each stack are called with.
+
+    Args:
+        model: the attached model.
+        layers: the chosen layers by name.
+        auxiliary: theta_aux.
+
+    Attributes:
+        modules: those that are looked at, by name.
+    """
+
+    def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module], auxiliary: Auxiliary) -> None:
+        self._auxiliary = auxiliary
+        firsts = {stack[0] for stack in find_stacks(model)} | {next(iter(layers), MODEL)}
+        self.modules = {MODEL: model, **{name: model.get_submodule(name) for name in sorted(firsts)}}
+        self.listening = False
+        self._fwd: ForwardPass | None = None
+        self._calls: Counter[str] = Counter()
+
+    def follow(self, fwd: ForwardPass | None) -> None:
+        """Note down for this pass, or for none."""
+        if fwd is not self._fwd:
+            self._calls = Counter()
+        self._fwd, self.listening = fwd, fwd is not None
+
+    def on_call(self, name: str, compiled: bool, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """What the hook on `name` does before the module runs."""
+        fwd = self._fwd
+        if fwd is None or not torch.is_grad_enabled():
+            return
+        call, self._calls[name] = self._calls[name], self._calls[name] + 1
+        given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and not value.is_meta]
+        if name == MODEL:
+            kept = given[:_MOST]
+        else:
+            kept = [value for value in given if value.is_floating_point()][:1] or given[:1]
+        if not any(self._is_reached(value, fwd) for value in kept):
+            fwd.record.entries.append(Entry(name, call, tuple(value.detach().clone() for value in kept)))
+
+    def _is_reached(self, value: Tensor, fwd: ForwardPass) -> bool:
+        """Whether a perturbation could change the value in pass 2; only pass 1 is asked."""
+        if value.grad_fn is None or fwd.apply:
+            return False
+        if self._auxiliary.moves_weights:
+            return True
+        own = {id(leaf) for leaf in self._auxiliary.temporary_leaves()}
+        return bool(fwd.record.fired or own) and depends_on_a_tap(value, own)
+
+
+def differing(clean: Iterable[Entry], again: Iterable[Entry], samples: Tensor | None, moved: bool) -> str | None:
+    """What pass 2 was given that differs from what pass 1 was given; None where all is the same.
+
+    Args:
+        clean: of pass 1; what a perturbation reaches is not among them.
+        again: of pass 2, all of them.
+        samples: the samples of the batch that pass 2 ran on, None for all.
+        moved: whether weights are moved in pass 2, so that only the model's own input is out of reach.
+    """
+    found = {(entry.name, entry.call): entry for entry in again}
+    for entry in clean:
+        if moved and entry.name != MODEL:
+            continue
+        other = found.get((entry.name, entry.call))
+        called = (
+            f"the model's call {entry.call + 1}" if entry.name == MODEL else f"{entry.name}'s call {entry.call + 1}"
+        )
+        if other is None:
+            return f"{called} did not take place"
+        pairs = zip(entry.tensors, other.tensors, strict=False)
+        if len(entry.tensors) != len(other.tensors) or not all(_equal(*pair, samples) for pair in pairs):
+            return f"the input of {called} differs"
+    return None
+
+
+def _equal(before: Tensor, after: Tensor, samples: Tensor | None) -> bool:
+    is_part = samples is not None and before.dim() > 0 and before.shape != after.shape
+    if is_part:
+        assert samples is not None
+        if before.shape[0] <= int(samples[-1]):
+            return False
+        before = before.index_select(0, samples.to(before.device))
+    if before.shape != after.shape or before.dtype != after.dtype:
+        return False
+    if torch.equal(before, after) or not before.is_floating_point():
+        return bool(torch.equal(before, after))
+    if before.device.type == "cpu" and not is_part:
+        return bool(torch.allclose(before, after, rtol=0.0, atol=0.0, equal_nan=True))
+    # Kernels on a GPU, and those for fewer rows, need not repeat to the last bit; other data is off by much more.
+    return bool((after - before).float().norm() <= 32 * torch.finfo(before.dtype).eps * before.float().norm())

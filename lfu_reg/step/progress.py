@@ -1,0 +1,76 @@
+"""All that outlives a step, but for what has been learnt of the model (`attached_model.py`).
+
+`state_dict` holds what a resumed run needs to go on bit for bit. It leaves out counts of what went wrong, which are
+figures for the user, and how long to wait before a loss that did not repeat is tried again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from lfu_reg.model.rng import StepDraws
+from lfu_reg.step.checks import check_state
+from lfu_reg.step.float16 import LossScales
+from lfu_reg.step.same_step import SameStep
+
+# Steps after which a loss that never repeats is tried again, at most.
+LONGEST_WAIT = 64
+
+
+class Progress:
+    """Where a regularizer is.
+
+    Args:
+        seed: of all draws; None for torch's initial one.
+
+    Attributes:
+        step: number of the next step, or of the present one during a step.
+        seed: of all draws.
+        scales: of float16.
+        empty_steps: how many steps had no token that counts.
+        unrepeatable_steps: how many steps were plain SFT, as the loss did not repeat.
+    """
+
+    def __init__(self, seed: int | None) -> None:
+        self.step, self.seed = 0, torch.initial_seed() % 2**31 if seed is None else int(seed)
+        self.scales = LossScales()
+        self.empty_steps = self.unrepeatable_steps = 0
+        self.same_step = SameStep()
+        self._drawn_at, self._wait, self._resume_at = 0, 0, 0
+
+    def begin(self, model: nn.Module, batch: Any) -> int:
+        """Start a step, or go on with the last one where an optimizer's closure is evaluated again."""
+        again = self.same_step.is_in_closure() and self.step > 0
+        number = self.step - again
+        if not (self.same_step.repeats(model, batch) or again):
+            self._drawn_at = number
+        return number
+
+    def draws(self) -> StepDraws:
+        """The draws of this step."""
+        return StepDraws(self.seed, self._drawn_at)
+
+    def waits(self) -> bool:
+        """Whether the loss did not repeat lately, so that it is not called twice at this step."""
+        return self.step < self._resume_at
+
+    def did_repeat(self, repeated: bool) -> None:
+        """Note whether pass 2 repeated pass 1 at this step."""
+        self._wait = 0 if repeated else min(2 * self._wait + 1, LONGEST_WAIT)
+        self._resume_at = self.step + 1 + self._wait
+        self.unrepeatable_steps += not repeated
+
+    def state_dict(self) -> dict[str, Any]:
+        """Step count, seed of all draws, scales of float16."""
+        return {"step": self.step, "seed": self.seed, "loss_scales": self.scales.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a `state_dict`."""
+        check_state(state)
+        self.step, self.seed = int(state["step"]), int(state["seed"])
+        self.scales.load_state_dict(state.get("loss_scales", {}))
+        self._drawn_at, self._wait, self._resume_at = self.step, 0, 0

@@ -1,0 +1,104 @@
+"""The settings of a regularizer, checked, and the ones among them that people schedule over steps."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from lfu_reg.distances.base import Reduction
+from lfu_reg.model.tokens import TokenMask
+
+Schedule: TypeAlias = float | Callable[[int], float]
+StopGradient: TypeAlias = Literal["clean", "perturbed", "none"]
+StrategyName: TypeAlias = Literal["auto", "released", "retained"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the regularizer was asked for; `LfURegularizer` says what each setting means.
+
+    Raises:
+        TypeError, ValueError: for a setting that is not allowed, or contradicts another.
+    """
+
+    alpha: Schedule
+    lam: Schedule
+    reduction: Reduction = "mean"
+    stop_gradient: StopGradient = "clean"
+    token_mask: TokenMask | None = None
+    ignore_index: int = -100
+    ascent_steps: int = 1
+    every: int = 1
+    batch_fraction: float = 1.0
+    strategy: StrategyName = "auto"
+    leave_early: Literal["auto"] | bool = "auto"
+    sync_perturbation: bool = False
+
+    def __post_init__(self) -> None:
+        """Check them all."""
+        check_schedule("alpha", self.alpha)
+        check_schedule("lam", self.lam)
+        _check_one_of("reduction", self.reduction, ("mean", "sum"))
+        _check_one_of("stop_gradient", self.stop_gradient, ("clean", "perturbed", "none"))
+        _check_one_of("strategy", self.strategy, ("auto", "released", "retained"))
+        _check_one_of("leave_early", self.leave_early, ("auto", True, False))
+        _check_count("ascent_steps", self.ascent_steps)
+        _check_count("every", self.every)
+        _check_fraction("batch_fraction", self.batch_fraction)
+        if isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, int):
+            raise ValueError(f"ignore_index={self.ignore_index!r}; allowed are whole numbers, as in cross_entropy.")
+        if self.strategy == "released" and self.stop_gradient != "clean":
+            raise ValueError(
+                f"strategy='released' frees the graph of the clean pass, through which "
+                f"stop_gradient={self.stop_gradient!r} sends gradients. Use strategy='auto' or 'retained'."
+            )
+
+
+def check_schedule(name: str, value: object) -> None:
+    """Raise unless `value` is a non-negative finite number or a callable of the step number."""
+    if not callable(value):
+        check_number(name, value)
+
+
+def value_at(name: str, schedule: Schedule, step: int) -> float:
+    """The value at a step, checked."""
+    if not callable(schedule):
+        return float(schedule)
+    return check_number(f"{name}({step})", schedule(step))
+
+
+def check_number(name: str, value: object) -> float:
+    """`value` as a float.
+
+    Raises:
+        TypeError: if it is not a number.
+        ValueError: if it is negative, infinite or NaN.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(
+            f"{name}={value!r} is a {type(value).__name__}; allowed are numbers from 0 and callables of the step "
+            "number."
+        )
+    if not math.isfinite(value) or value < 0:
+        raise ValueError(
+            f"{name}={value!r}; allowed are finite numbers from 0, or a callable of the step number that returns one."
+        )
+    return float(value)
+
+
+def _check_one_of(name: str, value: object, allowed: Collection[object]) -> None:
+    if not any(value is entry or (value == entry and type(value) is type(entry)) for entry in allowed):
+        raise ValueError(f"{name}={value!r}; allowed are {', '.join(map(repr, allowed))}.")
+
+
+def _check_count(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}={value!r}; allowed are whole numbers from 1.")
+
+
+def _check_fraction(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+        raise ValueError(f"{name}={value!r}; allowed are numbers above 0 and up to 1.")
