@@ -187,7 +187,7 @@ class LfURegularizer:
         # Pass 1. theta_aux is at "no change", so the SFT forward is the auxiliary forward, too (Eq. 1, 3) ...
         kept = "detached" if self.stop_gradient == "clean" else "cloned"
         clean = Pass(sft.tokens, capture=kept, observe=undesirable is None, outlives=strategy.keeps_graph)
-        clean.replaced = list(self.auxiliary.observing()) if clean.observe else ()
+        clean.replaced = list(self.auxiliary.pass1_patches()) if clean.observe else ()
         with attached.hooks.run(clean):
             shares = strategy.shares_prefix and not engine.in_lockstep
             sft_loss = attached.clean_forward(sft, clean, first=step == 0, shares_prefix=shares)
@@ -211,7 +211,7 @@ class LfURegularizer:
             # Pass 2: the hidden states of the undesirable self (Eq. 4) ...
             samples = draws.samples(clean.batch_size, self.batch_fraction)
             tokens = sft.tokens.select(samples)
-            perturbed = clean.with_components(tokens, list(self.auxiliary.replacements()))
+            perturbed = clean.with_components(tokens, list(self.auxiliary.pass2_patches()))
             attached.replays.prepare(turn, sft, clean, perturbed, samples, engine)
             with self.auxiliary.shards_moved(), attached.replays.running(perturbed):
                 attached.check_perturbed(perturbed, clean, samples)

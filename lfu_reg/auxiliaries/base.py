@@ -136,11 +136,11 @@ class Auxiliary(ABC):
     def require_gradients(self, required: bool) -> None:  # noqa: B027  nothing to do where leaves are parameters
         """Whether components are to be leaves that require gradients, for an explicit gradient at the current point."""
 
-    def replacements(self) -> Iterable[Replacement]:
+    def pass2_patches(self) -> Iterable[Replacement]:
         """What stands in the place of parameters in pass 2, for components that are no hook's business."""
         return ()
 
-    def observing(self) -> Iterable[Replacement]:
+    def pass1_patches(self) -> Iterable[Replacement]:
         """What stands in the place of something in pass 1, so that its backward gives g without a tap."""
         return ()
 
@@ -148,11 +148,11 @@ class Auxiliary(ABC):
         """Components that are leaves of pass 1's graph: their gradient is g, and nothing that the caller gets."""
         return []
 
-    def serves(self, model: nn.Module) -> bool:
+    def is_attached_to(self, model: nn.Module) -> bool:
         """Whether `sites` was not asked about another model since: the weights of that one would be moved."""
         return True
 
-    def let_go(self, model: nn.Module) -> None:  # noqa: B027  most remember nothing of it
+    def detach(self, model: nn.Module) -> None:  # noqa: B027  most remember nothing of it
         """Forget `model`, from which the regularizer was removed."""
 
     def forget_gradient(self) -> None:

@@ -77,7 +77,7 @@ class LoRADeltas(OutputAuxiliary):
         self._model, self._linears = model, linears
         return linears
 
-    def let_go(self, model: nn.Module) -> None:
+    def detach(self, model: nn.Module) -> None:
         """Forget the model's linear maps; those of another one that was attached since are kept."""
         if self._model is model:
             self._model, self._linears, self._adapters, self._observing = None, {}, {}, {}
@@ -138,7 +138,7 @@ class LoRADeltas(OutputAuxiliary):
         """As `apply`, or nothing where the delta is in the weight."""
         return call.y if self._is_merged(call.name) else super().apply_at(call)
 
-    def observing(self) -> Iterable[Replacement]:
+    def pass1_patches(self) -> Iterable[Replacement]:
         """Layers whose adapters the deltas are folded into, with B as a leaf."""
         self._observing = {name: self._fold(name, observed=True) for name in self._adapters}
         return ((fold.site, "forward", fold) for fold in self._observing.values())
@@ -153,7 +153,7 @@ class LoRADeltas(OutputAuxiliary):
         self._components = {name: tuple(c.detach() for c in cs) for name, cs in self._components.items()}
         return norm
 
-    def replacements(self) -> Iterable[Replacement]:
+    def pass2_patches(self) -> Iterable[Replacement]:
         """W + s B A instead of W, where that is cheapest; else layers whose adapters the deltas are folded into."""
         for name, fold in self._observing.items():
             if fold.acted:

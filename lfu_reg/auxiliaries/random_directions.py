@@ -32,9 +32,9 @@ class RandomDirections(OutputAuxiliary):
         """Those of the other auxiliary."""
         return self.of.sites(model, layers)
 
-    def let_go(self, model: nn.Module) -> None:
+    def detach(self, model: nn.Module) -> None:
         """As the other auxiliary does."""
-        self.of.let_go(model)
+        self.of.detach(model)
 
     def start(self, call: Call, generator: torch.Generator) -> Components:
         """Those of the other auxiliary."""

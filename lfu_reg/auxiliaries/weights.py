@@ -47,11 +47,11 @@ class WeightDeltas(Auxiliary):
         self._model = model
         return {}
 
-    def serves(self, model: nn.Module) -> bool:
+    def is_attached_to(self, model: nn.Module) -> bool:
         """Whether the remembered model is this one."""
         return self._model is model
 
-    def let_go(self, model: nn.Module) -> None:
+    def detach(self, model: nn.Module) -> None:
         """Forget the model and its parameters; another one that was attached since is kept."""
         if self._model is model:
             self._model, self._parameters = None, {}
@@ -118,7 +118,7 @@ class WeightDeltas(Auxiliary):
         """A shallow copy; it is not asked for anything, as the moved weights are kept with the pass."""
         return copy.copy(self)
 
-    def replacements(self) -> Iterable[Replacement]:
+    def pass2_patches(self) -> Iterable[Replacement]:
         """Parameter + delta instead of every parameter, in every module that holds it (tied weights)."""
         if self._model is None or self.shards is not None:
             return ()

@@ -69,7 +69,7 @@ def _instrumented(
             laps[name] += clock.now() - start
             yield value
 
-    running, replacements = reg._attached.replays.running, reg.auxiliary.replacements
+    running, pass2_patches = reg._attached.replays.running, reg.auxiliary.pass2_patches
 
     def strategy(*settings: Any) -> Any:
         made: Any = choose_strategy(*settings)
@@ -86,7 +86,7 @@ def _instrumented(
         for target, name, wrapped in (
             (regularizer, "choose_strategy", strategy),
             (reg._attached.replays, "running", lambda this: timed_entry("perturbed forward", running(this))),
-            (reg.auxiliary, "replacements", timed("ascent", lambda: list(replacements()))),
+            (reg.auxiliary, "pass2_patches", timed("ascent", lambda: list(pass2_patches()))),
             (reg.auxiliary, "ascend", timed("ascent", reg.auxiliary.ascend)),
             (regularizer, "consistency", timed("distance", consistency)),
         ):

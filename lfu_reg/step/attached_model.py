@@ -104,7 +104,7 @@ class Attachment:
             self.trunk.remove()
             self.chain.remove()
             self._attach(self.model)
-        if not self._auxiliary.serves(self.model):
+        if not self._auxiliary.is_attached_to(self.model):
             raise RuntimeError(SHARED.format(self._auxiliary))
 
     def forget(self) -> None:
@@ -121,7 +121,7 @@ class Attachment:
         self.replays.remove()
         self._places.forget()
         if self._model is not None:
-            self._auxiliary.let_go(self._model)
+            self._auxiliary.detach(self._model)
         self._model, self.modules = None, {}
 
     @property

@@ -35,7 +35,7 @@ def gradient_pass(sft: SFTLoss, batch: Any, auxiliary: Auxiliary, hooks: ModelHo
     batch = copy.copy(batch)
     checks.check_batch(batch)
     auxiliary.require_gradients(True)
-    moved = list(auxiliary.replacements())
+    moved = list(auxiliary.pass2_patches())
     this = Pass(sft.tokens_of(batch), capture=None, apply=True, replaced=moved)
     with auxiliary.shards_moved(), hooks.run(this):
         loss = sft.again(batch)
