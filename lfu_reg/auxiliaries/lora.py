@@ -7,9 +7,8 @@
 A is random, drawn anew at every step, and B starts at zero, so y' = y. Then dl/dA is exactly zero and dl/dB = s
 (dl/dy)^T z: the ascent moves B. With both at zero nothing would ever move.
 
-That is the general way: a tap on y in pass 1, and two thin products more in pass 2. Two others are cheaper where they
-can be had. `folding.py` widens the LoRA adapter that is trained anyway, in both passes and without a tap. `merging.py`
-puts W + s B A in the place of W for pass 2.
+That is the general way: a tap on y in pass 1, and two thin products more in pass 2. Where a LoRA adapter is trained
+anyway, `peft_folding.py` widens it in both passes, without a tap.
 """
 
 from __future__ import annotations
@@ -22,9 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from lfu_reg.auxiliaries.base import Call, Components, Generators, GradientRule, master_dtype
-from lfu_reg.auxiliaries.folding import Fold
-from lfu_reg.auxiliaries.merging import PlainWeight, plain_weight
 from lfu_reg.auxiliaries.output import OutputAuxiliary
+from lfu_reg.auxiliaries.peft_folding import Fold
 from lfu_reg.model import peft as adapters
 from lfu_reg.model.linears import TargetModules, find_linears, linear_sizes
 from lfu_reg.model.patching import Replacement
@@ -55,11 +53,9 @@ class LoRADeltas(OutputAuxiliary):
         self.rank = rank
         self.lora_alpha = lora_alpha
         self.target_modules = target_modules
-        self._merged: dict[str, PlainWeight] = {}
         self._model: nn.Module | None = None
         self._linears: Mapping[str, nn.Module] = {}
         self._adapters: dict[str, PlainLoRA] = {}
-        self._observing: dict[str, Fold] = {}
 
     @property
     def scale(self) -> float:
@@ -80,7 +76,7 @@ class LoRADeltas(OutputAuxiliary):
     def detach(self, model: nn.Module) -> None:
         """Forget the model's linear maps; those of another one that was attached since are kept."""
         if self._model is model:
-            self._model, self._linears, self._adapters, self._observing = None, {}, {}, {}
+            self._model, self._linears, self._adapters = None, {}, {}
 
     def start(self, call: Call, generator: torch.Generator) -> Components:
         """A as LoRA initialises it, uniform in +-1/sqrt(in), and B = 0."""
@@ -121,27 +117,18 @@ class LoRADeltas(OutputAuxiliary):
         return rule
 
     def reset(self, generators: Generators) -> None:
-        """Forget components, gradients, and which sites are merged; look for adapters to fold deltas into."""
+        """Forget components and gradients, and look for adapters to fold deltas into."""
         super().reset(generators)
         found = {name: adapters.plain_lora(module) for name, module in self._linears.items()} if self.may_fold else {}
         self._adapters = {name: adapter for name, adapter in found.items() if adapter is not None}
-        self._merged, self._observing = {}, {}
-
-    def observe(self, call: Call) -> GradientRule:
-        """As any auxiliary does; also decides which way pass 2 goes at this site."""
-        # Under FSDP2 the weight that is seen here is a gathered copy, gone and replaced at the next forward.
-        if self.shards is None:
-            self._consider_merging(call.name, call.module, call.y.dtype, len(rows(call.y)))
-        return super().observe(call)
-
-    def apply_at(self, call: Call) -> Tensor:
-        """As `apply`, or nothing where the delta is in the weight."""
-        return call.y if self._is_merged(call.name) else super().apply_at(call)
 
     def pass1_patches(self) -> Iterable[Replacement]:
         """Layers whose adapters the deltas are folded into, with B as a leaf."""
-        self._observing = {name: self._fold(name, observed=True) for name in self._adapters}
-        return ((fold.site, "forward", fold) for fold in self._observing.values())
+        return self._folds(observed=True)
+
+    def pass2_patches(self) -> Iterable[Replacement]:
+        """Layers whose adapters the deltas are folded into."""
+        return self._folds(observed=False)
 
     def temporary_leaves(self) -> list[Tensor]:
         """Every B that was folded in."""
@@ -153,32 +140,10 @@ class LoRADeltas(OutputAuxiliary):
         self._components = {name: tuple(c.detach() for c in cs) for name, cs in self._components.items()}
         return norm
 
-    def pass2_patches(self) -> Iterable[Replacement]:
-        """W + s B A instead of W, where that is cheapest; else layers whose adapters the deltas are folded into."""
-        for name, fold in self._observing.items():
-            if fold.acted:
-                self._consider_merging(name, fold.site, fold.dtype, fold.positions)
-        for name, weight in self._merged.items():
-            if self._is_merged(name):
-                a, b = self._components[name]
-                yield weight.holder, "weight", weight.merged(a.detach(), b.detach(), self.scale)
-        for name in self._adapters:
-            if not self._is_merged(name):
-                fold = self._fold(name, observed=False)
-                yield fold.site, "forward", fold
-        self._observing = {}  # these hold the widened matrices of pass 1
-
-    def _consider_merging(self, name: str, module: nn.Module, dtype: torch.dtype, positions: int) -> None:
-        weight = plain_weight(module)
-        if weight is not None and weight.merging_pays(dtype, positions):
-            self._merged[name] = weight
-
-    def _is_merged(self, name: str) -> bool:
-        return name in self._merged and not self._required
-
-    def _fold(self, name: str, *, observed: bool) -> Fold:
-        adapter = self._adapters[name]
-        return Fold(self._linears[name], adapter, partial(self._folded, name, adapter, observed), self.scale)
+    def _folds(self, *, observed: bool) -> Iterable[Replacement]:
+        for name, adapter in self._adapters.items():
+            site, components = self._linears[name], partial(self._folded, name, adapter, observed)
+            yield site, "forward", Fold(site, adapter, components, self.scale)
 
     def _folded(self, name: str, adapter: PlainLoRA, observed: bool) -> Components:
         if name not in self._components:

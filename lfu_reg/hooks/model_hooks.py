@@ -18,7 +18,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from lfu_reg.auxiliaries.base import Auxiliary, Call, GradientRule, Tokens
-from lfu_reg.auxiliaries.folding import has_acted
+from lfu_reg.auxiliaries.peft_folding import has_acted
 from lfu_reg.hooks.early_exit import EarlyExits
 from lfu_reg.hooks.forward_pass import Gate, Pass, State
 from lfu_reg.hooks.gated_hook import Hook

@@ -33,18 +33,6 @@ def innermost(module: nn.Module) -> nn.Module:
     return module
 
 
-def adds_to_its_base_layer(module: nn.Module) -> bool:
-    """Whether an adapter layer returns base_layer(x) plus something that does not depend on the base layer's weight.
-
-    True for LoRA (and AdaLoRA) on a linear map. DoRA and the other variants read the weight's length; IA3, OFT and the
-    rest scale or rotate; a wrapper of a single parameter calls its module with another one.
-    """
-    if not hasattr(module, "lora_A") or hasattr(module, "parameter_name"):
-        return False
-    variants = getattr(module, "use_dora", None), getattr(module, "lora_variant", None)
-    return not any(isinstance(variant, dict) and any(variant.values()) for variant in variants)
-
-
 @dataclass(frozen=True)
 class PlainLoRA:
     """The adapter of a PEFT layer that returns base_layer(x) + scaling * up(down(x)) and does nothing else.
@@ -73,7 +61,7 @@ def plain_lora(module: nn.Module) -> PlainLoRA | None:
         return None
     layer: Any = module
     name = acting_adapter(layer)
-    if name is None or not adds_to_its_base_layer(layer):
+    if name is None or _is_variant(layer):
         return None
     dropout, down, up = layer.lora_dropout[name], layer.lora_A[name], layer.lora_B[name]
     if not (type(dropout) is nn.Identity or (type(dropout) is nn.Dropout and dropout.p == 0)):
@@ -91,6 +79,12 @@ def acting_adapter(layer: Any) -> str | None:
         return None
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     return names[0] if len(names) == 1 else None
+
+
+def _is_variant(layer: Any) -> bool:
+    """DoRA and the other variants read the length of the base layer's weight."""
+    tables = getattr(layer, "use_dora", None), getattr(layer, "lora_variant", None)
+    return any(isinstance(table, dict) and any(table.values()) for table in tables)
 
 
 def _is_plain(linear: nn.Module) -> bool:

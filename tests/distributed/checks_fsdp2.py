@@ -488,26 +488,6 @@ def check_forwards_run_to_their_end() -> None:
     assert len(started) == len(ended) == 5  # two steps of two passes, and one check of the replay
 
 
-def check_lora_deltas_are_not_merged() -> None:
-    """Weights seen in a hook are gathered copies: a delta merged into one would vanish or stay for ever."""
-    merged = []
-    original = torch.addmm
-
-    def spy(weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        merged.append(isinstance(weight, nn.Parameter))
-        return original(weight, *args, **kwargs)
-
-    long = token_batch(dist.get_rank(), shape=(8, 64))
-    for model, expected_merges in ((TINY.make(), True), (shard(TINY.make()), False)):
-        merged.clear()
-        torch.addmm = spy
-        try:
-            regularizer(model, "lora")(model, long, TINY.loss).backward()
-        finally:
-            torch.addmm = original
-        assert any(merged) == expected_merges
-
-
 def check_weights_with_a_retained_graph_are_refused() -> None:
     model = shard(TINY.make())
     for options in ({"strategy": "retained"}, {"stop_gradient": "none"}):

@@ -475,7 +475,7 @@ def test_the_step_inside_of_the_callers_autocast(name: str, dtype: torch.dtype) 
     with torch.autocast("cpu", dtype):
         plain_loss = loss_fn(plain, {"x": x})
     (plain_loss * 2.0**12).backward()
-    # So small a lambda leaves the SFT gradient alone; 64 samples are enough for LoRA to be merged into the weights.
+    # So small a lambda leaves the SFT gradient alone.
     with LfURegularizer(model, name, layers=["0", "1", "2"], lam=1e-30, seed=0) as reg:
         with torch.autocast("cpu", dtype):
             loss = reg(model, {"x": x}, loss_fn)

@@ -22,7 +22,7 @@ from tests.support.cases import Case, seeded
 from tests.support.checkpointed import CheckpointedLM, NestedLM, PlainLM
 from tests.support.compare import assert_same_gradients, gradients_of
 from tests.support.harness import auxiliary
-from tests.support.models import GPT2, LLAMA, PEFT, T5, TINY, llm_batch
+from tests.support.models import GPT2, LLAMA, PEFT, T5, TINY
 
 AUXILIARIES = ("lora", "steering", "weights", "random")
 ENTRANCE = "_checkpoint_without_reentrant_generator"
@@ -102,21 +102,6 @@ def test_other_settings(name: str, options: dict[str, Any]) -> None:
 def test_dropout(name: str) -> None:
     got = one_step(seeded(lambda: CheckpointedLM(dropout=0.3)), TINY, name)
     assert_same_gradients(got, one_step(seeded(lambda: PlainLM(dropout=0.3)), TINY, name))
-
-
-@pytest.mark.filterwarnings("ignore::lfu_reg.LfUWarning")
-def test_merged_weights() -> None:
-    """With many tokens LoRA's deltas are in the weights, which a repeat has to put there again."""
-    model = LLAMA.make()
-    plain = copy.deepcopy(model)
-    enable_checkpointing(model)
-    batch = llm_batch(shape=(12, 30))
-    reg = attach(plain, "lora")
-    reg(plain, batch, LLAMA.loss)
-    assert reg.auxiliary._merged, "this batch is not large enough for the test to mean anything"
-    reg.remove()
-    plain.zero_grad()
-    assert_same_gradients(one_step(model, LLAMA, "lora", batch), one_step(plain, LLAMA, "lora", batch))
 
 
 @pytest.mark.parametrize("make", [CheckpointedLM, NestedLM])

@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from lfu_reg import LfURegularizer, LoRADeltas
-from tests.auxiliaries.test_lora_merged import LONG
+from lfu_reg import LfURegularizer
 from tests.support.architectures import llama
 from tests.support.compare import assert_same_gradients, close, gradients_of
 from tests.support.harness import auxiliary, run_pair
@@ -31,11 +30,10 @@ def outcome(model: nn.Module, name: str, batch: Any, **options: Any) -> tuple[fl
 
 
 @pytest.mark.filterwarnings("ignore::lfu_reg.LfUWarning")
-@pytest.mark.parametrize("shape", ["short", "long"])
 @pytest.mark.parametrize("name", AUXILIARIES)
-def test_packed_linear_maps(name: str, shape: str) -> None:
-    """Embeddings, norms and head are trained, what is packed is not. Long: where deltas would be merged."""
-    batch = llm_batch(**(LONG if shape == "long" else {}))
+def test_packed_linear_maps(name: str) -> None:
+    """Embeddings, norms and head are trained, what is packed is not."""
+    batch = llm_batch()
     packed = pack(LLAMA.make())
     plain = unpack(copy.deepcopy(packed))
     sites = {"lora": 28, "steering": 4}
@@ -54,11 +52,9 @@ def test_adapters_around_packed_linear_maps(name: str) -> None:
         if isinstance(module, peft.tuners.lora.Linear):
             module.base_layer = PackedLinear(module.base_layer)
     plain = unpack(copy.deepcopy(model))
-    for shape in ({}, LONG):
-        model.zero_grad(), plain.zero_grad()
-        got, want = outcome(model, name, llm_batch(**shape)), outcome(plain, name, llm_batch(**shape))
-        close(got[0], want[0], 1e-10)
-        assert_same_gradients(got[1], want[1])
+    got, want = outcome(model, name, llm_batch()), outcome(plain, name, llm_batch())
+    close(got[0], want[0], 1e-10)
+    assert_same_gradients(got[1], want[1])
 
 
 def test_other_names_of_the_sizes() -> None:
@@ -121,10 +117,9 @@ def dequantised(model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.filterwarnings("ignore::lfu_reg.LfUWarning", "ignore::UserWarning")
-@pytest.mark.parametrize("shape", ["short", "long"])
 @pytest.mark.parametrize("name", AUXILIARIES)
-def test_torchao_int8_weights_under_lora(name: str, shape: str) -> None:
-    batch = llm_batch(**(LONG if shape == "long" else {}))
+def test_torchao_int8_weights_under_lora(name: str) -> None:
+    batch = llm_batch()
     model = quantised_by_torchao()
     plain = dequantised(model)
     kinds = [type(m.weight) for m in model.modules() if isinstance(m, peft.tuners.lora.Linear)]
@@ -135,22 +130,9 @@ def test_torchao_int8_weights_under_lora(name: str, shape: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::lfu_reg.LfUWarning", "ignore::UserWarning")
-def test_weights_of_a_tensor_subclass_are_not_merged() -> None:
-    model = quantised_by_torchao()
-    with LfURegularizer(model, LoRADeltas(rank=2)) as reg:
-        reg(model, llm_batch(**LONG), PEFT.loss)
-        assert not reg.auxiliary._merged  # type: ignore[attr-defined]
-    plain = dequantised(model)
-    with LfURegularizer(plain, LoRADeltas(rank=2)) as reg:
-        reg(plain, llm_batch(**LONG), PEFT.loss)
-        assert reg.auxiliary._merged  # type: ignore[attr-defined]
-
-
-@pytest.mark.filterwarnings("ignore::lfu_reg.LfUWarning", "ignore::UserWarning")
-@pytest.mark.parametrize("shape", ["short", "long"])
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("name", AUXILIARIES)
-def test_bitsandbytes_under_lora(name: str, bits: int, shape: str) -> None:
+def test_bitsandbytes_under_lora(name: str, bits: int) -> None:
     """On a GPU, or on a CPU where bitsandbytes has the kernels: against the model with the weights it computes with."""
     bnb = pytest.importorskip("bitsandbytes")
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -179,7 +161,7 @@ def test_bitsandbytes_under_lora(name: str, bits: int, shape: str) -> None:
     for module in plain.modules():
         if type(inner := getattr(module, "base_layer", None)).__module__.startswith("bitsandbytes"):
             module.base_layer = unpacked(inner)
-    batch = {key: value.to(device) for key, value in llm_batch(**(LONG if shape == "long" else {})).items()}
+    batch = {key: value.to(device) for key, value in llm_batch().items()}
     with torch.no_grad():
         difference = (LLAMA.loss(model, batch) - LLAMA.loss(plain, batch)).abs()
     got, want = outcome(model, name, batch), outcome(plain, name, batch)

@@ -40,12 +40,10 @@ class Fold:
 
     Attributes:
         acted: whether the delta was in what the layer's last call returned.
-        dtype, positions: of what that call returned, and how many rows it had.
     """
 
     def __init__(self, site: nn.Module, adapter: PlainLoRA, components: Callable[[], Components], scale: float) -> None:
         self.site, self.acted = site, False
-        self.dtype, self.positions = torch.float32, 0
         self._adapter, self._components, self._scale = adapter, components, scale
         self._weights: tuple[Tensor, Tensor] | None = None
         self._run = _runner()
@@ -73,7 +71,7 @@ class Fold:
         down, up = self._weights
         with substituted([(adapter.down, "weight", down), (adapter.up, "weight", up)]):
             y = forward(site, *args, **kwargs)
-        self.acted, self.dtype, self.positions = True, y.dtype, y.shape[:-1].numel()
+        self.acted = True
         return y
 
     def _widened(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
