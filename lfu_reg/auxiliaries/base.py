@@ -79,7 +79,7 @@ class _NoDefault:
             return self
         setting = self._name.removeprefix("default_")
         raise ValueError(
-            f"{setting} was not given, and {auxiliary.label} has no {self._name}. Give "
+            f"{setting} was not given, and {auxiliary._label} has no {self._name}. Give "
             f"LfURegularizer(..., {setting}=...), or set {self._name} in the class."
         )
 
@@ -105,7 +105,7 @@ class Auxiliary(ABC):
     may_fold = False
 
     @property
-    def label(self) -> str:
+    def _label(self) -> str:
         """What error messages call it."""
         return type(self).__name__
 

@@ -78,7 +78,7 @@ class OutputAuxiliary(Auxiliary):
                 changed = self._applied(tuple(leaves), call)
                 if changed is call.y:  # nothing to change in this call
                     return [None] * len(leaves)
-                return_checks.check_depends(self.label, changed, call.name)
+                return_checks.check_depends(self._label, changed, call.name)
                 return torch.autograd.grad(changed, leaves, grad_y, allow_unused=True)
 
         return rule
@@ -102,12 +102,12 @@ class OutputAuxiliary(Auxiliary):
         components = self._at(call)
         rule = self.gradient_rule(components, call)
         name = call.name  # and not `call`: the rule ends up in a hook of call.y, which would keep itself alive
-        return_checks.check_rule(self.label, rule, name)
+        return_checks.check_rule(self._label, rule, name)
         like = [(component.shape, component.device) for component in components]
 
         def collect(grad_y: Tensor) -> Sequence[Tensor | None]:
             gradients = rule(grad_y)
-            return_checks.check_gradients(self.label, gradients, name, like)
+            return_checks.check_gradients(self._label, gradients, name, like)
             self._collect(name, gradients)
             return gradients
 
@@ -160,10 +160,10 @@ class OutputAuxiliary(Auxiliary):
         if not found:
             return torch.zeros(())
         gradients = self.direction(found)
-        return_checks.check_direction(self.label, gradients, found)
+        return_checks.check_direction(self._label, gradients, found)
         names = list(dict.fromkeys(name for name, _ in moving))
         groups = self.groups(names)
-        return_checks.check_groups(self.label, groups, names)
+        return_checks.check_groups(self._label, groups, names)
         per_group = None if groups is None else [groups[names.index(name)] for name, _ in moving]
         norm = gradient_norm(gradients)
         for (name, i), step in zip(moving, ascend(gradients, alpha, per_group=per_group, norm=norm), strict=True):
@@ -183,7 +183,7 @@ class OutputAuxiliary(Auxiliary):
         if call.name not in self._components:
             with torch.no_grad():
                 components = self.start(call, self._generators(call.y.device))
-            return_checks.check_components(self.label, components, call.name, call.y)
+            return_checks.check_components(self._label, components, call.name, call.y)
             # Detached: what `start` returned may be somebody's parameter, whose requires_grad is not ours to set.
             self._components[call.name] = tuple(c.detach().requires_grad_(self._required) for c in components)
         return self._components[call.name]
@@ -192,7 +192,7 @@ class OutputAuxiliary(Auxiliary):
         before = return_checks.versions(call.x, call.y)
         changed = self.apply(components, call)
         written = return_checks.versions(call.x, call.y) != before
-        return_checks.check_output(self.label, changed, call.name, call.y, written=written)
+        return_checks.check_output(self._label, changed, call.name, call.y, written=written)
         return changed
 
     def _collect(self, name: str, gradients: Sequence[Tensor | None]) -> None:

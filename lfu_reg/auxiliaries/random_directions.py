@@ -38,9 +38,9 @@ class RandomDirections(OutputAuxiliary):
         return self.of.default_lam
 
     @property
-    def label(self) -> str:
+    def _label(self) -> str:
         """Names the other auxiliary as well, whose methods are called."""
-        return f"RandomDirections({self.of.label})"
+        return f"RandomDirections({self.of._label})"
 
     def sites(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> Mapping[str, nn.Module]:
         """Those of the other auxiliary."""

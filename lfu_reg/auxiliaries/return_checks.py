@@ -21,7 +21,7 @@ _RULE = "one entry per component, each a tensor of the component's shape or None
 
 def checked_sites(auxiliary: Auxiliary, model: nn.Module, layers: Mapping[str, nn.Module]) -> Mapping[str, nn.Module]:
     """`auxiliary.sites(model, layers)`; raises unless it maps full names to the modules of these names in `model`."""
-    owner, sites = auxiliary.label, auxiliary.sites(model, layers)
+    owner, sites = auxiliary._label, auxiliary.sites(model, layers)
     allowed = f"{owner}.sites has to return a mapping from full names to modules of the model, such as `layers`"
     if not isinstance(sites, Mapping):
         raise TypeError(f"{owner}.sites returned {describe(sites)}. {allowed}.")

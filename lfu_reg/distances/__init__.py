@@ -66,7 +66,7 @@ class _Function(PerLayerDistance):
         return self.function(clean, perturbed)
 
     @property
-    def label(self) -> str:
+    def _label(self) -> str:
         return f"The distance function {self!r}"
 
     def __repr__(self) -> str:

@@ -50,7 +50,7 @@ class PerLayerDistance(Distance):
     """A distance that looks at one layer at a time."""
 
     @property
-    def label(self) -> str:
+    def _label(self) -> str:
         """What error messages call `layer`."""
         return f"{type(self).__name__}.layer"
 
@@ -81,9 +81,9 @@ class PerLayerDistance(Distance):
         if not _is_scalar(value):
             hint = "; take the mean over tokens" if isinstance(value, Tensor) and value.dim() else ""
             raise ValueError(
-                f"{self.label} returned {describe(value)}; it has to return a floating-point scalar tensor{hint}."
+                f"{self._label} returned {describe(value)}; it has to return a floating-point scalar tensor{hint}."
             )
-        _check_gradient(self.label, value, clean, perturbed)
+        _check_gradient(self._label, value, clean, perturbed)
         return value
 
 
