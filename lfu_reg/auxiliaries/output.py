@@ -71,8 +71,10 @@ class OutputAuxiliary(Auxiliary):
             None where it has no gradient.
         """
         call = replace(call, x=None if call.x is None else call.x.detach(), y=call.y.detach())
+        before = return_checks.versions(call.x, call.y)
 
         def rule(grad_y: Tensor) -> Sequence[Tensor | None]:
+            return_checks.check_unwritten(self._label, call, before)
             with torch.enable_grad():
                 leaves = [component.detach().requires_grad_() for component in components]
                 changed = self._applied(tuple(leaves), call)

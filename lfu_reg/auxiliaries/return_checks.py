@@ -1,4 +1,4 @@
-"""What the methods of an auxiliary return, checked where they return it.
+"""What the methods of an auxiliary return, and what they read, checked where it happens.
 
 Only types, shapes, dtypes, devices and version counters are looked at: reading a value would wait for the device.
 """
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lfu_reg.auxiliaries.base import Auxiliary
+from lfu_reg.auxiliaries.base import Auxiliary, Call
 from lfu_reg.model.outputs import describe
 
 _START = "a tuple of floating-point tensors at 'no change', such as (call.y.new_zeros(call.y.shape[-1]),)"
@@ -65,6 +65,17 @@ def check_components(owner: str, components: Any, name: str, y: Tensor) -> None:
 def versions(x: Tensor | None, y: Tensor) -> tuple[int, int]:
     """How often the input and the output of a site were written to."""
     return 0 if x is None or x.is_inference() else x._version, 0 if y.is_inference() else y._version
+
+
+def check_unwritten(owner: str, call: Call, before: tuple[int, int]) -> None:
+    """Raise if the model has written to `call.x` or `call.y` since their versions were `before`."""
+    if versions(call.x, call.y) != before:
+        raise ValueError(
+            f"After {call.name} had returned, the model wrote in place to its input or output, of which {owner} takes "
+            "its gradient in the backward pass. Let the module return a copy (y.clone()), write out of place "
+            "(y = y + 1 for y.add_(1)), choose other layers=..., or use an auxiliary that does not read outputs, such "
+            'as auxiliary="steering".'
+        )
 
 
 def check_output(owner: str, changed: Any, name: str, y: Tensor, *, written: bool) -> None:

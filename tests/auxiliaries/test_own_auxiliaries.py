@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lfu_reg import Auxiliary, LfURegularizer, OutputAuxiliary, RandomDirections
+from lfu_reg import Auxiliary, LfURegularizer, LoRADeltas, OutputAuxiliary, RandomDirections, SteeringVectors
 from lfu_reg.auxiliaries import return_checks
 from tests.support.models import TINY
 from tests.support.refusals import refuses, refuses_step
@@ -168,6 +168,42 @@ def test_defaults_are_missed_where_they_are_needed(wrap: Any) -> None:
     model = TINY.make()
     with LfURegularizer(model, wrap(bare()), alpha=0.1, lam=0.1) as reg:
         reg(model, TINY.batch(), TINY.loss).backward()
+
+
+class Shifted(nn.Module):
+    """Adds one to what every layer returns, in place or not."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3)).double()
+        self.in_place = in_place
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x).add_(1) if self.in_place else layer(x) + 1
+        return x
+
+
+def moved(make: Any, in_place: bool) -> list[Tensor]:
+    model, x = Shifted(in_place), torch.randn(4, 8, generator=torch.Generator().manual_seed(1)).double()
+    with LfURegularizer(model, make(), alpha=0.1, lam=0.5, seed=0) as reg:
+        reg(model, {"x": x}, lambda model, batch: model(batch["x"]).square().mean())
+        parts = [p if isinstance(p, tuple) else (p,) for p in reg.perturbation.values()]
+    return [part for pair in parts for part in pair]
+
+
+@pytest.mark.parametrize("make", [Gains, lambda: SteeringVectors(relative=True)], ids=["default rule", "relative"])
+def test_outputs_that_are_overwritten_are_not_read_in_the_backward(make: Any) -> None:
+    """The gradient would be that of another output, without a word."""
+    moved(make, in_place=False)
+    with pytest.raises(ValueError, match=r"After layers\.2 .*wrote in place.*clone"):
+        moved(make, in_place=True)
+
+
+@pytest.mark.parametrize("make", [SteeringVectors, LoRADeltas])
+def test_rules_that_read_no_output_are_exact_where_outputs_are_overwritten(make: Any) -> None:
+    torch.testing.assert_close(moved(make, in_place=True), moved(make, in_place=False), rtol=1e-12, atol=1e-14)
 
 
 def test_random_directions_name_what_they_are_of() -> None:

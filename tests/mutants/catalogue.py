@@ -843,4 +843,12 @@ MUTANTS = (
         "if False",
         "tests/distances/test_own_distances.py::test_one_layer",
     ),
+    Mutant(
+        26,
+        "outputs that the model overwrites are not read in the backward",
+        "auxiliaries/return_checks.py",
+        "    if versions(call.x, call.y) != before:",
+        "    if False:",
+        "tests/auxiliaries/test_own_auxiliaries.py::test_outputs_that_are_overwritten_are_not_read_in_the_backward",
+    ),
 )
