@@ -1,4 +1,4 @@
-"""theta_aux, one flavour a file; `output.py` shows how to write another."""
+"""theta_aux, one flavour a file; docs/extending.md shows how to write another."""
 
 from collections.abc import Callable
 

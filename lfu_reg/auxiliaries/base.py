@@ -3,7 +3,7 @@
 An auxiliary is a set of components that start every step at "no change". Pass 1 collects the gradient g of the SFT
 loss with respect to them, the ascent moves them by alpha * g / ||g||, and pass 2 runs with them in place.
 
-`Auxiliary` is what the regularizer talks to; `output.py` shows how to write one.
+`Auxiliary` is what the regularizer talks to; docs/extending.md shows how to write one.
 """
 
 from __future__ import annotations
@@ -68,11 +68,27 @@ def master_dtype(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
+class _NoDefault:
+    """Stands where a subclass gives no default: an error as soon as it is needed."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, auxiliary: Auxiliary | None, owner: type) -> Any:
+        if auxiliary is None:
+            return self
+        setting = self._name.removeprefix("default_")
+        raise ValueError(
+            f"{setting} was not given, and {auxiliary._label} has no {self._name}. Give "
+            f"LfURegularizer(..., {setting}=...), or set {self._name} in the class."
+        )
+
+
 class Auxiliary(ABC):
     """Protocol between the regularizer and theta_aux. Subclass `OutputAuxiliary` unless you need all of it.
 
     Attributes:
-        default_alpha, default_lam: the paper's values.
+        default_alpha, default_lam: what alpha and lam are where they are not given; the paper's values.
         moves_weights: whether the components are the model's own parameters.
         acts_at_sites: whether the components change nothing but what the sites return.
         shards: FSDP2's sharded parameters during a step, None without FSDP2; set by the regularizer.
@@ -80,13 +96,18 @@ class Auxiliary(ABC):
         may_fold: whether modules run as they are written, neither sharded nor compiled; set by the regularizer.
     """
 
-    default_alpha: float
-    default_lam: float
+    default_alpha: float = _NoDefault()  # type: ignore[assignment]
+    default_lam: float = _NoDefault()  # type: ignore[assignment]
     moves_weights = False
     acts_at_sites = False
     shards: Shards | None = None
     folds = False
     may_fold = False
+
+    @property
+    def _label(self) -> str:
+        """What error messages call it."""
+        return type(self).__name__
 
     @abstractmethod
     def sites(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> Mapping[str, nn.Module]:

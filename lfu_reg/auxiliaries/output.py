@@ -1,22 +1,7 @@
 """Auxiliary components that change what some modules return.
 
 `OutputAuxiliary` does the bookkeeping for all of them; a new one says where (`sites`), with what (`start`) and how
-(`apply`), and nothing else:
-
-    class Gains(OutputAuxiliary):
-        '''One factor per channel of every chosen layer: h' = h * (1 + c).'''
-
-        default_alpha, default_lam = 0.1, 0.1
-
-        def sites(self, model, layers):
-            return layers
-
-        def start(self, call, generator):
-            return (call.y.new_zeros(call.y.shape[-1], dtype=master_dtype(call.y)),)
-
-        def apply(self, components, call):
-            (c,) = components
-            return call.y * (1 + c.to(call.y.dtype))
+(`apply`), and nothing else: docs/extending.md has a complete one. What these methods return is checked at once.
 """
 
 from __future__ import annotations
@@ -30,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lfu_reg.auxiliaries import return_checks
 from lfu_reg.auxiliaries.ascent import ascend, gradient_norm
 from lfu_reg.auxiliaries.base import Auxiliary, Call, Components, Generators, GradientRule
 
@@ -52,24 +38,49 @@ class OutputAuxiliary(Auxiliary):
         Args:
             call: the first call of the site in this step.
             generator: the step's seeded generator on the device of `call.y`.
+
+        Returns:
+            At least one floating-point tensor of any shape, on the device of `call.y`, such that `apply` gives
+            `call.y`.
         """
 
     @abstractmethod
     def apply(self, components: Components, call: Call) -> Tensor:
-        """`call.y` with the components in place: a new tensor (never written in place) of the same shape and dtype."""
+        """The output with the components in place.
+
+        Args:
+            components: those of the site, as `start` returned them and moved since.
+            call: this call of the site; neither its x nor its y may be written to.
+
+        Returns:
+            A tensor like `call.y` in shape, dtype and device.
+        """
 
     def gradient_rule(self, components: Components, call: Call) -> GradientRule:
         """Rule from dl/dy to the gradients of the components at "no change".
 
         The default differentiates `apply`. It keeps x and y alive until the backward pass reaches the site; override it
         with a closed form that keeps less.
+
+        Args:
+            components: those of the site at "no change".
+            call: this call of the site.
+
+        Returns:
+            A function of dl/dy, shaped like `call.y`, that returns one entry per component: a tensor of its shape, or
+            None where it has no gradient.
         """
         call = replace(call, x=None if call.x is None else call.x.detach(), y=call.y.detach())
+        before = return_checks.versions(call.x, call.y)
 
         def rule(grad_y: Tensor) -> Sequence[Tensor | None]:
+            return_checks.check_unwritten(self._label, call, before)
             with torch.enable_grad():
                 leaves = [component.detach().requires_grad_() for component in components]
-                changed = self.apply(tuple(leaves), call)
+                changed = self._applied(tuple(leaves), call)
+                if changed is call.y:  # nothing to change in this call
+                    return [None] * len(leaves)
+                return_checks.check_depends(self._label, changed, call.name)
                 return torch.autograd.grad(changed, leaves, grad_y, allow_unused=True)
 
         return rule
@@ -90,11 +101,15 @@ class OutputAuxiliary(Auxiliary):
 
     def observe(self, call: Call) -> GradientRule:
         """`gradient_rule`, adding what it gives to g."""
-        rule = self.gradient_rule(self._at(call), call)
+        components = self._at(call)
+        rule = self.gradient_rule(components, call)
         name = call.name  # and not `call`: the rule ends up in a hook of call.y, which would keep itself alive
+        return_checks.check_rule(self._label, rule, name)
+        like = [(component.shape, component.device) for component in components]
 
         def collect(grad_y: Tensor) -> Sequence[Tensor | None]:
             gradients = rule(grad_y)
+            return_checks.check_gradients(self._label, gradients, name, like)
             self._collect(name, gradients)
             return gradients
 
@@ -102,7 +117,7 @@ class OutputAuxiliary(Auxiliary):
 
     def apply_at(self, call: Call) -> Tensor:
         """`apply` with the components of the call's site."""
-        return _laid_out_like(call.y, self.apply(self._at(call), call))
+        return _laid_out_like(call.y, self._applied(self._at(call), call))
 
     def leaves(self) -> list[Tensor]:
         """The components."""
@@ -142,12 +157,15 @@ class OutputAuxiliary(Auxiliary):
     def ascend(self, alpha: float) -> Tensor:
         """Eq. 2 over all components that got a gradient."""
         moving = [(name, i) for name, gs in self._gradients.items() for i, g in enumerate(gs) if g is not None]
-        gradients = self.direction([g for gs in self._gradients.values() for g in gs if g is not None])
+        found = [g for gs in self._gradients.values() for g in gs if g is not None]
         self._gradients = {}
-        if not gradients:
+        if not found:
             return torch.zeros(())
+        gradients = self.direction(found)
+        return_checks.check_direction(self._label, gradients, found)
         names = list(dict.fromkeys(name for name, _ in moving))
         groups = self.groups(names)
+        return_checks.check_groups(self._label, groups, names)
         per_group = None if groups is None else [groups[names.index(name)] for name, _ in moving]
         norm = gradient_norm(gradients)
         for (name, i), step in zip(moving, ascend(gradients, alpha, per_group=per_group, norm=norm), strict=True):
@@ -167,8 +185,17 @@ class OutputAuxiliary(Auxiliary):
         if call.name not in self._components:
             with torch.no_grad():
                 components = self.start(call, self._generators(call.y.device))
-            self._components[call.name] = tuple(c.requires_grad_(self._required) for c in components)
+            return_checks.check_components(self._label, components, call.name, call.y)
+            # Detached: what `start` returned may be somebody's parameter, whose requires_grad is not ours to set.
+            self._components[call.name] = tuple(c.detach().requires_grad_(self._required) for c in components)
         return self._components[call.name]
+
+    def _applied(self, components: Components, call: Call) -> Tensor:
+        before = return_checks.versions(call.x, call.y)
+        changed = self.apply(components, call)
+        written = return_checks.versions(call.x, call.y) != before
+        return_checks.check_output(self._label, changed, call.name, call.y, written=written)
+        return changed
 
     def _collect(self, name: str, gradients: Sequence[Tensor | None]) -> None:
         # Adding up: a shared layer, or a loss function that calls the model twice, passes a site more than once.

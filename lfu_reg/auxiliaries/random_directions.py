@@ -26,7 +26,21 @@ class RandomDirections(OutputAuxiliary):
                 "LoRADeltas() and SteeringVectors()."
             )
         self.of = of
-        self.default_alpha, self.default_lam = of.default_alpha, of.default_lam
+
+    @property
+    def default_alpha(self) -> float:  # type: ignore[override]
+        """That of the other auxiliary."""
+        return self.of.default_alpha
+
+    @property
+    def default_lam(self) -> float:  # type: ignore[override]
+        """That of the other auxiliary."""
+        return self.of.default_lam
+
+    @property
+    def _label(self) -> str:
+        """Names the other auxiliary as well, whose methods are called."""
+        return f"RandomDirections({self.of._label})"
 
     def sites(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> Mapping[str, nn.Module]:
         """Those of the other auxiliary."""

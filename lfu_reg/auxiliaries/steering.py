@@ -8,6 +8,7 @@ h_l ──(+)──► h'_l = h_l + d_l                        d_l: [hidden], ze
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from lfu_reg.auxiliaries.base import Call, Components, GradientRule, master_dtype
 from lfu_reg.auxiliaries.output import OutputAuxiliary
+from lfu_reg.auxiliaries.return_checks import check_unwritten, versions
 from lfu_reg.model.tokens import rows
 
 
@@ -73,13 +75,16 @@ class SteeringVectors(OutputAuxiliary):
         """dl/dd_l: the sum of dl/dh_l over tokens; relative: of ||h|| times its part orthogonal to h."""
         index = None if self.tokens == "all" else call.tokens.index
         axis, dtype = call.tokens.axis, components[0].dtype
-        h = call.y.detach() if self.relative else None
+        # Neither call.x nor, where it is not read, the hidden state is kept alive.
+        kept = replace(call, x=None, y=call.y.detach()) if self.relative else None
+        before = versions(None, call.y)
 
         def rule(grad_y: Tensor) -> Sequence[Tensor]:
             gradient = rows(grad_y, axis, index)  # [tokens, hidden]
-            if h is not None:
+            if kept is not None:
+                check_unwritten(self._label, kept, before)
                 # d/dd of ||h|| * normalise(h/||h|| + d) at d = 0 is ||h|| (I - u u^T), with u = h / ||h||.
-                state, gradient = rows(h, axis, index).to(dtype), gradient.to(dtype)
+                state, gradient = rows(kept.y, axis, index).to(dtype), gradient.to(dtype)
                 length = torch.linalg.vector_norm(state, dim=-1, keepdim=True)
                 unit = state / _positive(length)
                 gradient = length * (gradient - unit * (unit * gradient).sum(-1, keepdim=True))

@@ -38,10 +38,13 @@ def make_distance(distance: DistanceChoice) -> Distance:
     """The distance of that name, the given object, or a wrapper around the given function.
 
     Raises:
-        ValueError: for an unknown name.
+        ValueError: for an unknown name, and for an object that measures something unknown.
         TypeError: for anything that cannot be called.
     """
     if isinstance(distance, Distance):
+        if distance.measures not in ("hidden_states", "logits"):
+            name = type(distance).__name__
+            raise ValueError(f"{name}.measures={distance.measures!r}; allowed are 'hidden_states' and 'logits'.")
         return distance
     if isinstance(distance, str) and distance in _BY_NAME:
         return _BY_NAME[distance]()
@@ -60,11 +63,11 @@ class _Function(PerLayerDistance):
         self.function = function
 
     def layer(self, clean: Tensor, perturbed: Tensor, reduction: Reduction) -> Tensor:
-        value = self.function(clean, perturbed)
-        if not isinstance(value, Tensor) or value.dim() != 0:
-            given = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"The distance function returned {given}; it has to return a scalar tensor per layer.")
-        return value
+        return self.function(clean, perturbed)
+
+    @property
+    def _label(self) -> str:
+        return f"The distance function {self!r}"
 
     def __repr__(self) -> str:
         return getattr(self.function, "__name__", repr(self.function))

@@ -65,7 +65,7 @@ def describe(output: Any) -> str:
     """Short description of an output for error messages."""
     if isinstance(output, Tensor):
         return f"a {output.dtype} tensor of shape {list(output.shape)}"
-    return f"a {type(output).__name__}"
+    return "None" if output is None else f"a {type(output).__name__}"
 
 
 def is_cache(value: Any) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lfu_reg.auxiliaries import Auxiliary
+from lfu_reg.auxiliaries.return_checks import checked_sites
 from lfu_reg.diagnostics import Diagnostics
 from lfu_reg.distances.base import Distance
 from lfu_reg.distributed.ddp import Wrappers
@@ -84,7 +85,7 @@ class AttachedModel:
 
     def _attach(self, model: nn.Module) -> None:
         chosen = choose_layers(model, self._choice)
-        sites = self._auxiliary.sites(model, chosen)
+        sites = checked_sites(self._auxiliary, model, chosen)
         checks.check_no_scripts(chosen)
         self.layers, self.modules = tuple(chosen), chosen
         self.hooks = ModelHooks(model, chosen, sites, self._auxiliary, head=model if self._on_logits else None)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lfu_reg.distances.base import Distance
+from lfu_reg.distances.base import Distance, measure
 from lfu_reg.hooks.forward_pass import State
 from lfu_reg.model.autocast import without_autocast
 from lfu_reg.model.tokens import rows
@@ -50,14 +50,13 @@ def consistency(
         groups[_share(before, after, axis)].append(number)
     with without_autocast(clean[0].hidden.device.type):
         if list(groups) == [1.0]:
-            return distance(h, h_prime, index, settings.reduction)
+            return measure(distance, h, h_prime, index, settings.reduction)
         # Stacks of different lengths (encoder and decoder) have different shares of their tokens in the samples.
         terms: list[Tensor] = []
         distances = [torch.empty(())] * len(h)
         for factor, members in groups.items():
-            loss, per_layer = distance(
-                [h[i] for i in members], [h_prime[i] for i in members], [index[i] for i in members], settings.reduction
-            )
+            states = [h[i] for i in members], [h_prime[i] for i in members], [index[i] for i in members]
+            loss, per_layer = measure(distance, *states, settings.reduction)
             terms.append(loss * (factor * len(members) / len(h)))
             for i, value in zip(members, per_layer, strict=True):
                 distances[i] = value * factor
