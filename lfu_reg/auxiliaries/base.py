@@ -179,10 +179,3 @@ class Auxiliary(ABC):
     def forget_gradient(self) -> None:
         """Drop what was collected of g: the backward that gave it is repeated."""
         self.ascend(0.0)
-
-    def frozen(self) -> Auxiliary | None:
-        """A twin that keeps the present components, whatever becomes of this one, for checkpoints of retained graphs.
-
-        None, the default, says that there is none; such checkpoints are then refused.
-        """
-        return None

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import copy
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -138,10 +137,6 @@ class OutputAuxiliary(Auxiliary):
     def forget_gradient(self) -> None:
         """Drop what was collected of g."""
         self._gradients = {}
-
-    def frozen(self) -> OutputAuxiliary:
-        """A shallow copy: `reset` binds new dictionaries and leaves those of earlier steps alone."""
-        return copy.copy(self)
 
     def replace_gradients(self, function: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]) -> None:
         """Replace g of all components, those without a gradient included."""

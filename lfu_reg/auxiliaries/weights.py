@@ -10,7 +10,6 @@ their old values copied back; g is averaged over ranks there, as FSDP reduces it
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -113,10 +112,6 @@ class WeightDeltas(Auxiliary):
     def perturbation(self) -> dict[str, Any]:
         """Parameter name to delta."""
         return dict(self._deltas)
-
-    def frozen(self) -> WeightDeltas:
-        """A shallow copy; it is not asked for anything, as the moved weights are kept with the pass."""
-        return copy.copy(self)
 
     def pass2_patches(self) -> Iterable[Patch]:
         """Parameter + delta instead of every parameter, in every module that holds it (tied weights)."""

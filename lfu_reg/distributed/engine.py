@@ -11,7 +11,6 @@ from torch import nn
 
 from lfu_reg.distributed.ddp import wrappers_of
 from lfu_reg.distributed.fsdp2 import Shards, units_among
-from lfu_reg.model.module_walk import modules_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -68,7 +67,7 @@ def engine_of(model: nn.Module, attached: nn.Module, layers: Iterable[nn.Module]
             break
     if not (dist.is_available() and dist.is_initialized()):
         return Engine()
-    modules = modules_of(model)  # one walk for all that follows: it is taken at every step
+    modules = list(model.modules())  # one walk for all that follows: it is taken at every step
     old = tuple(module for module in modules if type(module).__name__ == "FullyShardedDataParallel")
     if old:
         groups = (getattr(old[0], "process_group", dist.group.WORLD),)

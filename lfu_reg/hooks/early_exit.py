@@ -1,8 +1,8 @@
 """Pass 2 leaves the forward after the last layer whose hidden state is wanted, where that cuts nobody's code off.
 
-What is left is on the stack of Python's frames as the last layer ends: torch's, transformers' and PEFT's own code, which
-is written to be left by an exception, and user code that has nothing to do any more but return. A user's function that
-goes on to reset a flag or to clear a list has to run to its end.
+What is left is on the stack of frames as the last layer ends: the code of torch, transformers and PEFT, which may be
+left by an exception, and user code that has nothing to do any more but return. A user's function that goes on to reset
+a flag or to clear a list has to run to its end.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ _LIBRARIES = (
     "functools.",
     "accelerate.utils.operations.",
 )
-_DOES_SOMETHING = ("STORE_ATTR", "STORE_SUBSCR", "STORE_GLOBAL", "STORE_NAME", "STORE_DEREF", "STORE_SLICE", "DELETE_")
-_DOES_SOMETHING += ("YIELD", "IMPORT", "FOR_ITER", "SEND", "PRINT")
+_STORES = ("STORE_ATTR", "STORE_SUBSCR", "STORE_GLOBAL", "STORE_NAME", "STORE_DEREF", "STORE_SLICE", "DELETE_")
+_DOES_SOMETHING = (*_STORES, "YIELD", "IMPORT", "FOR_ITER", "SEND", "PRINT")
 _NEVER = ("torch._dynamo", "torch.distributed.fsdp", "torch.distributed._composable", "torch.fx", "torch.jit")
 
 

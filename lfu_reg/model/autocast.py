@@ -1,42 +1,13 @@
-"""torch.autocast: its state, noted down or set aside, and whether it brings float16 into play."""
+"""torch.autocast: set aside, and whether it brings float16 into play."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-
-
-@dataclass(frozen=True)
-class Autocast:
-    """The autocast state of one device type."""
-
-    device_type: str
-    enabled: bool
-    dtype: torch.dtype
-
-    @classmethod
-    def current(cls, device_type: str) -> Autocast:
-        """The state here and now."""
-        return cls(device_type, torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type))
-
-
-def autocast_in_force(devices: Iterable[torch.device]) -> tuple[Autocast, ...]:
-    """The states of the CPU and of some devices' types, to be entered again later."""
-    return tuple(Autocast.current(t) for t in dict.fromkeys(["cpu", *(device.type for device in devices)]))
-
-
-@contextmanager
-def entered_again(states: Iterable[Autocast]) -> Iterator[None]:
-    """The autocast that was in force where `states` were noted down."""
-    with ExitStack() as surroundings:
-        for state in states:
-            surroundings.enter_context(torch.autocast(state.device_type, dtype=state.dtype, enabled=state.enabled))
-        yield
 
 
 @contextmanager

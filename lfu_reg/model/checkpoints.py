@@ -24,8 +24,8 @@ REFUSED = (
 )
 
 OFFLOADED = (
-    "Somebody's saved-tensor hooks are in force (activation offloading), which expect one backward after each forward, and "
-    "a graph that is retained is gone through more than once. Use strategy='released' with stop_gradient='clean' (the "
+    "Somebody's saved-tensor hooks are in force (activation offloading). They expect one backward after each forward, "
+    "and a graph that is retained is gone through more than once. Use strategy='released' with stop_gradient='clean' (the "
     "defaults), or switch offloading off."
 )
 

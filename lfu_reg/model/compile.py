@@ -19,7 +19,6 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from lfu_reg.model.module_walk import modules_of
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -69,7 +68,7 @@ def untraced_itself(function: F) -> F:
 def entrances(model: nn.Module) -> dict[nn.Module, nn.Module]:
     """Every module in `model` that is compiled for itself, with what to call so that it runs compiled."""
     found: dict[nn.Module, nn.Module] = {}
-    for module in modules_of(model):
+    for module in model.modules():
         if type(module).__name__ == "OptimizedModule":
             found[unwrapped(module)] = module
         elif vars(module).get("_compiled_call_impl") is not None:

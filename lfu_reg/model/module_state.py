@@ -53,10 +53,10 @@ class _Snapshot:
                 for name in [name for name in now if name not in inside]:
                     del now[name]
                 now.update(inside)
-            for value in now.values():
-                if type(value) in _CONTAINERS and value and id(value) not in self.contents and len(value) <= _LARGEST:
-                    if not any(value is now[name] for name in _TABLES):
-                        value.clear()
+            for name, value in now.items():
+                filled = type(value) in _CONTAINERS and value and name not in _TABLES and len(value) <= _LARGEST
+                if filled and id(value) not in self.contents:
+                    value.clear()
         for container, content in self.contents.values():
             _put(container, content)
 

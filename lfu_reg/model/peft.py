@@ -13,7 +13,6 @@ from typing import Any
 
 from torch import nn
 
-from lfu_reg.model.module_walk import modules_of
 
 
 def base_layer(module: nn.Module) -> nn.Module | None:
@@ -94,7 +93,7 @@ def virtual_tokens(model: nn.Module) -> int:
 
     Those of prefix tuning are counted as well, but are keys and values: its hidden states are no longer than the batch.
     """
-    for module in modules_of(model):
+    for module in model.modules():
         if vars(module).get("_is_prompt_learning"):
             config: Any = getattr(module, "active_peft_config", None)
             return int(getattr(config, "num_virtual_tokens", 0) or 0)

@@ -86,18 +86,6 @@ class RandomState:
             sys.modules["numpy"].random.set_state(self.numpy)
 
 
-class Draws:
-    """How far the CPU's and Python's generators have got: cheaper than a `RandomState`, and comparable."""
-
-    def __init__(self) -> None:
-        self.torch, self.python = torch.get_rng_state(), random.getstate()
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Draws) and self.python == other.python and torch.equal(self.torch, other.torch)
-
-    __hash__ = None  # type: ignore[assignment]
-
-
 @contextmanager
 def random_state_kept(devices: Iterable[torch.device]) -> Iterator[None]:
     """The caller's random stream goes on where it is now, whatever the block draws."""

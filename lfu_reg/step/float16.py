@@ -1,8 +1,8 @@
 """Gradients that float16 would lose are taken of a scaled loss, as a GradScaler does it, but inside of the step.
 
 The step takes its gradients before the caller's GradScaler multiplies the loss, so that scale comes too late for what
-underflows on the way down. Where float16 is in play the loss is multiplied by a power of two first, and the returned loss
-divides by it again in float32. The caller's scaler is neither read nor changed: it sees an ordinary loss.
+underflows on the way down. Where float16 is in play the loss is multiplied by a power of two first, and the returned
+loss divides by it again in float32. The caller's scaler is neither read nor changed: it sees an ordinary loss.
 
 The scale finds itself as GradScaler's does (Micikevicius et al. 2018, arXiv 1710.03740), except that a step that
 overflows is not lost: its backward is repeated with half the scale, down to 1. What is not finite at 1 either is handed

@@ -1,4 +1,4 @@
-"""Which calls belong to one step: an optimizer may ask for the same loss several times before the weights have moved on.
+"""Which calls belong to one step: an optimizer may ask for the same loss several times before it has made its step.
 
 L-BFGS evaluates its closure at several points of one step, and a line search needs the same function at each. So LoRA's
 A and the samples that are drawn stay the same inside of one `optimizer.step(closure)`, and where the batch and the

@@ -3,8 +3,8 @@
       embedding, layers below ──► cut ──► layers that theta_aux acts in or behind ──► l_SFT, l_cons
       └─────── reused ─────────┘
 
-Both passes have the same hidden states up to the cut, so blocks below it run once (`reused_blocks.py`). Backward, both terms of the
-loss reach what is below through the cut alone, and a gradient is linear in what comes from above:
+Both passes have the same hidden states up to the cut, so blocks below it run once (`reused_blocks.py`). Backward, both
+terms of the loss reach what is below through the cut alone, and a gradient is linear in what comes from above:
 
       d(l_SFT + lam * l_cons) / d theta_below = (d l_SFT / d cut + lam * d l_cons / d cut) . d cut / d theta_below
 
