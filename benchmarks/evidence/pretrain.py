@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from demo_eval import score
-from demo_pretrain import make_optimizers, save_tokenizer
-from demo_skills import mixed_format_examples
+from demo.eval import score
+from demo.pretrain import make_optimizers, save_tokenizer
+from demo.skills import mixed_format_examples
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from tqdm import tqdm

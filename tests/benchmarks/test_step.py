@@ -12,8 +12,8 @@ pytest.importorskip("typer")
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-import step
-import step_page
+from step import __main__ as step
+from step import page as step_page
 from typer.testing import CliRunner
 
 from lfu_reg.cli import app as app_module

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from demo_skills import Example
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+
+from demo.skills import Example
 
 IGNORED = -100  # the label that cross-entropy leaves out
 

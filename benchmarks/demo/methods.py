@@ -55,7 +55,7 @@ METHODS: dict[str, Method] = {
 }
 DEFAULT_METHODS = (BASELINE, "lfu-lora", "lfu-steering")
 
-# alpha and lambda for the embedded model, as demo_sweep.py chose them; docs/demo-settings.md shows the whole sweep.
+# alpha and lambda for the embedded model, as sweep.py chose them; docs/demo-settings.md shows the whole sweep.
 CHOSEN: dict[str, tuple[float, float]] = {
     "lfu-lora": (0.01, 0.05),
     "lfu-steering": (0.1, 0.1),

@@ -1,10 +1,10 @@
 """Measures the published figures of a step's cost, each by one `lfu-reg overhead` command.
 
-    python benchmarks/step.py cpu_lora            # writes results/step_cpu_lora.json
-    python benchmarks/step.py --list              # the commands
-    python benchmarks/step.py cuda_llama-3.1-8b_lora   # needs a GPU
+    python -m step cpu_lora            # in benchmarks/; writes results/step_cpu_lora.json
+    python -m step --list              # the commands
+    python -m step cuda_llama-3.1-8b_lora   # needs a GPU
 
-On one CPU thread processor time is measured. docs/cost.md is rendered from the files by step_page.py.
+On one CPU thread processor time is measured. docs/cost.md is rendered from the files by page.py.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from lfu_reg.cli.app import app
 
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 LFU = "sft,steering,lora,weights,steering-late,lora-late"
 OTHERS = "retained,literal-steering,authors-lora,sam"
 GPU = "--device cuda --dtype bfloat16 --rounds 20 --methods all --time-budget 1.5"

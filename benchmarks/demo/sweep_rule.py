@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from demo_methods import BASELINE
+from demo.methods import BASELINE
 
 LEARNING_RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 # flavour -> (alphas, lambdas): from hardly any effect to lambda * l_cons as large as the SFT loss. The paper's pair is

@@ -1,4 +1,4 @@
-"""The sweep that picked the demo's settings: python benchmarks/demo_sweep.py
+"""The sweep that picked the demo's settings: `python -m demo.sweep` in benchmarks/.
 
 Writes every run to benchmarks/results/demo_sweep.csv and every cell to docs/demo-settings.md. Runs that are in
 the CSV already are not repeated, so an interrupted sweep goes on where it stopped; --fresh starts over.
@@ -15,11 +15,12 @@ from dataclasses import astuple, replace
 from pathlib import Path
 
 import torch
-from demo_load import EMBEDDED_MODEL, load_model
-from demo_methods import METHODS
-from demo_run import Experiment, regime_name
-from demo_sweep_page import page
-from demo_sweep_rule import (
+
+from demo.load import EMBEDDED_MODEL, load_model
+from demo.methods import METHODS
+from demo.run import Experiment, regime_name
+from demo.sweep_page import page
+from demo.sweep_rule import (
     COLUMNS,
     LABEL_NOISE,
     SEEDS,
@@ -30,10 +31,10 @@ from demo_sweep_rule import (
     lfu_cells,
     sft_cells,
 )
-from demo_task import TRAIN_SIZE, skills_task
-from demo_train import Recipe
+from demo.task import TRAIN_SIZE, skills_task
+from demo.train import Recipe
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CSV_FILE = ROOT / "benchmarks" / "results" / "demo_sweep.csv"
 PAGE_FILE = ROOT / "docs" / "demo-settings.md"
 

@@ -1,8 +1,8 @@
-"""Trains the demo's small model: python benchmarks/demo_pretrain.py
+"""Trains the demo's small model: `python -m demo.pretrain` in benchmarks/.
 
-A 0.87 M-parameter Llama over single characters learns the six skills of demo_skills.py from generated
+A 0.87 M-parameter Llama over single characters learns the six skills of skills.py from generated
 examples of their train split. Weights, tokenizer and the log of the run (one JSON object a line) go to
-benchmarks/demo_model/.
+benchmarks/demo/model/.
 """
 
 from __future__ import annotations
@@ -18,10 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from demo_data import batches_by_length, encode
-from demo_eval import score
-from demo_muon import Muon
-from demo_skills import SKILLS, Example, draw_item, mixed_format_examples, render
 from tokenizers import Tokenizer, decoders, models
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -29,7 +25,12 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-MODEL_FOLDER = Path(__file__).parent / "demo_model"
+from demo.data import batches_by_length, encode
+from demo.eval import score
+from demo.muon import Muon
+from demo.skills import SKILLS, Example, draw_item, mixed_format_examples, render
+
+MODEL_FOLDER = Path(__file__).parent / "model"
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<unk>")
 SHARES = {"add": 3, "subtract": 3}  # arithmetic takes longest to learn; the other skills count once
 CAPITALISED = 0.25  # share of prompts that start with a capital letter

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sharded_bytes import GATHERED, STEPS
+from sharded.bytes import GATHERED, STEPS
 
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce")
 SHOWN = 2  # cases whose figures are listed; the others' differences are
@@ -12,7 +12,7 @@ SHOWN = 2  # cases whose figures are listed; the others' differences are
 RULE = """## Under FSDP2: predicted and counted
 
 FSDP2 gathers the weights of a unit before use and frees them after it, so traffic follows from shapes
-(`benchmarks/sharded_bytes.py`). Every block is a unit. Per step and GPU, with B the bytes of the blocks' weights in the
+(`benchmarks/sharded/bytes.py`). Every block is a unit. Per step and GPU, with B the bytes of the blocks' weights in the
 dtype of the all-gathers, R those of the root (embeddings, last norm, LM head), G those of the trained weights' gradients,
 and G' the part of G that the hidden states depend on:
 
@@ -58,7 +58,7 @@ def checked(result: dict[str, Any]) -> list[str]:
     lines = [
         "### Checked",
         "",
-        f"`python benchmarks/collectives.py` records every collective of one step on {result['ranks']} processes (gloo, CPU): "
+        f"`python -m sharded` records every collective of one step on {result['ranks']} processes (gloo, CPU): "
         f"a Llama of {cases[0]['sizes']['blocks']} blocks (`{first['model']}`), {first['batch']} x {first['tokens']} tokens on "
         f"each. Operations are counted in the sharded step as well. {about['hardware']}, torch {about['torch']}, "
         f"transformers {about['transformers']}, {about['date']}, commit {about['commit']} (`collectives.json`).",

@@ -9,13 +9,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from demo_data import collate, encode
-from demo_methods import Method
-from demo_skills import Example
 from peft import LoraConfig, TaskType, get_peft_model
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from demo.data import collate, encode
+from demo.methods import Method
+from demo.skills import Example
 
 Batch = dict[str, Tensor]
 

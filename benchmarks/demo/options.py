@@ -8,9 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from demo_methods import DEFAULT_METHODS, METHODS, Method, with_chosen_settings
-from demo_task import TRAIN_SIZE
-from demo_train import Recipe
+
+from demo.methods import DEFAULT_METHODS, METHODS, Method, with_chosen_settings
+from demo.task import TRAIN_SIZE
+from demo.train import Recipe
 
 
 class UsageError(ValueError):
@@ -20,7 +21,7 @@ class UsageError(ValueError):
 def parse_arguments(argv: list[str] | None, description: str) -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, prog="benchmarks/demo.py"
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, prog="python -m demo"
     )
     _add_data_options(parser.add_argument_group("what to fine-tune"))
     _add_tuning_options(parser.add_argument_group("how to fine-tune"))

@@ -1,9 +1,9 @@
 """Counts what one training step under FSDP2 communicates, and compares it with what shapes predict.
 
-    python benchmarks/collectives.py       # writes results/collectives.json; python benchmarks/step_page.py shows it
+    python -m sharded          # in benchmarks/; writes results/collectives.json, which python -m step.page shows
 
 Two processes on a CPU (gloo) shard a Llama and record every collective of the third step (at the first the regularizer
-checks its replay), and the operations of the fourth. `sharded_bytes.py` predicts both from shapes, and is then asked
+checks its replay), and the operations of the fourth. `bytes.py` predicts both from shapes, and is then asked
 about a model that no CPU holds.
 """
 
@@ -21,10 +21,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as processes
-from collective_recorder import Collectives
-from collectives_page import COLLECTIVES
-from sharded_bytes import STEPS, Traffic
-from sharded_cases import FORECAST, MEASURED, Case
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -32,8 +28,12 @@ from lfu_reg import LfURegularizer
 from lfu_reg.cli.counting import flop_counter
 from lfu_reg.cli.subjects import Setting, language_model_loss, make_batch
 from lfu_reg.cli.surroundings import surroundings
+from sharded.bytes import STEPS, Traffic
+from sharded.cases import FORECAST, MEASURED, Case
+from sharded.page import COLLECTIVES
+from sharded.recorder import Collectives
 
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 RANKS = 2
 
 

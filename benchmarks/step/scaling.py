@@ -1,6 +1,6 @@
 """How a step's cost grows with batch, tokens, layers, hidden size, vocabulary and trained parameters.
 
-    python benchmarks/scaling.py           # writes results/scaling.json and scaling.png
+    python -m step.scaling      # in benchmarks/; writes results/scaling.json and scaling.png
 
 Small Llamas on one CPU thread, processor time, interleaved. The operations of every point's step are counted, too, so
 that the prediction "ratio = counted operations of LfU / of SFT" is checked against measured ratios. The same counts are
@@ -29,7 +29,7 @@ from lfu_reg.cli.rounds import Clock, interleaved, ratios
 from lfu_reg.cli.subjects import Setting, Subject, language_model_loss, make_batch, with_adapter
 from lfu_reg.cli.surroundings import surroundings
 
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 KEYS = ("sft", "steering", "lora")
 BASE = {"batch": 4, "tokens": 64, "layers": 4, "hidden": 128, "vocabulary": 1024, "trained rank": 8}
 AXES = {

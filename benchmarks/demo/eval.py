@@ -6,11 +6,12 @@ import math
 from dataclasses import dataclass
 
 import torch
-from demo_data import IGNORED, batches_by_length, encode
-from demo_skills import Example
 from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
+
+from demo.data import IGNORED, batches_by_length, encode
+from demo.skills import Example
 
 
 @dataclass(frozen=True)

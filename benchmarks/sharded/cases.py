@@ -7,13 +7,13 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from sharded_bytes import STEPS, Sizes, predicted_flops, predicted_traffic, sizes_of
 from torch import nn
 
 from lfu_reg.cli.configs import build, load_config
 from lfu_reg.cli.counting import count_steps
 from lfu_reg.cli.subjects import Setting, Subject, language_model_loss, make_batch, with_adapter
 from lfu_reg.model.layers import choose_layers
+from sharded.bytes import STEPS, Sizes, predicted_flops, predicted_traffic, sizes_of
 
 
 @dataclass(frozen=True)

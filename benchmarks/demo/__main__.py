@@ -1,10 +1,12 @@
 """The demo: fine-tune a small language model with and without LfU, and compare.
 
-    python benchmarks/demo.py
-    python benchmarks/demo.py --data ../shared/data/gsm8k
-    python benchmarks/demo.py --model path/or/hub-name --data pairs.jsonl
+    make demo
+    make demo ARGS="--data folder/with/train/and/test"
+    make demo ARGS="--model path/or/hub-name --data pairs.jsonl"
 
-By default a small model that ships with the project (benchmarks/demo_model, trained by demo_pretrain.py) is
+Without make: `python -m demo` in benchmarks/.
+
+By default a small model that ships with the project (benchmarks/demo/model, trained by pretrain.py) is
 fine-tuned on a few examples of one of its skills in a new prompt format, with correct and with partly wrong
 answers. The table shows what each method costs, what it gains in the new format, and what the model forgets.
 """
@@ -30,10 +32,14 @@ try:
     import peft
     import torch
     import transformers
-    from demo_data import DataError, encode
-    from demo_load import EMBEDDED_MODEL, ModelError, load_model
-    from demo_methods import BASELINE
-    from demo_options import (
+    from rich.console import Console
+    from transformers import PreTrainedModel
+
+    import lfu_reg
+    from demo.data import DataError, encode
+    from demo.load import EMBEDDED_MODEL, ModelError, load_model
+    from demo.methods import BASELINE
+    from demo.options import (
         UsageError,
         check,
         chosen_device,
@@ -43,17 +49,13 @@ try:
         chosen_threads,
         parse_arguments,
     )
-    from demo_report import paired_differences, print_tables, summarize, write_json, write_plot
-    from demo_run import Experiment
-    from demo_task import Task, pairs_task, skills_task
-    from demo_train import Recipe
-    from rich.console import Console
-    from transformers import PreTrainedModel
-
-    import lfu_reg
+    from demo.report import paired_differences, print_tables, summarize, write_json, write_plot
+    from demo.run import Experiment
+    from demo.task import Task, pairs_task, skills_task
+    from demo.train import Recipe
 except ImportError as error:
     raise SystemExit(
-        f"benchmarks/demo.py cannot be started: {error}.\n"
+        f"The demo cannot be started: {error}.\n"
         "Run `make demo`, or install what it needs into your environment: pip install -e '.[bench]'"
     ) from error
 
@@ -66,7 +68,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         check(args)
         return run(args, command)
     except (UsageError, DataError, ModelError) as error:
-        raise SystemExit(f"benchmarks/demo.py: error: {error}") from error
+        raise SystemExit(f"demo: error: {error}") from error
 
 
 def run(args: argparse.Namespace, command: list[str]) -> dict[str, Any]:
@@ -178,7 +180,7 @@ def describe(
     """What has to be known to repeat the run, and how its numbers are to be read."""
     task = experiment.task
     return {
-        "command": shlex.join(["python", "benchmarks/demo.py", *command]),
+        "command": shlex.join(["python", "-m", "demo", *command]),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "description": task.description,
         "environment": {

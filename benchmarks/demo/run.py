@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from demo_measure import Cost, measure_costs
-from demo_methods import Method
-from demo_task import Evaluation, Task, evaluate
-from demo_train import Recipe, finetune, trainable_copy, training_batches
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from demo.measure import Cost, measure_costs
+from demo.methods import Method
+from demo.task import Evaluation, Task, evaluate
+from demo.train import Recipe, finetune, trainable_copy, training_batches
 
 
 @dataclass(frozen=True)

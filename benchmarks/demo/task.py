@@ -8,9 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from demo_data import DataError, read_pairs
-from demo_eval import Scores, score
-from demo_skills import (
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from demo.data import DataError, read_pairs
+from demo.eval import Scores, score
+from demo.skills import (
     NEW_FORMAT,
     PROMPT_VARIATIONS,
     SKILLS,
@@ -22,8 +25,6 @@ from demo_skills import (
     render,
     with_wrong_answers,
 )
-from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 TRAIN_SIZE = 128  # examples that the demo fine-tunes on
 
@@ -36,7 +37,7 @@ PAIR_TEMPLATES: tuple[str, ...] = (
     "{prompt}\n\nResponse:\n",
 )
 # The opening of F. H. Burnett, A Little Princess (1905), in the public domain.
-DEFAULT_TEXT = Path(__file__).parent / "demo_retention.txt"
+DEFAULT_TEXT = Path(__file__).parent / "retention.txt"
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
-from demo_methods import BASELINE, Method
-from demo_train import Batch, Recipe, make_optimizer, sft_loss, trainable_copy
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
+
+from demo.methods import BASELINE, Method
+from demo.train import Batch, Recipe, make_optimizer, sft_loss, trainable_copy
 
 MEMORY_MEANING = "peak of one step's allocations above weights and optimizer state"
 

@@ -1,6 +1,6 @@
 """Renders docs/cost.md, docs/scaling.md and the README's figures from the result files: no number is typed by hand.
 
-python benchmarks/step_page.py
+`python -m step.page` in benchmarks/.
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ import re
 from pathlib import Path
 from typing import Any
 
-import collectives_page
-from step_aims import aims
+from sharded import page as sharded_page
 
-ROOT = Path(__file__).resolve().parent.parent
+from step.aims import aims
+
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 
 COST = """# What it costs
 
-Written by `python benchmarks/step_page.py` from `benchmarks/results/`; do not edit. For your own model:
+Written by `python -m step.page` in `benchmarks/` from `results/` there; do not edit. For your own model:
 `lfu-reg overhead MODEL` ([the command](cli.md)).
 
 One training step is a forward and a backward pass. All methods run interleaved in one process; a ratio is taken in
@@ -43,7 +44,7 @@ one estimate with the exact gradient, on average. Only `batch_fraction`, `every`
 The ratio to SFT is a calculation, for steering on the small Llama above (`step_cpu_lora.json`): the measured ratio minus
 the time of what is left out of pass 2.
 
-Measured by `python benchmarks/estimators.py` (`estimators.csv`) on the demo's small trained model, full tuning.
+Measured by `python -m step.estimators` (`estimators.csv`) on the demo's small trained model, full tuning.
 """
 
 READING = """
@@ -63,10 +64,10 @@ READING = """
 
 SCALING = """# How the cost grows
 
-Written by `python benchmarks/step_page.py` from `scaling.json` and `collectives.json` in `benchmarks/results/`; do not edit.
+Written by `python -m step.page` in `benchmarks/` from `results/scaling.json` and `results/collectives.json`; do not edit.
 
-Small Llamas with LoRA tuning on one CPU thread, processor time, one size changed at a time (`python
-benchmarks/scaling.py`). The exponent is the slope of log(time) over log(size): 1 is proportional, 0 is no effect.
+Small Llamas with LoRA tuning on one CPU thread, processor time, one size changed at a time (`python -m
+step.scaling`). The exponent is the slope of log(time) over log(size): 1 is proportional, 0 is no effect.
 
 ![Time per step over each size](scaling.png)
 """
@@ -84,7 +85,7 @@ def main() -> None:
         page = [scaling(json.loads(scaling_file.read_text()), steps)]
         sharded = RESULTS / "collectives.json"
         if sharded.exists():
-            page.append(collectives_page.section(json.loads(sharded.read_text())))
+            page.append(sharded_page.section(json.loads(sharded.read_text())))
         (ROOT / "docs" / "scaling.md").write_text("\n".join(page))
         (ROOT / "docs" / "scaling.png").write_bytes((RESULTS / "scaling.png").read_bytes())
     readme = ROOT / "README.md"
@@ -274,7 +275,7 @@ def readme_figures(result: dict[str, Any]) -> str:
         f"that run,\nand steering [runs the first block once](docs/how-it-works.md#what-both-passes-share). On the last third "
         f"of the layers alone, LfU costs\n**{ratio['steering-late']}** (steering) and **{ratio['lora-late']}** (LoRA), "
         "exact as well "
-        "([all figures](docs/cost.md), `python benchmarks/step.py cpu_lora`). No figures\nfrom a GPU yet.\n"
+        "([all figures](docs/cost.md), `python -m step cpu_lora` in `benchmarks/`).\nNo figures from a GPU yet.\n"
     )
 
 

@@ -6,8 +6,8 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
-from demo_methods import BASELINE, METHODS
-from demo_sweep_rule import (
+from demo.methods import BASELINE, METHODS
+from demo.sweep_rule import (
     GRIDS,
     LEARNING_RATES,
     PAPER,
@@ -20,15 +20,15 @@ from demo_sweep_rule import (
     in_domain_learning_rate,
     neighbourhood_score,
 )
-from demo_task import TRAIN_SIZE
+from demo.task import TRAIN_SIZE
 
-READING_FILE = Path(__file__).parent / "results" / "demo_sweep_reading.md"
+READING_FILE = Path(__file__).parents[1] / "results" / "demo_sweep_reading.md"
 SHOWN = ("in_domain", "variation_mean", "variation_spread", "retention", "final_sft_loss")
 
 INTRODUCTION = """\
 # How the demo's settings were chosen
 
-Written by `python benchmarks/demo_sweep.py` from the runs in `benchmarks/results/demo_sweep.csv`; do not edit.
+Written by `python -m demo.sweep` in `benchmarks/` from the runs in `benchmarks/results/demo_sweep.csv`; do not edit.
 
 The demo fine-tunes its small embedded model on {train_size} examples of one skill in a new prompt format, once with
 correct answers and once with 30 % wrong ones. This sweep shows what alpha and lambda do there. It scores on a

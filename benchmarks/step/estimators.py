@@ -1,6 +1,6 @@
 """Bias and variance of cheaper estimates of the consistency term's gradient, against the exact one.
 
-    python benchmarks/estimators.py        # writes benchmarks/results/estimators.csv, about two minutes on one thread
+    python -m step.estimators   # in benchmarks/; writes results/estimators.csv, about two minutes on one thread
 
 The demo's model (trained weights, 4 layers) is fine-tuned in full on its new format for some steps; there the gradient
 of l_cons alone is taken exactly and by every estimator, for theta_aux = steering vectors and weights.
@@ -13,25 +13,22 @@ from __future__ import annotations
 
 import argparse
 import csv
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import torch
+from demo.data import collate, encode
+from demo.load import EMBEDDED_MODEL, load_model
+from demo.task import skills_task
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from demo_data import collate, encode
-from demo_load import EMBEDDED_MODEL, load_model
-from demo_task import skills_task
-
 from lfu_reg import Distance, LfURegularizer, SteeringVectors, WeightDeltas
 
-OUT = Path(__file__).resolve().parent / "results" / "estimators.csv"
+OUT = Path(__file__).resolve().parents[1] / "results" / "estimators.csv"
 ALPHA = {"steering": 0.1, "weights": 0.03}
 BATCH, STEPS, LAYERS = 16, 16, 4
 LAM = 1e3  # large, so that little is lost when the SFT gradient is taken off again

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-EMBEDDED_MODEL = Path(__file__).parent / "demo_model"
+EMBEDDED_MODEL = Path(__file__).parent / "model"
 
 
 class ModelError(ValueError):
