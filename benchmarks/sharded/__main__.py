@@ -25,9 +25,9 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from lfu_reg import LfURegularizer
-from lfu_reg.cli.counting import flop_counter
-from lfu_reg.cli.subjects import Setting, language_model_loss, make_batch
-from lfu_reg.cli.surroundings import surroundings
+from lfu_reg.cli.environment import environment
+from lfu_reg.cli.flops import flop_counter
+from lfu_reg.cli.workloads import Setting, language_model_loss, make_batch
 from sharded.bytes import STEPS, Traffic
 from sharded.cases import FORECAST, MEASURED, Case
 from sharded.page import COLLECTIVES
@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
         "ranks": RANKS,
         "cases": compared(MEASURED),
         "forecasts": [forecast(case, ranks) for case, several in FORECAST for ranks in several],
-        "surroundings": surroundings("cpu"),
+        "surroundings": environment("cpu"),
     }
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "collectives.json").write_text(json.dumps(result, indent=1) + "\n")

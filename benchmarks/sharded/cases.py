@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from lfu_reg.cli.configs import build, load_config
-from lfu_reg.cli.counting import count_steps
-from lfu_reg.cli.subjects import Setting, Subject, language_model_loss, make_batch, with_adapter
+from lfu_reg.cli.flops import count_steps
+from lfu_reg.cli.workloads import Setting, Workload, language_model_loss, make_batch, with_adapter
 from lfu_reg.model.layers import choose_layers
 from sharded.bytes import STEPS, Sizes, predicted_flops, predicted_traffic, sizes_of
 
@@ -64,7 +64,7 @@ class Case:
         """Of one SFT step, its blocks, and the head's forward, on one process."""
         model: Any = self.make_model("meta")[0]
         batch = make_batch(model, Setting(batch=self.batch, tokens=self.tokens, device="meta"))
-        steps = count_steps(Subject(model, batch, language_model_loss), ("sft",))
+        steps = count_steps(Workload(model, batch, language_model_loss), ("sft",))
         head = 2 * model.get_output_embeddings().weight.numel() * self.batch * self.tokens
         return {"sft": steps["sft"].flops, "blocks": steps["blocks"].flops, "head_forward": head}
 

@@ -1,7 +1,7 @@
-"""Measures the published figures of a step's cost, each by one `lfu-reg overhead` command.
+"""Measures the published figures of a step's cost, each as one `lfu-reg overhead` with the methods of others.py added.
 
     python -m step cpu_lora            # in benchmarks/; writes results/step_cpu_lora.json
-    python -m step --list              # the commands
+    python -m step --list              # the options of each
     python -m step cuda_llama-3.1-8b_lora   # needs a GPU
 
 On one CPU thread processor time is measured. docs/cost.md is rendered from the files by page.py.
@@ -12,16 +12,19 @@ from __future__ import annotations
 import argparse
 import shlex
 from pathlib import Path
+from unittest.mock import patch
 
 from lfu_reg.cli.app import app
+from lfu_reg.cli.published import PROCEDURES
+from step.others import OTHERS
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 LFU = "sft,steering,lora,weights,steering-late,lora-late"
-OTHERS = "retained,literal-steering,authors-lora,sam"
+COMPARED = "retained,literal-steering,authors-lora,sam"
 GPU = "--device cuda --dtype bfloat16 --rounds 20 --methods all --time-budget 1.5"
 COMMANDS = {
     "cpu_lora": "small --batch 8 --tokens 128 --rounds 8 --methods all --time-budget 1.5",
-    "cpu_full": f"small --tuning full --batch 8 --tokens 128 --rounds 8 --methods {LFU},{OTHERS}",
+    "cpu_full": f"small --tuning full --batch 8 --tokens 128 --rounds 8 --methods {LFU},{COMPARED}",
     "cpu_qwen3-0.6b": f"qwen3-0.6b --batch 2 --tokens 64 --rounds 6 --methods {LFU}",
     "cuda_llama-3.1-8b_lora": f"llama-3.1-8b --batch 4 --tokens 512 {GPU}",
     "cuda_qwen3-8b_lora": f"qwen3-8b --batch 4 --tokens 512 {GPU}",
@@ -35,7 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", metavar="CASE", help=", ".join(COMMANDS))
     parser.add_argument("--cuda", action="store_true", help="all cases that need a GPU")
-    parser.add_argument("--list", action="store_true", help="print the commands")
+    parser.add_argument("--list", action="store_true", help="print the options of each case")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result files")
     options = parser.parse_args(arguments)
     unknown = [case for case in options.cases if case not in COMMANDS]
@@ -43,16 +46,18 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"unknown {', '.join(unknown)}; allowed are {', '.join(COMMANDS)}")
     chosen = [case for case in COMMANDS if case.startswith("cuda")] if options.cuda else options.cases
     if options.list or not chosen:
-        for command in map(command_of, COMMANDS):
-            print(command)
+        for case, options_of_case in COMMANDS.items():
+            print(f"{case}: overhead {options_of_case}")
     else:
         for case in chosen:
-            app([*shlex.split(command_of(case, options.out))[1:]], standalone_mode=False)
+            overhead(case, options.out)
 
 
-def command_of(case: str, folder: Path = Path("benchmarks/results")) -> str:
-    """What a case runs."""
-    return f"lfu-reg overhead {COMMANDS[case]} --json {shlex.quote(str(folder / f'step_{case}.json'))}"
+def overhead(case: str, folder: Path) -> None:
+    """Measure one case and write `step_CASE.json` into the folder."""
+    arguments = [*shlex.split(COMMANDS[case]), "--json", str(folder / f"step_{case}.json")]
+    with patch.dict(PROCEDURES, OTHERS):
+        app(["overhead", *arguments], standalone_mode=False)
 
 
 if __name__ == "__main__":

@@ -23,11 +23,11 @@ from tqdm import tqdm
 from transformers import LlamaConfig
 
 from lfu_reg.cli.configs import build
-from lfu_reg.cli.counting import count, flop_counter
+from lfu_reg.cli.environment import environment
+from lfu_reg.cli.flops import count, flop_counter
 from lfu_reg.cli.methods import Method, make_method
-from lfu_reg.cli.rounds import Clock, interleaved, ratios
-from lfu_reg.cli.subjects import Setting, Subject, language_model_loss, make_batch, with_adapter
-from lfu_reg.cli.surroundings import surroundings
+from lfu_reg.cli.timing import Clock, interleaved, ratios
+from lfu_reg.cli.workloads import Setting, Workload, language_model_loss, make_batch, with_adapter
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 KEYS = ("sft", "steering", "lora")
@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
             axis: {key: exponent(axis, measured, lambda p, k=key: p["ms"][k]) for key in KEYS} for axis in AXES
         },
         "large": [large(name, tokens) for name in LARGE for tokens in LARGE_TOKENS],
-        "surroundings": surroundings("cpu"),
+        "surroundings": environment("cpu"),
     }
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "scaling.json").write_text(json.dumps(result, indent=1) + "\n")
@@ -73,14 +73,14 @@ def main(arguments: list[str] | None = None) -> None:
 def point(axis: str, value: int, rounds: int) -> dict[str, Any]:
     """Time and counted operations at the base size with one thing changed."""
     size = {**BASE, axis: value}
-    subject = small_llama(size, "cpu")
-    methods = [make_method(key, subject) for key in KEYS]
+    workload = small_llama(size, "cpu")
+    methods = [make_method(key, workload) for key in KEYS]
     seconds = interleaved(methods, Clock("cpu"), rounds=rounds, warmup=1)
     counted = {method.key: operations(method) for method in methods}
     return {
         "axis": axis,
         "value": value,
-        "trained": sum(p.numel() for p in subject.model.parameters() if p.requires_grad),
+        "trained": sum(p.numel() for p in workload.model.parameters() if p.requires_grad),
         "ms": {key: round(1e3 * median(seconds[key]), 3) for key in KEYS},
         "ratio": {key: round(ratios(seconds[key], seconds["sft"]).median, 3) for key in KEYS},
         "counted_gflop": {key: round(flops / 1e9, 4) for key, flops in counted.items()},
@@ -95,7 +95,7 @@ def operations(method: Method) -> int:
     return int(flops.get_total_flops())
 
 
-def small_llama(size: dict[str, int], device: str) -> Subject:
+def small_llama(size: dict[str, int], device: str) -> Workload:
     """A Llama with an adapter."""
     config = LlamaConfig(
         hidden_size=size["hidden"],
@@ -107,7 +107,7 @@ def small_llama(size: dict[str, int], device: str) -> Subject:
     )
     model = with_adapter(build(config, "float32", device), device, rank=size["trained rank"])
     setting = Setting(batch=size["batch"], tokens=size["tokens"], device=device)
-    return Subject(model.train(), make_batch(model, setting), language_model_loss)
+    return Workload(model.train(), make_batch(model, setting), language_model_loss)
 
 
 def large(name: str, tokens: int) -> dict[str, Any]:

@@ -15,11 +15,11 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lfu_reg.cli.counting import Counts, count
 from lfu_reg.cli.errors import Unusable
+from lfu_reg.cli.flops import Counts, count
 from lfu_reg.cli.inspection import inspect as inspect_model
 from lfu_reg.cli.memory import available_bytes, check_memory
-from lfu_reg.cli.methods import DEFAULT, LABELS, chosen_keys
+from lfu_reg.cli.methods import DEFAULT, chosen_keys, labels
 from lfu_reg.cli.options import (
     check_device,
     check_left_to_the_function,
@@ -30,8 +30,8 @@ from lfu_reg.cli.options import (
 )
 from lfu_reg.cli.overhead import Plan, measure
 from lfu_reg.cli.presets import PRESETS
-from lfu_reg.cli.subjects import Setting, make_subject
 from lfu_reg.cli.tables import show_inspection, show_overhead
+from lfu_reg.cli.workloads import Setting, make_workload
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="What LfU costs on a model, and what it hooks there."
@@ -82,7 +82,7 @@ def overhead(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     threads: Annotated[int, typer.Option(help="CPU threads; with one, processor time is measured.", min=1)] = 1,
     rounds: Annotated[int, typer.Option(help="Interleaved rounds.", min=1)] = 10,
-    methods: Annotated[str, typer.Option(help=f"'all', or some of {', '.join(LABELS)}.")] = ",".join(DEFAULT),
+    methods: Annotated[str, typer.Option(help=f"'all', or some of {', '.join(labels())}.")] = ",".join(DEFAULT),
     layers: Annotated[int | None, typer.Option(help="Truncate the model to so many layers.")] = None,
     time_budget: Annotated[float | None, typer.Option(help="Recommend settings within this ratio to SFT.")] = None,
     memory_budget: Annotated[str | None, typer.Option(help="The same for memory: 40GB, 800MB.")] = None,
@@ -117,9 +117,9 @@ def overhead(
             counts = _counts(setting)
         if counts is not None:
             check_memory(counts, device, available_bytes(device))
-        subject = make_subject(setting)
+        workload = make_workload(setting)
         with _progress(console, plan.ticks) as tick:
-            result = measure(setting, plan, subject, counts, tick)
+            result = measure(setting, plan, workload, counts, tick)
         show_overhead(result, console)
         _write(result, json_file, console)
 

@@ -21,7 +21,7 @@ from lfu_reg.cli import app as app_module
 from lfu_reg.cli import overhead
 from lfu_reg.cli.app import app
 from lfu_reg.cli.configs import load_config
-from lfu_reg.cli.methods import LABELS, LFU
+from lfu_reg.cli.methods import LFU, labels
 from lfu_reg.cli.options import parse_layers
 from lfu_reg.cli.phases import BETWEEN, PASSES
 from lfu_reg.cli.presets import PRESETS
@@ -58,7 +58,7 @@ def test_overhead_of_every_method(tmp_path: Path, tuning: str) -> None:
     result, shown = run(tmp_path, "overhead", "tiny", *QUICK, "--methods", "all", "--tuning", tuning)
     assert set(result) == RESULT
     assert result["schema"] == "lfu-reg overhead 1"
-    assert {row["key"] for row in result["rows"]} == set(LABELS)
+    assert {row["key"] for row in result["rows"]} == set(labels())
     for row in result["rows"]:
         assert set(row) == ROW
         assert row["ms"] > 0
@@ -69,7 +69,7 @@ def test_overhead_of_every_method(tmp_path: Path, tuning: str) -> None:
     assert result["rows"][0]["ratio"] == 1.0
     assert result["floor"] == pytest.approx(1 + result["blocks_share"])
     assert {"date", "commit", "torch", "transformers", "hardware"} <= set(result["surroundings"])
-    assert all(label.split()[0] in shown for label in LABELS.values())
+    assert all(label.split()[0] in shown for label in labels().values())
     assert "The floor is" in shown
     assert (result["counted"] is not None) == (tuning == "full")
     assert ("By counted operations" in shown) == (tuning == "full" and not IS_OLDER)  # which reads masks: no operations
@@ -126,7 +126,7 @@ def test_compiled_methods_have_graphs_of_their_own(tmp_path: Path, monkeypatch: 
     """All of them are module trees of the same classes, with other hooks."""
     compile_it = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_it(module, backend="eager"))
-    methods = ["sft", *LFU, "lora-late", "retained", "sam"]
+    methods = ["sft", *LFU, "lora-late", "retained", "literal-lora"]
     # Beyond the limit nothing is compiled any more. The second name is torch 2.6's.
     limit = "recompile" if hasattr(torch._dynamo.config, "fail_on_recompile_limit_hit") else "cache"
     with torch._dynamo.config.patch({f"fail_on_{limit}_limit_hit": True}):
@@ -200,5 +200,5 @@ def test_layers_as_the_library_takes_them(text: str, choice: object) -> None:
 @pytest.mark.parametrize(("arguments", "says"), [(["--help"], "overhead"), (["inspect", "tiny"], "q_proj")], ids=str)
 def test_module_runs(arguments: list[str], says: str) -> None:
     """In a process of its own, in which nothing has been imported before."""
-    done = subprocess.run([sys.executable, "-m", "lfu_reg", *arguments], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-m", "lfu_reg.cli", *arguments], capture_output=True, text=True, check=True)
     assert says in done.stdout

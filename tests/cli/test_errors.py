@@ -18,7 +18,6 @@ from typer.testing import CliRunner
 
 from lfu_reg.cli import app as app_module
 from lfu_reg.cli.app import app
-from lfu_reg.cli.methods import OF_TRANSFORMERS
 from lfu_reg.cli.options import check_writable, parse_bytes
 from lfu_reg.cli.presets import PRESETS
 
@@ -173,7 +172,7 @@ def test_options_that_would_change_nothing_of_an_own_model(own: Path, command: s
     assert "say it in the function" in result.stderr
 
 
-@pytest.mark.parametrize("method", OF_TRANSFORMERS)
+@pytest.mark.parametrize("method", ["literal-steering", "authors-lora"])
 def test_methods_that_an_own_model_has_not_what_for(own: Path, method: str) -> None:
     result = run("overhead", f"{own}:deep", "--rounds", "1", "--methods", method)
     assert result.exit_code == 2, result.output
@@ -205,7 +204,7 @@ def test_too_large_a_model_is_refused_before_it_is_made(monkeypatch: pytest.Monk
     def never(setting: Any) -> None:
         raise AssertionError("the model was made")
 
-    monkeypatch.setattr(app_module, "make_subject", never)
+    monkeypatch.setattr(app_module, "make_workload", never)
     monkeypatch.setattr(app_module, "available_bytes", lambda device: 100_000)
     result = run("overhead", "tiny")
     assert result.exit_code == 2, result.output

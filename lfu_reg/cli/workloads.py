@@ -57,7 +57,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Subject:
+class Workload:
     """A model to be trained.
 
     Attributes:
@@ -73,7 +73,7 @@ class Subject:
     full_depth: int | None = None
 
 
-def make_subject(setting: Setting) -> Subject:
+def make_workload(setting: Setting) -> Workload:
     """Build what `setting` describes.
 
     Raises:
@@ -81,7 +81,7 @@ def make_subject(setting: Setting) -> Subject:
     """
     torch.manual_seed(setting.seed)
     if setting.is_own:
-        return _own_subject(setting)
+        return _own_workload(setting)
     config = load_config(setting.model)
     depth = depth_of(config)
     model = build(config, setting.dtype, setting.device, layers=setting.layers, vocab=setting.vocab)
@@ -93,7 +93,7 @@ def make_subject(setting: Setting) -> Subject:
         )
     batch = make_batch(model, setting)
     truncated = setting.layers is not None and depth is not None and setting.layers < depth
-    return Subject(model.train(), batch, language_model_loss, depth if truncated else None)
+    return Workload(model.train(), batch, language_model_loss, depth if truncated else None)
 
 
 def with_adapter(model: nn.Module, device: str, rank: int = 8) -> nn.Module:
@@ -125,7 +125,7 @@ def language_model_loss(model: nn.Module, batch: Any) -> Tensor:
     return loss
 
 
-def _own_subject(setting: Setting) -> Subject:
+def _own_workload(setting: Setting) -> Workload:
     where, _, name = setting.model.rpartition(":")
     made = getattr(_module(where, setting.model), name, None)
     if not callable(made):
@@ -134,7 +134,7 @@ def _own_subject(setting: Setting) -> Subject:
     if not (isinstance(parts, tuple) and len(parts) == 3 and isinstance(parts[0], nn.Module) and callable(parts[2])):
         raise Unusable(f"MODEL {setting.model}: the function has to return (model, batch, sft_loss_fn).")
     model, batch, sft_loss = parts
-    return Subject(model.to(setting.device).train(), on_device(batch, setting.device), sft_loss)
+    return Workload(model.to(setting.device).train(), on_device(batch, setting.device), sft_loss)
 
 
 def _module(where: str, given: str) -> ModuleType:

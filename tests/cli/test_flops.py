@@ -9,11 +9,11 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 pytest.importorskip("typer")
 
-from lfu_reg.cli.advice import options_within
-from lfu_reg.cli.counting import count, flop_counter
+from lfu_reg.cli.flops import count, flop_counter
 from lfu_reg.cli.methods import blocks_alone, make_method
+from lfu_reg.cli.recommend import options_within
 from lfu_reg.cli.saved_bytes import SavedBytes
-from lfu_reg.cli.subjects import Setting, make_subject
+from lfu_reg.cli.workloads import Setting, make_workload
 from tests.support.architectures import IS_OLDER
 
 pytestmark = pytest.mark.filterwarnings("ignore::lfu_reg.LfUWarning")
@@ -25,12 +25,12 @@ counts_it = pytest.mark.skipif(IS_OLDER, reason="an older transformers looks at 
 @pytest.mark.parametrize("tuning", ["lora", "full"])
 def test_operations_and_bytes_of_a_run(tuning: str) -> None:
     setting = Setting(model="tiny", batch=2, tokens=8, tuning=tuning)
-    counts, subject = count(setting), make_subject(setting)
-    weights = list(subject.model.parameters())
+    counts, workload = count(setting), make_workload(setting)
+    weights = list(workload.model.parameters())
     assert counts.parameters == sum(p.numel() for p in weights)
     assert counts.gradient_bytes == sum(p.nbytes for p in weights if p.requires_grad)
     for key in ("sft", "steering", "weights"):
-        run = make_method(key, subject).run
+        run = make_method(key, workload).run
         for _ in range(2):  # the first step looks at a replay, too
             run()
         with flop_counter() as flops, SavedBytes() as saved:
@@ -54,7 +54,7 @@ def test_lfu_takes_the_blocks_once_more() -> None:
 def test_deep_models_are_counted_by_two_shallow_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     setting = Setting(model="small", batch=1, tokens=8, layers=6)
     extrapolated = count(setting, ("sft", "steering"))
-    monkeypatch.setattr("lfu_reg.cli.counting.DEEP", 6)
+    monkeypatch.setattr("lfu_reg.cli.flops.DEEP", 6)
     assert count(setting, ("sft", "steering")) == extrapolated
 
 
@@ -67,9 +67,9 @@ def test_the_model_and_the_generators_are_left_alone() -> None:
 
 
 def test_blocks_alone_leave_after_the_last_block() -> None:
-    subject = make_subject(SETTING)
+    workload = make_workload(SETTING)
     left_out = []
-    method = blocks_alone(subject)
+    method = blocks_alone(workload)
     head = method.model.get_output_embeddings()  # type: ignore[operator]
     head.register_forward_hook(lambda *call: left_out.append(call))
     method.run()

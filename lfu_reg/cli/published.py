@@ -1,4 +1,4 @@
-"""What LfU's step is measured against: other ways to LfU, written from the published descriptions.
+"""What LfU's step is measured against: the published procedures, written from their descriptions.
 
 * `three_forwards`: the paper's text read literally: a forward for the ascent gradient of theta_aux, one for the SFT
   loss, one for the perturbed hidden states, joined in one loss. Steering vectors as theta_aux.
@@ -6,8 +6,6 @@
 * `authors_lora`: the procedure of the authors' code with LoRA fine-tuning: a forward and backward on another batch
   give the gradient of the trainable adapter, whose weights are moved along it; a forward there; moved back; SFT
   forward and joint backward. The hidden states of all layers are collected with `output_hidden_states`.
-* `AuthorsSteering`: the procedure of the authors' steering code: vectors that are drawn once and trained with Adam on
-  -l_SFT, a perturbed pass in eval mode whose states are detached, and the gradient through the clean ones.
 
 Each takes (model, batch, sft_loss_fn) like LfURegularizer and returns a loss for the caller's backward. None of it
 shares code with the library's step but for finding blocks and linear maps, nor with the tests' oracle.
@@ -18,7 +16,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +46,7 @@ def three_forwards(
     """The text, literally, with steering vectors."""
     blocks = blocks_of(model)
     like = next(model.parameters())
-    hidden = _hidden_size(model)
+    hidden = hidden_size(model)
     vectors = [torch.zeros(hidden, device=like.device, requires_grad=True) for _ in blocks]
 
     def change(i: int, x: Tensor, y: Tensor) -> Tensor:
@@ -83,48 +82,8 @@ def authors_lora(
     moved = {name: p + alpha * g / norm for (name, p), g in zip(trainable.items(), gradients, strict=True)}
     perturbed: Any = torch.func.functional_call(model, moved, (), {**batch, "output_hidden_states": True})
     clean: Any = model(**batch, output_hidden_states=True)
-    loss: Tensor = clean.loss + lam * _distance(clean.hidden_states, perturbed.hidden_states, _mask(batch))
+    loss: Tensor = clean.loss + lam * distance(clean.hidden_states, perturbed.hidden_states, response_mask(batch))
     return loss
-
-
-class AuthorsSteering:
-    """The authors' procedure with one persistent vector per block.
-
-    Args:
-        model: its blocks are steered.
-        length: of the turn, relative to a hidden state of length one.
-        learning_rate: of the vectors' Adam.
-    """
-
-    def __init__(self, model: nn.Module, length: float = 0.1, learning_rate: float = 1e-3) -> None:
-        self.blocks = blocks_of(model)
-        self.length = length
-        device = next(model.parameters()).device
-        self.vectors = [torch.randn(_hidden_size(model), device=device, requires_grad=True) for _ in self.blocks]
-        self.adam = torch.optim.Adam(self.vectors, lr=learning_rate)
-
-    def __call__(self, model: nn.Module, batch: Any, sft_loss_fn: LossFunction, lam: float = 0.1) -> Tensor:
-        """The loss of one step."""
-        model.eval()
-        try:
-            with _hooked(self.blocks, self.blocks, self._turn) as perturbed:
-                ascent = -sft_loss_fn(model, batch)
-        finally:
-            model.train()
-        for vector, gradient in zip(self.vectors, torch.autograd.grad(ascent, self.vectors), strict=True):
-            vector.grad = gradient
-        self.adam.step()
-        with _hooked(self.blocks, (), None) as clean:
-            sft_loss = sft_loss_fn(model, batch)
-        # The detached side is the perturbed one here.
-        return sft_loss + lam * _distance(perturbed, clean, _mask(batch))
-
-    def _turn(self, i: int, x: Tensor, y: Tensor) -> Tensor:
-        norm = y.norm(dim=-1, keepdim=True)
-        vector = self.vectors[i] / self.vectors[i].norm()
-        turned = y / norm + self.length * vector.to(y.dtype)
-        result: Tensor = norm * turned / turned.norm(dim=-1, keepdim=True)
-        return result
 
 
 def _three_forwards(
@@ -138,21 +97,23 @@ def _three_forwards(
     lam: float,
 ) -> Tensor:
     blocks = blocks_of(model)
-    with _hooked(blocks, modules, change):
+    with hooked(blocks, modules, change):
         gradients = torch.autograd.grad(sft_loss_fn(model, batch), components)
     norm = torch.stack([g.norm() for g in gradients]).norm()
     with torch.no_grad():
         for component, gradient in zip(components, gradients, strict=True):
             component += alpha * gradient / norm
             component.requires_grad_(False)
-    with _hooked(blocks, (), None) as clean:
+    with hooked(blocks, (), None) as clean:
         sft_loss = sft_loss_fn(model, batch)
-    with _hooked(blocks, modules, change) as perturbed:
+    with hooked(blocks, modules, change) as perturbed:
         sft_loss_fn(model, batch)
-    return sft_loss + lam * _distance(clean, perturbed, _mask(batch))
+    return sft_loss + lam * distance(clean, perturbed, response_mask(batch))
 
 
-def _distance(fixed: Sequence[Tensor], moving: Sequence[Tensor], mask: Tensor | None) -> Tensor:
+def distance(fixed: Sequence[Tensor], moving: Sequence[Tensor], mask: Tensor | None) -> Tensor:
+    """Mean squared difference of the states at the mask's positions, averaged over layers; `fixed` gets no gradient."""
+
     def selected(state: Tensor) -> Tensor:
         return state if mask is None or mask.shape != state.shape[:-1] else state[mask]
 
@@ -160,18 +121,20 @@ def _distance(fixed: Sequence[Tensor], moving: Sequence[Tensor], mask: Tensor | 
     return torch.stack(terms).mean()
 
 
-def _mask(batch: Any) -> Tensor | None:
+def response_mask(batch: Any) -> Tensor | None:
+    """Where labels count; None for a batch without them."""
     labels = batch.get("labels") if hasattr(batch, "get") else None
     return None if labels is None else labels != -100
 
 
-def _hidden_size(model: nn.Module) -> int:
+def hidden_size(model: nn.Module) -> int:
+    """As the configuration of transformers says."""
     config: Any = model.config
     return int(config.get_text_config().hidden_size)
 
 
 @contextmanager
-def _hooked(blocks: Sequence[nn.Module], modules: Sequence[nn.Module], change: Change | None) -> Any:
+def hooked(blocks: Sequence[nn.Module], modules: Sequence[nn.Module], change: Change | None) -> Any:
     """Changes the outputs of `modules` and collects those of `blocks`, for one forward."""
     states: list[Tensor] = []
 
@@ -192,3 +155,33 @@ def _hooked(blocks: Sequence[nn.Module], modules: Sequence[nn.Module], change: C
             handle = block.register_forward_hook(lambda m, a, output: states.append(hidden_in(output)))
             handles.callback(handle.remove)
         yield states
+
+
+class Loss(Protocol):
+    """Called like LfURegularizer."""
+
+    def __call__(self, model: nn.Module, batch: Any, sft_loss_fn: LossFunction, /) -> Tensor:
+        """Scalar loss whose backward gives the gradient of the procedure."""
+
+
+@dataclass(frozen=True)
+class Procedure:
+    """Another way to train that can be measured beside LfU.
+
+    Attributes:
+        label: its name in tables.
+        make: returns the loss for a model that is to be trained.
+        of_transformers: whether it reads the model's configuration or the batch's keys.
+    """
+
+    label: str
+    make: Callable[[nn.Module], Loss]
+    of_transformers: bool = False
+
+
+# By key on the command line. The project's benchmarks add further methods here.
+PROCEDURES = {
+    "literal-steering": Procedure("literal steering, 3 forwards", lambda model: three_forwards, of_transformers=True),
+    "literal-lora": Procedure("literal LoRA, 3 forwards", lambda model: three_forwards_lora),
+    "authors-lora": Procedure("authors' LoRA procedure", lambda model: authors_lora, of_transformers=True),
+}

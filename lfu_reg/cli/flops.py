@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from lfu_reg.cli.errors import Unusable
 from lfu_reg.cli.methods import LFU, blocks_alone, lfu_method, make_method
 from lfu_reg.cli.saved_bytes import SavedBytes
-from lfu_reg.cli.subjects import Setting, Subject, make_subject
+from lfu_reg.cli.workloads import Setting, Workload, make_workload
 from lfu_reg.model.layers import choose_layers
 
 DEEP = 4  # layers: deeper models are counted at this depth and at half of it
@@ -82,18 +82,18 @@ def count(setting: Setting, keys: tuple[str, ...] = ("sft", *LFU)) -> Counts:
     """Count the steps of a model by name; nothing is compiled, and kernels are those of a CPU.
 
     Raises:
-        Unusable: as `make_subject` does.
+        Unusable: as `make_workload` does.
     """
-    subject = make_subject(replace(setting, device="meta", compile=False))
-    weights = list(subject.model.parameters())
+    workload = make_workload(replace(setting, device="meta", compile=False))
+    weights = list(workload.model.parameters())
     trained = [p for p in weights if p.requires_grad]
-    depth = len(choose_layers(subject.model, "all"))
+    depth = len(choose_layers(workload.model, "all"))
     return Counts(
         parameters=sum(p.numel() for p in weights),
         trainable=sum(p.numel() for p in trained),
         parameter_bytes=sum(p.nbytes for p in weights),
         gradient_bytes=sum(p.nbytes for p in trained),
-        steps=count_steps(subject, keys) if depth <= DEEP else _extrapolated(setting, keys, depth),
+        steps=count_steps(workload, keys) if depth <= DEEP else _extrapolated(setting, keys, depth),
     )
 
 
@@ -101,7 +101,7 @@ def _extrapolated(setting: Setting, keys: tuple[str, ...], depth: int) -> dict[s
     """From two shallow models: operations and saved bytes grow linearly with the number of equal blocks."""
     shallow, deeper = DEEP // 2, DEEP
     one, two = (
-        count_steps(make_subject(replace(setting, device="meta", compile=False, layers=n)), keys)
+        count_steps(make_workload(replace(setting, device="meta", compile=False, layers=n)), keys)
         for n in (shallow, deeper)
     )
 
@@ -114,27 +114,27 @@ def _extrapolated(setting: Setting, keys: tuple[str, ...], depth: int) -> dict[s
     }
 
 
-def count_steps(subject: Subject, keys: tuple[str, ...]) -> dict[str, Count]:
-    """Count the steps of a subject that was made on the meta device; empty where its forward needs values."""
+def count_steps(workload: Workload, keys: tuple[str, ...]) -> dict[str, Count]:
+    """Count the steps of a workload that was made on the meta device; empty where its forward needs values."""
     with FakeTensorMode(), _without_values(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            subject = _on_fake_cpu(subject)
-            steps = {key: _count(_runner(key, subject)) for key in keys}
-            return {**steps, "blocks": _count(blocks_alone(subject).run)}
+            workload = _on_fake_cpu(workload)
+            steps = {key: _count(_runner(key, workload)) for key in keys}
+            return {**steps, "blocks": _count(blocks_alone(workload).run)}
         except Unusable:
             raise
         except Exception:  # whatever a model's forward raises on tensors without values
             return {}
 
 
-def _on_fake_cpu(subject: Subject) -> Subject:
-    """The subject, made on the meta device, as if it were on a CPU, where the usual attention kernels are chosen.
+def _on_fake_cpu(workload: Workload) -> Workload:
+    """The workload, made on the meta device, as if it were on a CPU, where the usual attention kernels are chosen.
 
     Its masks select every token, and so need not be looked at.
     """
     made: dict[int, Tensor] = {}
-    for module in subject.model.modules():
+    for module in workload.model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 fake = made.setdefault(id(parameter), _like(parameter))
@@ -142,13 +142,13 @@ def _on_fake_cpu(subject: Subject) -> Subject:
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = made.setdefault(id(buffer), _like(buffer))
-    ids = torch.zeros(subject.batch["input_ids"].shape, dtype=torch.long)
+    ids = torch.zeros(workload.batch["input_ids"].shape, dtype=torch.long)
     mask = torch.ones_like(ids)
 
     def loss(model: nn.Module, batch: Any) -> Tensor:
-        return subject.sft_loss(model, {"input_ids": batch["ids"], "labels": batch["ids"], "attention_mask": mask})
+        return workload.sft_loss(model, {"input_ids": batch["ids"], "labels": batch["ids"], "attention_mask": mask})
 
-    return replace(subject, batch={"ids": ids}, sft_loss=loss)
+    return replace(workload, batch={"ids": ids}, sft_loss=loss)
 
 
 def _like(tensor: Tensor) -> Tensor:
@@ -158,10 +158,10 @@ def _like(tensor: Tensor) -> Tensor:
     return empty
 
 
-def _runner(key: str, subject: Subject) -> Callable[[], None]:
+def _runner(key: str, workload: Workload) -> Callable[[], None]:
     if key not in LFU:
-        return make_method(key, subject).run
-    method = lfu_method(key, LFU[key], subject, {})
+        return make_method(key, workload).run
+    method = lfu_method(key, LFU[key], workload, {})
     assert method.regularizer is not None
     method.regularizer.load_state_dict({"step": 1, "seed": 0})  # past the first step's look at the loss
     method.run()

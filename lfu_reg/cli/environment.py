@@ -13,7 +13,7 @@ import torch
 import lfu_reg
 
 
-def surroundings(device: str) -> dict[str, str]:
+def environment(device: str) -> dict[str, str]:
     """Hardware, versions, commit and date."""
     return {
         "date": date.today().isoformat(),
@@ -42,7 +42,7 @@ def _processor() -> str:
 def _commit() -> str:
     """The last commit that changed the library, this command left out; "+" if files of it have been edited since."""
     package = Path(lfu_reg.__file__).parent
-    library = [".", ":(exclude)cli", ":(exclude)__main__.py"]
+    library = [".", ":(exclude)cli"]
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(package), *arguments, "--", *library]
