@@ -128,6 +128,8 @@ def _values_per_method(option: str, entries: list[str], methods: dict[str, Metho
             value = float(text)
         except ValueError:
             raise UsageError(f"--{option} {entry}: {text!r} is no number; write 0.1 or lfu-lora=0.1") from None
+        if not 0 <= value < math.inf:
+            raise UsageError(f"--{option} {entry}: must be a finite number, 0 or greater")
         values |= dict.fromkeys([key] if key else regularized, value)
     return values
 

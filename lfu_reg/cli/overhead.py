@@ -24,6 +24,7 @@ from lfu_reg.step.checks import check_loss
 
 SCHEMA = "lfu-reg overhead 1"
 PHASE_ROUNDS = 3
+ROUNDS_FOR_ADVICE = 5  # fewer have no value between a quartile and the extreme
 EAGER = "eager sft"
 
 
@@ -171,14 +172,17 @@ def _advice(plan: Plan, rows: list[dict[str, Any]], workload: Workload, clock: C
         lfu_method(option.auxiliary, option.label, workload, option.options, key=str(i))
         for i, option in enumerate(options)
     ]
-    seconds = interleaved([base, *tried], clock, rounds=max(3, plan.rounds // 2), warmup=1) if tried else {}
+    seconds = interleaved([base, *tried], clock, rounds=plan.rounds, warmup=1) if tried else {}
+    measured = {method.key: ratios(seconds[method.key], seconds["sft"]) for method in tried}
     return {
         "over_memory_budget": too_large,
         "options": [
             {
                 "code": option.label,
                 "predicted_ratio": round(option.ratio, 3),
-                "ratio": round(ratios(seconds[method.key], seconds["sft"]).median, 3),
+                "ratio": round(measured[method.key].median, 3),
+                "ratio_quartiles": [round(measured[method.key].low, 3), round(measured[method.key].high, 3)],
+                "layers": len(choose_layers(workload.model, option.options.get("layers", "all"))),
                 "peak_mb": round(peak_bytes(method, clock.device) / 1e6, 2),
                 "effect": option.effect,
             }

@@ -109,6 +109,8 @@ def test_gsm8k_with_the_embedded_model(tmp_path):
         (["--max-length", "2"], "at least 8"),
         (["--alpha", "sft=1"], "'sft' is no LfU method of this run"),
         (["--lam", "much"], "'much' is no number"),
+        (["--alpha", "-1"], "--alpha -1: must be a finite number, 0 or greater"),
+        (["--lam", "lfu-lora=inf"], "--lam lfu-lora=inf: must be a finite number"),
         (["--data", "missing.jsonl"], "no such file"),
         (["--device", "nonsense"], "--device nonsense: cannot be used"),
     ],

@@ -17,6 +17,7 @@ pytest.importorskip("peft")
 
 from typer.testing import CliRunner
 
+import lfu_reg
 from lfu_reg.cli import app as app_module
 from lfu_reg.cli import overhead
 from lfu_reg.cli.app import app
@@ -29,6 +30,7 @@ from tests.cli.test_errors import OWN
 from tests.support.architectures import IS_OLDER
 
 QUICK = ["--rounds", "2", "--batch", "4", "--tokens", "8"]
+ENOUGH = ["--rounds", str(overhead.ROUNDS_FOR_ADVICE), *QUICK[2:]]  # for recommendations
 ROW = {
     "key", "method", "ms", "ms_quartiles", "ratio", "ratio_quartiles", "over_floor", "tokens_per_second", "peak_mb",
     "with_weights_mb", "phases_ms", "outside_of_passes",
@@ -86,13 +88,25 @@ def test_every_phase_is_timed(tmp_path: Path) -> None:
 
 def test_budgets(tmp_path: Path) -> None:
     budgets = ["--time-budget", "1.6", "--memory-budget", "1GB"]
-    result, shown = run(tmp_path, "overhead", "tiny", *QUICK, "--methods", "steering", *budgets)
+    result, shown = run(tmp_path, "overhead", "tiny", *ENOUGH, "--methods", "steering", *budgets)
     options = result["advice"]["options"]
     assert options
     assert all(option["predicted_ratio"] <= 1.6 and option["ratio"] > 0 for option in options)
-    assert "Within 1.6 times SFT's time and 1 GB" in shown
-    result, shown = run(tmp_path, "overhead", "tiny", *QUICK, "--methods", "steering", "--memory-budget", "1kB")
+    assert "Predicted within 1.6 times SFT's time and 1 GB, for a model of 2 layers; 5 rounds of each" in shown
+    for option in options:
+        low, high = option["ratio_quartiles"]
+        assert low <= option["ratio"] <= high
+        assert option["layers"] == (1 if "layers" in option["code"] else 2)
+        assert f"{option['layers']} of 2" in shown
+        assert f"{low:.2f} .. {high:.2f}" in shown
+    result, shown = run(tmp_path, "overhead", "tiny", *ENOUGH, "--methods", "steering", "--memory-budget", "1kB")
     assert result["advice"] == {"over_memory_budget": ["LfU steering"], "options": []}
+
+
+def test_recommendations_of_a_truncated_model_say_so(tmp_path: Path) -> None:
+    truncated = ["--methods", "steering", "--layers", "1", "--time-budget", "3"]
+    _, shown = run(tmp_path, "overhead", "tiny", *ENOUGH, *truncated)
+    assert "Predicted within 3 times SFT's time, for 1 of the model's 2 layers alone" in shown
 
 
 def test_truncated_model_is_extrapolated(tmp_path: Path) -> None:
@@ -159,7 +173,7 @@ def test_the_longest_samples_of_presets() -> None:
 @pytest.mark.parametrize("function", ["tensor", "pair"])
 def test_own_batch_that_is_no_mapping(tmp_path: Path, function: str) -> None:
     (tmp_path / "own_model.py").write_text(OWN)
-    budget = ["--rounds", "2", "--methods", "steering", "--time-budget", "1.01"]
+    budget = [*ENOUGH[:2], "--methods", "steering", "--time-budget", "1.01"]
     result, _ = run(tmp_path, "overhead", f"{tmp_path / 'own_model.py'}:{function}", *budget)
     assert result["model"]["tokens_per_step"] == 6
 
@@ -182,7 +196,24 @@ def test_inspect_allocates_nothing_of_an_8b_model(tmp_path: Path) -> None:
     assert result["auxiliaries"]["steering"] == {"parameters": 10 * 4096, "mb": pytest.approx(0.328)}
     assert result["auxiliaries"]["lora"]["parameters"] == sum(entry["parameters"] for entry in result["linears"])
     assert result["clean_states_mb"] == pytest.approx(10 * 512 * 4096 * 2 / 1e6, abs=1e-3)
-    assert "model.layers.9.mlp.down_proj" in shown
+    assert "model.layers.0-9.mlp.down_proj" in shown
+
+
+def test_inspect_fits_on_a_screen(tmp_path: Path) -> None:
+    result, shown = run(tmp_path, "inspect", "llama-3.1-70b")
+    assert len(result["linears"]) == 80 * 7  # all of them in the file
+    lines = shown.splitlines()
+    assert len(lines) <= 30
+    (up,) = [line for line in lines if "up_proj" in line]
+    assert "model.layers.0-79.mlp.up_proj" in up
+    assert "x80" in up
+    assert sum("x80" in line for line in lines) == 1 + 7  # the blocks and their linear maps
+
+
+def test_version() -> None:
+    done = CliRunner().invoke(app, ["--version"])
+    assert done.exit_code == 0
+    assert done.output == f"lfu-reg {lfu_reg.__version__}\n"
 
 
 def test_inspect_targets(tmp_path: Path) -> None:
