@@ -30,7 +30,8 @@ from lfu_reg.cli.options import (
     parse_bytes,
     parse_layers,
 )
-from lfu_reg.cli.overhead import ROUNDS_FOR_ADVICE, Plan, measure
+from lfu_reg.cli.overhead import measure
+from lfu_reg.cli.plan import Plan
 from lfu_reg.cli.presets import PRESETS
 from lfu_reg.cli.tables import show_inspection, show_overhead
 from lfu_reg.cli.workloads import Setting, make_workload
@@ -131,11 +132,6 @@ def overhead(
     if time_budget is not None and not (math.isfinite(time_budget) and time_budget > 1):
         raise Unusable(f"--time-budget {time_budget:g}: allowed are ratios above 1, what SFT costs.")
     memory = None if memory_budget is None else parse_bytes(memory_budget)
-    if (time_budget or memory) and rounds < ROUNDS_FOR_ADVICE:
-        raise Unusable(
-            f"--rounds {rounds}: recommended settings are compared by medians and quartiles, which need at least "
-            f"{ROUNDS_FOR_ADVICE} rounds. Give --rounds {ROUNDS_FOR_ADVICE} or more, or no budget."
-        )
     check_writable(json_file)
     torch.set_num_threads(threads)
     setting = Setting(

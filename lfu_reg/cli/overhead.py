@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -14,42 +14,18 @@ from lfu_reg.cli.compiling import graphs_apart
 from lfu_reg.cli.environment import environment
 from lfu_reg.cli.errors import Unusable
 from lfu_reg.cli.flops import Counts
-from lfu_reg.cli.methods import BLOCKS, LFU, Method, blocks_alone, check_keys, lfu_method, make_method
-from lfu_reg.cli.phases import BETWEEN, PASSES, phases_of
-from lfu_reg.cli.recommend import PASS_2, Option, options_within
+from lfu_reg.cli.methods import BLOCKS, LFU, Method, blocks_alone, check_keys, make_method
+from lfu_reg.cli.phases import BETWEEN, phases_of
+from lfu_reg.cli.plan import Plan
+from lfu_reg.cli.recommend import recommended
 from lfu_reg.cli.timing import Clock, Spread, interleaved, peak_bytes, ratios
-from lfu_reg.cli.workloads import Setting, Workload, tensors_in
+from lfu_reg.cli.workloads import Setting, Workload, samples_in
 from lfu_reg.model.layers import choose_layers
 from lfu_reg.step.checks import check_loss
 
 SCHEMA = "lfu-reg overhead 1"
 PHASE_ROUNDS = 3
-ROUNDS_FOR_ADVICE = 5  # fewer have no value between a quartile and the extreme
 EAGER = "eager sft"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How to measure.
-
-    Attributes:
-        keys: methods, SFT among them.
-        rounds: that count.
-        warmup: rounds before.
-        time_budget: allowed ratio to SFT's time, for advice.
-        memory_budget: allowed bytes, for advice.
-    """
-
-    keys: Sequence[str]
-    rounds: int = 10
-    warmup: int = 2
-    time_budget: float | None = None
-    memory_budget: float | None = None
-
-    @property
-    def ticks(self) -> int:
-        """Steps of the interleaved rounds, for a progress bar."""
-        return (self.rounds + self.warmup) * (len(self.keys) + 1)
 
 
 def measure(
@@ -116,7 +92,7 @@ def _measured(
             "counted": None if counts is None else counts.as_dict(),
             "rows": rows,
             "at_full_depth": _at_full_depth(rows, share, workload),
-            "advice": _advice(plan, rows, workload, clock),
+            "advice": recommended(plan, rows, workload, clock),
             "surroundings": environment(setting.device),
         }
     except torch.OutOfMemoryError as error:
@@ -148,46 +124,6 @@ def _row(
         "with_weights_mb": round((peak + resident) / 1e6, 2),
         "phases_ms": None if phases is None else {name: _rounded(1e3 * s) for name, s in phases.items()},
         "outside_of_passes": None if phases is None else round(sum(phases[name] for name in BETWEEN) / total, 4),
-    }
-
-
-def _advice(plan: Plan, rows: list[dict[str, Any]], workload: Workload, clock: Clock) -> dict[str, Any] | None:
-    """Options within the budgets, each timed against SFT in interleaved rounds of their own."""
-    if plan.time_budget is None and plan.memory_budget is None:
-        return None
-    budget = plan.time_budget or float("inf")
-    sft = next(row for row in rows if row["key"] == "sft")
-    options: list[Option] = []
-    too_large = []
-    for row in rows:
-        if row["key"] not in LFU:
-            continue
-        if plan.memory_budget is not None and row["with_weights_mb"] * 1e6 > plan.memory_budget:
-            too_large.append(row["method"])
-            continue
-        share_2 = sum(row["phases_ms"][name] for name in PASS_2) / sft["ms"]
-        options += options_within(budget, row["key"], row["ratio"], share_2, _batch_size(workload))
-    base = make_method("sft", workload)
-    tried = [
-        lfu_method(option.auxiliary, option.label, workload, option.options, key=str(i))
-        for i, option in enumerate(options)
-    ]
-    seconds = interleaved([base, *tried], clock, rounds=plan.rounds, warmup=1) if tried else {}
-    measured = {method.key: ratios(seconds[method.key], seconds["sft"]) for method in tried}
-    return {
-        "over_memory_budget": too_large,
-        "options": [
-            {
-                "code": option.label,
-                "predicted_ratio": round(option.ratio, 3),
-                "ratio": round(measured[method.key].median, 3),
-                "ratio_quartiles": [round(measured[method.key].low, 3), round(measured[method.key].high, 3)],
-                "layers": len(choose_layers(workload.model, option.options.get("layers", "all"))),
-                "peak_mb": round(peak_bytes(method, clock.device) / 1e6, 2),
-                "effect": option.effect,
-            }
-            for option, method in zip(options, tried, strict=True)
-        ],
     }
 
 
@@ -228,15 +164,8 @@ def _description(workload: Workload, setting: Setting) -> dict[str, Any]:
 
 def _tokens(workload: Workload) -> int:
     ids = workload.batch.get("input_ids") if hasattr(workload.batch, "get") else None
-    return _batch_size(workload) if ids is None else ids.numel()
-
-
-def _batch_size(workload: Workload) -> int:
-    return next((len(tensor) for tensor in tensors_in(workload.batch) if tensor.dim()), 1)
+    return samples_in(workload.batch) if ids is None else ids.numel()
 
 
 def _rounded(value: float) -> float:
     return float(f"{value:.4g}")
-
-
-__all__ = ["BETWEEN", "PASSES", "SCHEMA", "Plan", "measure"]

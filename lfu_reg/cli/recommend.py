@@ -10,6 +10,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lfu_reg.cli.methods import LFU, lfu_method, make_method
+from lfu_reg.cli.plan import Plan
+from lfu_reg.cli.timing import Clock, interleaved, peak_bytes, ratios
+from lfu_reg.cli.workloads import Workload, samples_in
+from lfu_reg.model.layers import choose_layers
+
 FRACTIONS = (0.75, 0.5, 0.25, 0.125)
 EVERY = (2, 3, 4, 8, 16)
 EARLY = "another objective: the first third of the layers"
@@ -64,6 +70,56 @@ def options_within(budget: float, auxiliary: str, ratio: float, share_2: float, 
     )
     found = (next((option for option in family if option.ratio <= budget), None) for family in families)
     return [option for option in found if option is not None]
+
+
+def recommended(plan: Plan, rows: list[dict[str, Any]], workload: Workload, clock: Clock) -> dict[str, Any] | None:
+    """Options within the budgets, each timed against SFT in interleaved rounds of their own; ready for JSON.
+
+    Args:
+        plan: the budgets, and the number of rounds.
+        rows: measured methods, SFT and those of LfU among them.
+        workload: what they train.
+        clock: of its device.
+
+    Returns:
+        None without a budget.
+    """
+    if plan.time_budget is None and plan.memory_budget is None:
+        return None
+    budget = plan.time_budget or float("inf")
+    sft = next(row for row in rows if row["key"] == "sft")
+    options: list[Option] = []
+    too_large = []
+    for row in rows:
+        if row["key"] not in LFU:
+            continue
+        if plan.memory_budget is not None and row["with_weights_mb"] * 1e6 > plan.memory_budget:
+            too_large.append(row["method"])
+            continue
+        share_2 = sum(row["phases_ms"][name] for name in PASS_2) / sft["ms"]
+        options += options_within(budget, row["key"], row["ratio"], share_2, samples_in(workload.batch))
+    base = make_method("sft", workload)
+    tried = [
+        lfu_method(option.auxiliary, option.label, workload, option.options, key=str(i))
+        for i, option in enumerate(options)
+    ]
+    seconds = interleaved([base, *tried], clock, rounds=plan.rounds, warmup=1) if tried else {}
+    measured = {method.key: ratios(seconds[method.key], seconds["sft"]) for method in tried}
+    return {
+        "over_memory_budget": too_large,
+        "options": [
+            {
+                "code": option.label,
+                "predicted_ratio": round(option.ratio, 3),
+                "ratio": round(measured[method.key].median, 3),
+                "ratio_quartiles": [round(measured[method.key].low, 3), round(measured[method.key].high, 3)],
+                "layers": len(choose_layers(workload.model, option.options.get("layers", "all"))),
+                "peak_mb": round(peak_bytes(method, clock.device) / 1e6, 2),
+                "effect": option.effect,
+            }
+            for option, method in zip(options, tried, strict=True)
+        ],
+    }
 
 
 def _samples(auxiliary: str, ratio: float, share_2: float, batch: int) -> Iterator[Option]:

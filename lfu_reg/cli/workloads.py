@@ -173,3 +173,8 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, (Mapping, list, tuple)):
         for entry in value.values() if isinstance(value, Mapping) else value:
             yield from tensors_in(entry)
+
+
+def samples_in(batch: Any) -> int:
+    """The length of the first tensor that has one."""
+    return next((len(tensor) for tensor in tensors_in(batch) if tensor.dim()), 1)

@@ -40,7 +40,7 @@ def test_unknown_case() -> None:
 
 
 def test_a_run_writes_a_result_that_the_page_can_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny = "tiny --layers 1 --batch 2 --tokens 8 --rounds 2 --time-budget 1.9 --methods all"
+    tiny = "tiny --layers 1 --batch 2 --tokens 8 --rounds 5 --time-budget 1.9 --methods all"
     monkeypatch.setitem(step.COMMANDS, "cpu_lora", tiny)
     step.main(["cpu_lora", "--out", str(tmp_path)])
     result = json.loads((tmp_path / "step_cpu_lora.json").read_text())

@@ -25,12 +25,13 @@ from lfu_reg.cli.configs import load_config
 from lfu_reg.cli.methods import LFU, labels
 from lfu_reg.cli.options import parse_layers
 from lfu_reg.cli.phases import BETWEEN, PASSES
+from lfu_reg.cli.plan import ROUNDS_TO_RECOMMEND
 from lfu_reg.cli.presets import PRESETS
 from tests.cli.test_errors import OWN
 from tests.support.architectures import IS_OLDER
 
 QUICK = ["--rounds", "2", "--batch", "4", "--tokens", "8"]
-ENOUGH = ["--rounds", str(overhead.ROUNDS_FOR_ADVICE), *QUICK[2:]]  # for recommendations
+ENOUGH = ["--rounds", str(ROUNDS_TO_RECOMMEND), *QUICK[2:]]  # for recommendations
 ROW = {
     "key", "method", "ms", "ms_quartiles", "ratio", "ratio_quartiles", "over_floor", "tokens_per_second", "peak_mb",
     "with_weights_mb", "phases_ms", "outside_of_passes",
