@@ -9,25 +9,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import random
 import string
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
-from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from demo.data import batches_by_length, encode
 from demo.eval import score
-from demo.muon import Muon
+from demo.loop import parse, train
 from demo.skills import SKILLS, Example, draw_item, mixed_format_examples, render
 
 MODEL_FOLDER = Path(__file__).parent / "model"
@@ -56,14 +50,16 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def small_llama(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """The untrained model."""
+def small_llama(
+    tokenizer: PreTrainedTokenizerFast, *, hidden: int = 128, intermediate: int = 384, layers: int = 4, heads: int = 4
+) -> LlamaForCausalLM:
+    """An untrained model for the tokenizer; the default sizes are the demo's."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        num_attention_heads=4,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
         max_position_embeddings=1024,
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,
@@ -100,82 +96,20 @@ def skill_accuracy(model: nn.Module, tokenizer: PreTrainedTokenizerFast, count: 
     }
 
 
-def make_optimizers(model: nn.Module, lr: float, steps: int) -> list[tuple[Optimizer, LambdaLR]]:
-    """Muon for the hidden layers' matrices, AdamW for embeddings and norms; warm-up, then linear decay."""
-
-    def factor(step: int) -> float:
-        return min(1.0, (step + 1) / 100) * (1 - step / (steps + 1))
-
-    hidden = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
-    others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
-    optimizers = [Muon(hidden, lr), torch.optim.AdamW(others, lr / 2, betas=(0.9, 0.98), weight_decay=0.0)]
-    return [(optimizer, LambdaLR(optimizer, factor)) for optimizer in optimizers]
-
-
 def pretrain(args: argparse.Namespace) -> None:
     """Trains, logs and saves."""
     torch.manual_seed(args.seed)
     tokenizer = character_tokenizer()
     model = small_llama(tokenizer)
-    optimizers = make_optimizers(model, args.lr, args.steps)
     batches = training_batches(tokenizer, args.batch_size, random.Random(args.seed))
-    args.out.mkdir(parents=True, exist_ok=True)
-    started, losses, tokens = time.perf_counter(), [], 0
-    with (args.out / "pretrain_log.jsonl").open("w", encoding="utf-8") as log:
-
-        def write(**entry: Any) -> None:
-            log.write(json.dumps(entry) + "\n")
-            log.flush()
-
-        write(
-            event="start",
-            parameters=sum(p.numel() for p in model.parameters()),
-            settings={key: value for key, value in vars(args).items() if key != "out"},
-            torch=torch.__version__,
-            python=platform.python_version(),
-        )
-        bar = tqdm(range(1, args.steps + 1), desc="pretraining", unit="step")
-        for step in bar:
-            batch = next(batches)
-            loss = model(**batch).loss
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for optimizer, schedule in optimizers:
-                optimizer.step()
-                schedule.step()
-                optimizer.zero_grad()
-            losses.append(float(loss.detach()))
-            tokens += int(batch["attention_mask"].sum())
-            if step % args.log_every == 0 or step == args.steps:
-                accuracy = skill_accuracy(model, tokenizer, 1000 if step == args.steps else 100)
-                write(
-                    event="end" if step == args.steps else "progress",
-                    step=step,
-                    seconds=round(time.perf_counter() - started, 1),
-                    examples=step * args.batch_size,
-                    tokens=tokens,
-                    loss=round(sum(losses) / len(losses), 5),
-                    validation_accuracy={name: round(value, 4) for name, value in accuracy.items()},
-                )
-                losses.clear()
-                bar.set_postfix_str(" ".join(f"{name} {value:.2f}" for name, value in accuracy.items()))
+    train(model, batches, args, lambda count: skill_accuracy(model, tokenizer, count))
     model.save_pretrained(args.out)
     save_tokenizer(tokenizer, args.out)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").strip())
-    parser.add_argument("--steps", type=int, default=5000)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=6e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--log-every", type=int, default=500)
-    parser.add_argument("--out", type=Path, default=MODEL_FOLDER)
-    args = parser.parse_args(argv)
-    torch.set_num_threads(args.threads)
-    pretrain(args)
+    pretrain(parse(argv, __doc__ or "", steps=5000, batch_size=64, lr=6e-3, log_every=500, out=MODEL_FOLDER))
 
 
 if __name__ == "__main__":
