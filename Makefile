@@ -21,7 +21,7 @@ $(VENV)/.stamp-%: pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(VENV)/.stamp-bench  ## fine-tune a small model with and without LfU, compare them (under 5 minutes on 2 cores)
-	@$(BIN)/python benchmarks/demo.py $(ARGS)
+	@PYTHONPATH=benchmarks$${PYTHONPATH:+:$$PYTHONPATH} $(BIN)/python -m demo $(ARGS)
 
 evidence: $(VENV)/.stamp-bench  ## run what is missing of the comparison with other methods, and write docs/evidence.md
 	cd benchmarks && OMP_NUM_THREADS=1 $(abspath $(BIN))/python -m evidence.run $(ARGS)
@@ -34,8 +34,8 @@ paper: $(VENV)/.stamp-paper  ## a table of the paper at full scale: make paper A
 	cd benchmarks && $(abspath $(BIN))/python -m paper.run $(ARGS)
 
 cost-cuda: $(VENV)/.stamp-bench $(VENV)/.stamp-cli  ## measure the cost of a step on a GPU, and render the pages
-	$(BIN)/python benchmarks/step.py --cuda
-	$(BIN)/python benchmarks/step_page.py
+	cd benchmarks && $(abspath $(BIN))/python -m step --cuda
+	cd benchmarks && $(abspath $(BIN))/python -m step.page
 
 test: $(VENV)/.stamp-dev  ## run the tests
 	$(BIN)/python -m pytest -n auto --dist loadscope $(ARGS)

@@ -15,6 +15,15 @@ from evidence.paired import estimate
 from evidence.store import Rows
 
 
+def _panels(rows: Rows, width: float, height: float) -> tuple[Any, dict[str, Any]]:
+    """A figure with one titled panel a task, by task."""
+    tasks = list(dict.fromkeys(r["task"] for r in rows))
+    figure, axes = plt.subplots(1, len(tasks), figsize=(width * len(tasks), height), squeeze=False)
+    for axis, task in zip(axes[0], tasks, strict=True):
+        axis.set_title(task)
+    return figure, dict(zip(tasks, axes[0], strict=True))
+
+
 def _save(figure: Any, path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=110)
@@ -24,11 +33,10 @@ def _save(figure: Any, path: Path) -> None:
 def draw_scores(data: Rows, path: Path) -> None:
     """Score of every method with its confidence interval, one panel a task."""
     rows = [r for r in data if r["experiment"] in ("compare-skills", "compare-text")]
-    tasks = list(dict.fromkeys(r["task"] for r in rows))
-    if not tasks:
+    if not rows:
         return
-    figure, axes = plt.subplots(1, len(tasks), figsize=(4.2 * len(tasks), 6), squeeze=False)
-    for axis, task in zip(axes[0], tasks, strict=True):
+    figure, panels = _panels(rows, 4.2, 6)
+    for task, axis in panels.items():
         values: dict[str, list[float]] = defaultdict(list)
         for row in rows:
             if row["task"] == task:
@@ -39,7 +47,6 @@ def draw_scores(data: Rows, path: Path) -> None:
             colour = "tab:red" if label == "SFT" else "tab:blue" if label.startswith("LfU") else "tab:gray"
             axis.errorbar(found.mean, height, xerr=found.half_width, fmt="o", color=colour, capsize=2)
         axis.set_yticks(range(len(ordered)), [label for label, _ in ordered], fontsize=7)
-        axis.set_title(task)
         axis.set_xlabel("score")
         axis.grid(axis="x", alpha=0.3)
     _save(figure, path)
@@ -50,9 +57,8 @@ def draw_alpha(data: Rows, path: Path) -> None:
     rows = [r for r in data if r["experiment"] == "alpha"]
     if not rows:
         return
-    tasks = list(dict.fromkeys(r["task"] for r in rows))
-    figure, axes = plt.subplots(1, len(tasks), figsize=(5 * len(tasks), 3.6), squeeze=False)
-    for axis, task in zip(axes[0], tasks, strict=True):
+    figure, panels = _panels(rows, 5, 3.6)
+    for task, axis in panels.items():
         for flavour in ("LfU LoRA", "LfU steering"):
             for metric, style in (("in_domain", "-"), ("retention", "--")):
                 points: dict[float, list[float]] = defaultdict(list)
@@ -73,9 +79,8 @@ def draw_alpha(data: Rows, path: Path) -> None:
                 )
         axis.set_xscale("log")
         axis.set_xlabel("alpha")
-        axis.set_title(task)
         axis.grid(alpha=0.3)
-    axes[0][0].legend(fontsize=7)
+    figure.axes[0].legend(fontsize=7)
     _save(figure, path)
 
 
@@ -84,9 +89,8 @@ def draw_noise(data: Rows, path: Path) -> None:
     rows = [r for r in data if r["experiment"] == "noise"]
     if not rows:
         return
-    tasks = list(dict.fromkeys(r["task"] for r in rows))
-    figure, axes = plt.subplots(1, len(tasks), figsize=(5 * len(tasks), 3.6), squeeze=False)
-    for axis, task in zip(axes[0], tasks, strict=True):
+    figure, panels = _panels(rows, 5, 3.6)
+    for task, axis in panels.items():
         for label in dict.fromkeys(r["label"] for r in rows):
             runs = [r for r in rows if r["task"] == task and r["label"] == label]
             layers = sorted(int(name.split("/")[1]) for name in runs[0] if name.startswith("cosine/"))
@@ -97,7 +101,6 @@ def draw_noise(data: Rows, path: Path) -> None:
         axis.set_xlabel("layer")
         axis.set_ylabel("cosine similarity")
         axis.set_xticks(layers)
-        axis.set_title(task)
         axis.grid(alpha=0.3)
-    axes[0][-1].legend(fontsize=6)
+    figure.axes[-1].legend(fontsize=6)
     _save(figure, path)

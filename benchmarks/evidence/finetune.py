@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from demo_eval import score
-from demo_load import EMBEDDED_MODEL, load_model
-from demo_skills import Example, Split
-from demo_train import Recipe, make_optimizer, sft_loss, trainable_copy, training_batches
+from demo.eval import score
+from demo.load import EMBEDDED_MODEL, load_model
+from demo.skills import Example, Split
+from demo.train import Recipe, make_optimizer, sft_loss, trainable_copy, training_batches
 from methods import METHODS
 from peft import LoraConfig, TaskType, get_peft_model
 from torch import nn

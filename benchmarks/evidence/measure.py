@@ -6,9 +6,9 @@ import statistics
 from typing import Any
 
 import torch
-from demo_data import IGNORED, collate, encode
-from demo_eval import score
-from demo_skills import Split
+from demo.data import IGNORED, collate, encode
+from demo.eval import score
+from demo.skills import Split
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -57,7 +57,7 @@ def ranked(model: nn.Module, tokenizer: PreTrainedTokenizerBase, items: list[Cho
     """Share of questions whose right answer has the highest mean log-likelihood per token."""
     was_training = model.training
     model.eval()
-    from demo_skills import Example
+    from demo.skills import Example
 
     rows, owners = [], []
     for number, item in enumerate(items):

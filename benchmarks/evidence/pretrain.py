@@ -8,23 +8,19 @@ and on the generated skills of skills.py (the other half). Weights go to the cac
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import random
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
-from demo_eval import score
-from demo_pretrain import make_optimizers, save_tokenizer
-from demo_skills import mixed_format_examples
+from demo.eval import score
+from demo.loop import parse, train
+from demo.pretrain import save_tokenizer, small_llama
+from demo.skills import mixed_format_examples
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
-from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from evidence.corpus import novels, wikitext
 from evidence.skills import BASE_SKILLS, skill_example
@@ -47,24 +43,6 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS)
-
-
-def base_llama(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """The untrained model."""
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=160,
-            intermediate_size=448,
-            num_hidden_layers=6,
-            num_attention_heads=5,
-            max_position_embeddings=1024,
-            tie_word_embeddings=True,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            bos_token_id=None,
-        )
-    )
 
 
 def text_rows(tokenizer: PreTrainedTokenizerFast, rng: random.Random) -> Iterator[list[int]]:
@@ -115,7 +93,7 @@ def accuracies(model: nn.Module, tokenizer: PreTrainedTokenizerFast, count: int)
             examples = [skill_example(rng, {name: skill}) for _ in range(count)]
         else:
             examples = mixed_format_examples(skill, "validation", count, rng)
-        result[name] = round(score(model, tokenizer, examples).exact, 4)
+        result[name] = score(model, tokenizer, examples).exact
     return result
 
 
@@ -126,44 +104,10 @@ def pretrain(args: argparse.Namespace) -> None:
     sample = [next(iter([text]))[:400_000] for text in novels("train")]
     skills = [f"{e.prompt}{e.response}" for e in (skill_example(rng) for _ in range(40_000))]
     tokenizer = train_tokenizer([*sample, wikitext("valid"), *skills])
-    model = base_llama(tokenizer)
-    optimizers = make_optimizers(model, args.lr, args.steps)
-    data = batches(tokenizer, args.batch_size, args.seed)
-    args.out.mkdir(parents=True, exist_ok=True)
+    model = small_llama(tokenizer, hidden=160, intermediate=448, layers=6, heads=5)
     CACHE.mkdir(parents=True, exist_ok=True)
-    started, losses = time.perf_counter(), []
-    with (args.out / "pretrain_log.jsonl").open("w", encoding="utf-8") as log:
-
-        def write(**entry: Any) -> None:
-            log.write(json.dumps(entry) + "\n")
-            log.flush()
-
-        settings = {key: value for key, value in vars(args).items() if key != "out"}
-        parameters = sum(p.numel() for p in model.parameters())
-        write(event="start", parameters=parameters, settings=settings, torch=torch.__version__,
-              python=platform.python_version())  # fmt: skip
-        bar = tqdm(range(1, args.steps + 1), desc="pretraining", unit="step")
-        for step in bar:
-            loss = model(**next(data)).loss
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for optimizer, schedule in optimizers:
-                optimizer.step()
-                schedule.step()
-                optimizer.zero_grad()
-            losses.append(float(loss.detach()))
-            if step % args.log_every == 0 or step == args.steps:
-                accuracy = accuracies(model, tokenizer, 1000 if step == args.steps else 100)
-                write(
-                    event="end" if step == args.steps else "progress",
-                    step=step,
-                    seconds=round(time.perf_counter() - started, 1),
-                    tokens=step * args.batch_size * LENGTH,
-                    loss=round(sum(losses) / len(losses), 4),
-                    accuracy=accuracy,
-                )
-                losses.clear()
-                bar.set_postfix_str(" ".join(f"{name} {value:.2f}" for name, value in accuracy.items()))
+    data = batches(tokenizer, args.batch_size, args.seed)
+    train(model, data, args, lambda count: accuracies(model, tokenizer, count))
     model.save_pretrained(CACHE / "evidence-base")
     tokenizer.save_pretrained(CACHE / "evidence-base")
     model.half().save_pretrained(args.out)
@@ -172,17 +116,7 @@ def pretrain(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").strip())
-    parser.add_argument("--steps", type=int, default=1600)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--lr", type=float, default=8e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--log-every", type=int, default=200)
-    parser.add_argument("--out", type=Path, default=OUT)
-    args = parser.parse_args(argv)
-    torch.set_num_threads(args.threads)
-    pretrain(args)
+    pretrain(parse(argv, __doc__ or "", steps=1600, batch_size=16, lr=8e-3, log_every=200, out=OUT))
 
 
 if __name__ == "__main__":

@@ -11,10 +11,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from demo_data import collate, encode
-from demo_eval import score
-from demo_skills import SKILLS, Example, distinct_items, mixed_format_examples, render
-from demo_train import Recipe, make_optimizer, sft_loss, training_batches
+from demo.data import collate, encode
+from demo.eval import score
+from demo.skills import SKILLS, Example, distinct_items, mixed_format_examples, render
+from demo.train import Recipe, make_optimizer, sft_loss, training_batches
 from methods.base import blocks_of, hidden_state
 from torch import Tensor, nn
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from demo_skills import SKILLS, Example, Item, Skill, draw_item, render
+from demo.skills import SKILLS, Example, Item, Skill, draw_item, render
 
 FACTS = 240  # people with a town and a trade each, so twice as many facts
 _ONSETS, _VOWELS, _CODAS = (

@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from demo_skills import (
+from demo.skills import (
     NEW_FORMAT,
     PROMPT_VARIATIONS,
     SKILLS,

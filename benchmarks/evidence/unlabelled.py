@@ -7,8 +7,8 @@ import string
 from collections.abc import Callable, Iterator
 
 import torch
-from demo_data import collate, encode
-from demo_skills import Example, draw_item
+from demo.data import collate, encode
+from demo.skills import Example, draw_item
 from methods.base import Batch
 from transformers import PreTrainedTokenizerBase
 

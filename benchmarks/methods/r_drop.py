@@ -16,14 +16,15 @@ class RDrop(Method):
     Args:
         model: with dropout, otherwise both forwards are the same.
         weight: of the divergence.
+        needs_dropout: whether a model without dropout is refused; for its cost alone it need not be.
 
     Raises:
-        ValueError: if the model has no dropout.
+        ValueError: if the model has no dropout and needs it.
     """
 
-    def __init__(self, model: nn.Module, weight: float = 1.0) -> None:
+    def __init__(self, model: nn.Module, weight: float = 1.0, *, needs_dropout: bool = True) -> None:
         super().__init__(model)
-        if not any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()):
+        if needs_dropout and not any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()):
             raise ValueError("R-Drop compares two dropout masks, and this model has no dropout. Use lora_dropout=0.1.")
         self.weight = weight
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from demo_skills import Example
+from demo.skills import Example
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
-from demo_eval import score
-from demo_skills import Example
+from demo.eval import score
+from demo.skills import Example
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from demo_skills import Example
+from demo.skills import Example
 from evidence.corpus import DATA, records
 
 PLAIN = (

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from demo_data import collate, encode
-from demo_skills import Example
+from demo.data import collate, encode
+from demo.skills import Example
 from methods import METHODS
 from peft import LoraConfig, TaskType, get_peft_model
 from torch import Tensor, nn

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ def load_config(name: str) -> Any:
     """The configuration of a preset, a local folder or a model on the hub; the weights are not fetched.
 
     Raises:
-        Unusable: if there is none of that name; the message lists the presets.
+        Unusable: if there is none of that name; the message lists the presets. A name that is nearly a preset's is
+            refused before the hub is asked.
     """
     try:
         from transformers import AutoConfig
@@ -31,6 +33,11 @@ def load_config(name: str) -> Any:
     if name in PRESETS:
         kind, settings = PRESETS[name]
         return AutoConfig.for_model(kind, **settings)
+    if (preset := nearest_preset(name)) is not None:
+        raise Unusable(
+            f"MODEL {name!r} is no preset; did you mean {preset!r}? Presets are {', '.join(PRESETS)}. A model on the "
+            "hub is named with its owner, OWNER/NAME; of a folder, give the path."
+        )
     try:
         return AutoConfig.from_pretrained(name, local_files_only=Path(name).is_dir())
     except (OSError, ValueError, KeyError) as error:
@@ -39,6 +46,13 @@ def load_config(name: str) -> Any:
             f"MODEL {name!r} is no preset ({', '.join(PRESETS)}), no folder with a config.json, no file.py:function, "
             f"and no model that the hub or its local cache gives: {reason}"
         ) from error
+
+
+def nearest_preset(name: str) -> str | None:
+    """The preset that a name is a slip of; None for folders, hub names with an owner, and names unlike any preset."""
+    if "/" in name or Path(name).is_dir():
+        return None
+    return next(iter(get_close_matches(name.lower(), PRESETS, n=1, cutoff=0.8)), None)
 
 
 def depth_of(config: Any) -> int | None:

@@ -9,7 +9,7 @@ from torch import nn
 
 from lfu_reg.auxiliaries import LoRADeltas
 from lfu_reg.cli.errors import Unusable
-from lfu_reg.cli.subjects import Setting, make_subject
+from lfu_reg.cli.workloads import Setting, make_workload
 from lfu_reg.model.layers import LayerChoice, choose_layers
 from lfu_reg.model.linears import TargetModules, find_linears, linear_sizes
 
@@ -31,7 +31,7 @@ def inspect(
     Raises:
         Unusable: for a model or a choice that there is not.
     """
-    model = make_subject(setting if setting.is_own else replace(setting, device="meta")).model
+    model = make_workload(setting if setting.is_own else replace(setting, device="meta")).model
     try:
         chosen = choose_layers(model, layers)
         linears = find_linears(chosen, target_modules)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from lfu_reg.cli.counting import Counts
 from lfu_reg.cli.errors import Unusable
+from lfu_reg.cli.flops import Counts
 
 GIGABYTE = 1e9
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lfu_reg.cli import opponents, rivals
 from lfu_reg.cli.errors import Unusable
-from lfu_reg.cli.subjects import Subject
+from lfu_reg.cli.published import PROCEDURES
+from lfu_reg.cli.workloads import LossFunction, Workload
 from lfu_reg.hooks.early_exit import EarlyExit
 from lfu_reg.model.layers import choose_layers
 from lfu_reg.model.outputs import HIDDEN_STATE, get, locate
@@ -22,22 +22,8 @@ from lfu_reg.regularizer import LfURegularizer
 BLOCKS = "blocks"
 LFU = {"steering": "LfU steering", "lora": "LfU LoRA", "weights": "LfU weights"}
 LATE = {"steering-late": "LfU steering, last third of layers", "lora-late": "LfU LoRA, last third of layers"}
-LABELS = {
-    "sft": "SFT",
-    **LFU,
-    **LATE,
-    "retained": "LfU steering, graph retained",
-    "literal-steering": "literal steering, 3 forwards",
-    "literal-lora": "literal LoRA, 3 forwards",
-    "authors-lora": "authors' LoRA procedure",
-    "authors-steering": "authors' steering procedure",
-    "neftune": "NEFTune",
-    "r-drop": "R-Drop",
-    "sam": "SAM",
-}
+RETAINED = {"retained": "LfU steering, graph retained"}
 DEFAULT = ("sft", *LFU)
-# These read the model's configuration, embeddings or logits, and the batch by its keys.
-OF_TRANSFORMERS = ("literal-steering", "authors-lora", "authors-steering", "neftune", "r-drop")
 
 
 @dataclass(frozen=True)
@@ -61,79 +47,76 @@ class Method:
     regularizer: LfURegularizer | None = None
 
 
+def labels() -> dict[str, str]:
+    """Names of all methods in tables, by their keys on the command line."""
+    return {"sft": "SFT", **LFU, **LATE, **RETAINED, **{key: other.label for key, other in PROCEDURES.items()}}
+
+
 def chosen_keys(given: str) -> list[str]:
     """Keys from a comma-separated list, SFT first.
 
     Raises:
         Unusable: for a key that does not exist; the message lists those that do.
     """
-    keys = list(LABELS) if given == "all" else [key.strip() for key in given.split(",") if key.strip()]
-    unknown = [key for key in keys if key not in LABELS]
+    known = labels()
+    keys = list(known) if given == "all" else [key.strip() for key in given.split(",") if key.strip()]
+    unknown = [key for key in keys if key not in known]
     if unknown or not keys:
-        raise Unusable(f"--methods {given}: allowed are 'all' and a comma-separated list of {', '.join(LABELS)}.")
+        raise Unusable(f"--methods {given}: allowed are 'all' and a comma-separated list of {', '.join(known)}.")
     return list(dict.fromkeys(["sft", *keys]))
 
 
-def check_keys(keys: Sequence[str], subject: Subject) -> None:
+def check_keys(keys: Sequence[str], workload: Workload) -> None:
     """Raise for methods that are written for models of transformers, where the model is another one.
 
     Raises:
         Unusable: with the methods that are in question.
     """
-    if hasattr(subject.model, "config") and isinstance(subject.batch, Mapping):
+    if hasattr(workload.model, "config") and isinstance(workload.batch, Mapping):
         return
-    if wrong := [key for key in keys if key in OF_TRANSFORMERS]:
+    if wrong := [key for key in keys if key in PROCEDURES and PROCEDURES[key].of_transformers]:
         raise Unusable(
             f"--methods: {', '.join(wrong)} need a model of transformers and a batch with its keys, and this is a "
-            f"{type(subject.model).__name__} with a {type(subject.batch).__name__}. Leave them out."
+            f"{type(workload.model).__name__} with a {type(workload.batch).__name__}. Leave them out."
         )
 
 
-def make_method(key: str, subject: Subject, *, compiled: bool = False) -> Method:
-    """The method of that key, on a module tree of its own around the subject's parameters."""
+def make_method(key: str, workload: Workload, *, compiled: bool = False) -> Method:
+    """The method of that key, on a module tree of its own around the workload's parameters."""
     if key in LFU:
-        return lfu_method(key, LFU[key], subject, {}, compiled=compiled)
+        return lfu_method(key, LFU[key], workload, {}, compiled=compiled)
     if key in LATE:
         auxiliary = key.removesuffix("-late")
-        return lfu_method(auxiliary, LATE[key], subject, {"layers": "late"}, key=key, compiled=compiled)
-    if key == "retained":
-        return lfu_method("steering", LABELS[key], subject, {"strategy": "retained"}, key=key, compiled=compiled)
-    own = shared_copy(subject.model)
+        return lfu_method(auxiliary, LATE[key], workload, {"layers": "late"}, key=key, compiled=compiled)
+    if key in RETAINED:
+        return lfu_method("steering", RETAINED[key], workload, {"strategy": "retained"}, key=key, compiled=compiled)
+    own = shared_copy(workload.model)
     if compiled:
         own.compile()
-    losses: dict[str, Callable[..., Tensor]] = {
-        "literal-steering": opponents.three_forwards,
-        "literal-lora": opponents.three_forwards_lora,
-        "authors-lora": opponents.authors_lora,
-        "neftune": rivals.neftune,
-        "r-drop": rivals.r_drop,
-    }
-    if key == "authors-steering":
-        losses[key] = opponents.AuthorsSteering(own)
+    loss = PROCEDURES[key].make(own) if key in PROCEDURES else _sft
 
     def run() -> None:
-        if key == "sft":
-            subject.sft_loss(own, subject.batch).backward()  # type: ignore[no-untyped-call]
-        elif key == "sam":
-            rivals.sam_step(own, subject.batch, subject.sft_loss)
-        else:
-            losses[key](own, subject.batch, subject.sft_loss).backward()  # type: ignore[no-untyped-call]
+        loss(own, workload.batch, workload.sft_loss).backward()  # type: ignore[no-untyped-call]
         own.zero_grad(set_to_none=True)
 
-    return Method(key, LABELS[key], run, 1, own)
+    return Method(key, labels()[key], run, 1, own)
+
+
+def _sft(model: nn.Module, batch: Any, sft_loss_fn: LossFunction) -> Tensor:
+    return sft_loss_fn(model, batch)
 
 
 def lfu_method(
     auxiliary: str,
     label: str,
-    subject: Subject,
+    workload: Workload,
     options: Mapping[str, Any],
     *,
     key: str | None = None,
     compiled: bool = False,
 ) -> Method:
     """A step of LfURegularizer with the given options."""
-    own = shared_copy(subject.model)
+    own = shared_copy(workload.model)
     try:
         regularizer = LfURegularizer(own, auxiliary, **options)
     except ValueError as error:
@@ -144,20 +127,20 @@ def lfu_method(
 
     def run() -> None:
         for _ in range(steps):
-            regularizer(own, subject.batch, subject.sft_loss).backward()  # type: ignore[no-untyped-call]
+            regularizer(own, workload.batch, workload.sft_loss).backward()  # type: ignore[no-untyped-call]
             own.zero_grad(set_to_none=True)
 
     return Method(key or auxiliary, label, run, steps, own, regularizer)
 
 
-def blocks_alone(subject: Subject) -> Method:
+def blocks_alone(workload: Workload) -> Method:
     """Forward and backward of the blocks and nothing above: what a second pass through all of them takes."""
-    own = shared_copy(subject.model)
+    own = shared_copy(workload.model)
     blocks = choose_layers(own, "all")
     ran: list[nn.Module] = []
     handles = [block.register_forward_hook(lambda m, a, o: ran.append(m)) for block in blocks.values()]
     with torch.no_grad():
-        subject.sft_loss(own, subject.batch)
+        workload.sft_loss(own, workload.batch)
     for handle in handles:
         handle.remove()
     if not ran:
@@ -177,7 +160,7 @@ def blocks_alone(subject: Subject) -> Method:
     def run() -> None:
         kept.clear()
         with suppress(EarlyExit):
-            subject.sft_loss(own, subject.batch)
+            workload.sft_loss(own, workload.batch)
         hidden = kept[-1]
         kept.clear()
         hidden.backward(torch.ones_like(hidden))  # type: ignore[no-untyped-call]

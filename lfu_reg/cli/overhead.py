@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 
-from lfu_reg.cli.advice import PASS_2, Option, options_within
 from lfu_reg.cli.compiling import graphs_apart
-from lfu_reg.cli.counting import Counts
+from lfu_reg.cli.environment import environment
 from lfu_reg.cli.errors import Unusable
-from lfu_reg.cli.methods import BLOCKS, LFU, Method, blocks_alone, check_keys, lfu_method, make_method
-from lfu_reg.cli.phases import BETWEEN, PASSES, phases_of
-from lfu_reg.cli.rounds import Clock, Spread, interleaved, peak_bytes, ratios
-from lfu_reg.cli.subjects import Setting, Subject, tensors_in
-from lfu_reg.cli.surroundings import surroundings
+from lfu_reg.cli.flops import Counts
+from lfu_reg.cli.methods import BLOCKS, LFU, Method, blocks_alone, check_keys, make_method
+from lfu_reg.cli.phases import BETWEEN, phases_of
+from lfu_reg.cli.plan import Plan
+from lfu_reg.cli.recommend import recommended
+from lfu_reg.cli.timing import Clock, Spread, interleaved, peak_bytes, ratios
+from lfu_reg.cli.workloads import Setting, Workload, samples_in
 from lfu_reg.model.layers import choose_layers
 from lfu_reg.step.checks import check_loss
 
@@ -27,39 +28,15 @@ PHASE_ROUNDS = 3
 EAGER = "eager sft"
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How to measure.
-
-    Attributes:
-        keys: methods, SFT among them.
-        rounds: that count.
-        warmup: rounds before.
-        time_budget: allowed ratio to SFT's time, for advice.
-        memory_budget: allowed bytes, for advice.
-    """
-
-    keys: Sequence[str]
-    rounds: int = 10
-    warmup: int = 2
-    time_budget: float | None = None
-    memory_budget: float | None = None
-
-    @property
-    def ticks(self) -> int:
-        """Steps of the interleaved rounds, for a progress bar."""
-        return (self.rounds + self.warmup) * (len(self.keys) + 1)
-
-
 def measure(
-    setting: Setting, plan: Plan, subject: Subject, counts: Counts | None, tick: Callable[[], object] = lambda: None
+    setting: Setting, plan: Plan, workload: Workload, counts: Counts | None, tick: Callable[[], object] = lambda: None
 ) -> dict[str, Any]:
     """Measure everything; the result is ready for JSON.
 
     Args:
-        setting: what `subject` was made from.
+        setting: what `workload` was made from.
         plan: how to measure.
-        subject: the model with its batch and loss.
+        workload: the model with its batch and loss.
         counts: of the same setting, None where they cannot be had.
         tick: is called after every step of the interleaved rounds.
 
@@ -67,23 +44,23 @@ def measure(
         Unusable: for a model that LfU cannot be attached to, or that does not fit into memory.
     """
     clock = Clock(setting.device)
-    check_subject(subject)
-    check_keys(plan.keys, subject)
+    check_workload(workload)
+    check_keys(plan.keys, workload)
     # With random weights the warnings about the regularizer's effect mean nothing.
     with graphs_apart() if setting.compile else nullcontext(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return _measured(setting, plan, subject, counts, tick, clock)
+        return _measured(setting, plan, workload, counts, tick, clock)
 
 
-def check_subject(subject: Subject) -> None:
+def check_workload(workload: Workload) -> None:
     """Raise unless LfU has something to do: blocks to compare, and a loss to go up.
 
     Raises:
         Unusable: with what is missing.
     """
     try:
-        choose_layers(subject.model, "all")
-        check_loss(subject.sft_loss(subject.model, subject.batch), first=True)
+        choose_layers(workload.model, "all")
+        check_loss(workload.sft_loss(workload.model, workload.batch), first=True)
     except (ValueError, TypeError) as error:
         raise Unusable(f"LfU cannot train this model: {error}") from error
 
@@ -91,32 +68,32 @@ def check_subject(subject: Subject) -> None:
 def _measured(
     setting: Setting,
     plan: Plan,
-    subject: Subject,
+    workload: Workload,
     counts: Counts | None,
     tick: Callable[[], object],
     clock: Clock,
 ) -> dict[str, Any]:
     try:
-        blocks = blocks_alone(subject)
-        methods = [make_method(key, subject, compiled=setting.compile) for key in plan.keys]
+        blocks = blocks_alone(workload)
+        methods = [make_method(key, workload, compiled=setting.compile) for key in plan.keys]
         # The blocks alone are left by an exception, as no compiled model can be: their share is that of eager runs.
-        eager = replace(make_method("sft", subject), key=EAGER) if setting.compile else methods[plan.keys.index("sft")]
+        eager = replace(make_method("sft", workload), key=EAGER) if setting.compile else methods[plan.keys.index("sft")]
         timed = [*methods, blocks, *([eager] if setting.compile else [])]
         seconds = interleaved(timed, clock, rounds=plan.rounds, warmup=plan.warmup, tick=tick)
         share = ratios(seconds[BLOCKS], seconds[eager.key]).median
-        rows = [_row(method, seconds, 1 + share, subject, clock) for method in methods]
+        rows = [_row(method, seconds, 1 + share, workload, clock) for method in methods]
         return {
             "schema": SCHEMA,
             "setting": {**asdict(setting), "threads": torch.get_num_threads(), **asdict(plan)},
             "clock": clock.name,
-            "model": _description(subject, setting),
+            "model": _description(workload, setting),
             "blocks_share": round(share, 4),
             "floor": round(1 + share, 4),
             "counted": None if counts is None else counts.as_dict(),
             "rows": rows,
-            "at_full_depth": _at_full_depth(rows, share, subject),
-            "advice": _advice(plan, rows, subject, clock),
-            "surroundings": surroundings(setting.device),
+            "at_full_depth": _at_full_depth(rows, share, workload),
+            "advice": recommended(plan, rows, workload, clock),
+            "surroundings": environment(setting.device),
         }
     except torch.OutOfMemoryError as error:
         raise Unusable(
@@ -126,13 +103,13 @@ def _measured(
 
 
 def _row(
-    method: Method, seconds: dict[str, list[float]], floor: float, subject: Subject, clock: Clock
+    method: Method, seconds: dict[str, list[float]], floor: float, workload: Workload, clock: Clock
 ) -> dict[str, Any]:
     time, ratio = Spread.of(seconds[method.key]), ratios(seconds[method.key], seconds["sft"])
-    phases = phases_of(method, subject, clock, PHASE_ROUNDS) if method.key in LFU else None
+    phases = phases_of(method, workload, clock, PHASE_ROUNDS) if method.key in LFU else None
     total = sum(phases.values()) if phases else 1.0
     peak = peak_bytes(method, clock.device)
-    weights = list(subject.model.parameters())
+    weights = list(workload.model.parameters())
     resident = sum(p.nbytes for p in weights) + sum(p.nbytes for p in weights if p.requires_grad)
     return {
         "key": method.key,
@@ -142,7 +119,7 @@ def _row(
         "ratio": round(ratio.median, 3),
         "ratio_quartiles": [round(ratio.low, 3), round(ratio.high, 3)],
         "over_floor": round(ratio.median / floor, 3),
-        "tokens_per_second": round(_tokens(subject) / time.median, 1),
+        "tokens_per_second": round(_tokens(workload) / time.median, 1),
         "peak_mb": round(peak / 1e6, 2),
         "with_weights_mb": round((peak + resident) / 1e6, 2),
         "phases_ms": None if phases is None else {name: _rounded(1e3 * s) for name, s in phases.items()},
@@ -150,49 +127,12 @@ def _row(
     }
 
 
-def _advice(plan: Plan, rows: list[dict[str, Any]], subject: Subject, clock: Clock) -> dict[str, Any] | None:
-    """Options within the budgets, each timed against SFT in interleaved rounds of their own."""
-    if plan.time_budget is None and plan.memory_budget is None:
-        return None
-    budget = plan.time_budget or float("inf")
-    sft = next(row for row in rows if row["key"] == "sft")
-    options: list[Option] = []
-    too_large = []
-    for row in rows:
-        if row["key"] not in LFU:
-            continue
-        if plan.memory_budget is not None and row["with_weights_mb"] * 1e6 > plan.memory_budget:
-            too_large.append(row["method"])
-            continue
-        share_2 = sum(row["phases_ms"][name] for name in PASS_2) / sft["ms"]
-        options += options_within(budget, row["key"], row["ratio"], share_2, _batch_size(subject))
-    base = make_method("sft", subject)
-    tried = [
-        lfu_method(option.auxiliary, option.label, subject, option.options, key=str(i))
-        for i, option in enumerate(options)
-    ]
-    seconds = interleaved([base, *tried], clock, rounds=max(3, plan.rounds // 2), warmup=1) if tried else {}
-    return {
-        "over_memory_budget": too_large,
-        "options": [
-            {
-                "code": option.label,
-                "predicted_ratio": round(option.ratio, 3),
-                "ratio": round(ratios(seconds[method.key], seconds["sft"]).median, 3),
-                "peak_mb": round(peak_bytes(method, clock.device) / 1e6, 2),
-                "effect": option.effect,
-            }
-            for option, method in zip(options, tried, strict=True)
-        ],
-    }
-
-
-def _at_full_depth(rows: list[dict[str, Any]], share: float, subject: Subject) -> dict[str, Any] | None:
+def _at_full_depth(rows: list[dict[str, Any]], share: float, workload: Workload) -> dict[str, Any] | None:
     """Ratios of the model before it was truncated: the blocks' time grows with the depth, and so does what LfU adds."""
-    if subject.full_depth is None:
+    if workload.full_depth is None:
         return None
-    here = len(choose_layers(subject.model, "all"))
-    factor = subject.full_depth / here
+    here = len(choose_layers(workload.model, "all"))
+    factor = workload.full_depth / here
     sft = 1 + share * (factor - 1)
 
     def added(row: dict[str, Any]) -> float:
@@ -202,37 +142,30 @@ def _at_full_depth(rows: list[dict[str, Any]], share: float, subject: Subject) -
         return float((row["ratio"] - 1) * (here * factor - shared) / (here - shared))
 
     return {
-        "layers": subject.full_depth,
+        "layers": workload.full_depth,
         "floor": round(1 + share * factor / sft, 4),
         "ratios": {row["key"]: round(1 + added(row) / sft, 3) for row in rows if row["key"] in LFU},
     }
 
 
-def _description(subject: Subject, setting: Setting) -> dict[str, Any]:
-    weights = list(subject.model.parameters())
+def _description(workload: Workload, setting: Setting) -> dict[str, Any]:
+    weights = list(workload.model.parameters())
     return {
         "own": setting.is_own,
-        "class": type(getattr(subject.model, "base_model", subject.model)).__name__,
+        "class": type(getattr(workload.model, "base_model", workload.model)).__name__,
         "parameters": sum(p.numel() for p in weights),
         "trainable": sum(p.numel() for p in weights if p.requires_grad),
         "parameter_mb": round(sum(p.nbytes for p in weights) / 1e6, 2),
         "adam_mb": round(2 * sum(p.nbytes for p in weights if p.requires_grad) / 1e6, 2),
-        "layers": len(choose_layers(subject.model, "all")),
-        "tokens_per_step": _tokens(subject),
+        "layers": len(choose_layers(workload.model, "all")),
+        "tokens_per_step": _tokens(workload),
     }
 
 
-def _tokens(subject: Subject) -> int:
-    ids = subject.batch.get("input_ids") if hasattr(subject.batch, "get") else None
-    return _batch_size(subject) if ids is None else ids.numel()
-
-
-def _batch_size(subject: Subject) -> int:
-    return next((len(tensor) for tensor in tensors_in(subject.batch) if tensor.dim()), 1)
+def _tokens(workload: Workload) -> int:
+    ids = workload.batch.get("input_ids") if hasattr(workload.batch, "get") else None
+    return samples_in(workload.batch) if ids is None else ids.numel()
 
 
 def _rounded(value: float) -> float:
     return float(f"{value:.4g}")
-
-
-__all__ = ["BETWEEN", "PASSES", "SCHEMA", "Plan", "measure"]

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lfu_reg import regularizer
 from lfu_reg.cli.methods import Method
-from lfu_reg.cli.rounds import Clock
-from lfu_reg.cli.subjects import Subject
+from lfu_reg.cli.timing import Clock
+from lfu_reg.cli.workloads import Workload
 from lfu_reg.step.consistency import consistency
 from lfu_reg.step.strategy_choice import choose_strategy
 
@@ -21,14 +21,14 @@ PASSES = ("clean forward", "clean backward", "perturbed forward", "perturbed bac
 BETWEEN = ("ascent", "distance", "graft", "bookkeeping")
 
 
-def phases_of(method: Method, subject: Subject, clock: Clock, rounds: int) -> dict[str, float]:
+def phases_of(method: Method, workload: Workload, clock: Clock, rounds: int) -> dict[str, float]:
     """Median seconds of every phase of a step with the released strategy.
 
     The hooks' work in a pass counts with the pass, as does the distance's share of the second backward.
 
     Args:
         method: with a regularizer.
-        subject: what it trains.
+        workload: what it trains.
         clock: of the device; waiting for a GPU at every phase makes the whole step somewhat slower than it is.
         rounds: how many steps.
     """
@@ -36,7 +36,7 @@ def phases_of(method: Method, subject: Subject, clock: Clock, rounds: int) -> di
     for _ in range(rounds):
         laps = dict.fromkeys(taken, 0.0)
         start = clock.now()
-        with _instrumented(method, subject, clock, laps) as run:
+        with _instrumented(method, workload, clock, laps) as run:
             run()
         laps["bookkeeping"] = clock.now() - start - sum(laps.values())
         method.model.zero_grad(set_to_none=True)  # a walk over all modules, in SFT's step as well
@@ -47,7 +47,7 @@ def phases_of(method: Method, subject: Subject, clock: Clock, rounds: int) -> di
 
 @contextmanager
 def _instrumented(
-    method: Method, subject: Subject, clock: Clock, laps: dict[str, float]
+    method: Method, workload: Workload, clock: Clock, laps: dict[str, float]
 ) -> Iterator[Callable[[], None]]:
     reg = method.regularizer
     assert reg is not None
@@ -79,7 +79,7 @@ def _instrumented(
         return made
 
     def run() -> None:
-        loss: Tensor = reg(method.model, subject.batch, timed("clean forward", subject.sft_loss))
+        loss: Tensor = reg(method.model, workload.batch, timed("clean forward", workload.sft_loss))
         timed("graft", loss.backward)()
 
     with ExitStack() as patches:

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lfu_reg.cli.phases import BETWEEN, PASSES
+from lfu_reg.cli.repeats import merged
 
 
 def show_overhead(result: dict[str, Any], console: Console) -> None:
@@ -76,12 +77,19 @@ def _show_advice(result: dict[str, Any], console: Console) -> None:
     if not advice["options"]:
         console.print(f"Nothing measured is within {' and '.join(budgets)}; combine every=k with batch_fraction.")
         return
-    table = _table(f"Within {' and '.join(budgets)}", "setting", "predicted", "measured", "peak MB", "gradient")
+    depth = result["model"]["layers"]
+    full = (result["at_full_depth"] or {"layers": depth})["layers"]
+    model = f"a model of {depth} layers" if full == depth else f"{depth} of the model's {full} layers alone"
+    title = f"Predicted within {' and '.join(budgets)}, for {model}; {setting['rounds']} rounds of each"
+    table = _table(title, "setting", "layers", "predicted", "measured", "quartiles", "peak MB", "gradient")
     for option in advice["options"]:
+        low, high = option["ratio_quartiles"]
         table.add_row(
             option["code"],
+            f"{option['layers']} of {depth}",
             f"{option['predicted_ratio']:.2f}",
             f"{option['ratio']:.2f}",
+            f"{low:.2f} .. {high:.2f}",
             f"{option['peak_mb']:.1f}",
             option["effect"],
         )
@@ -95,14 +103,16 @@ def show_inspection(result: dict[str, Any], console: Console, auxiliary: str) ->
         f"{model['name']} ({model['class']}): {_count(model['parameters'])} parameters, "
         f"{_count(model['trainable'])} trained, hidden size {model['hidden']}"
     )
-    table = _table("Hooked layers", "layer", "class", "parameters")
-    for layer in result["layers"]:
-        table.add_row(layer["name"], layer["class"], _count(layer["parameters"]))
+    table = _table("Hooked layers", "layer", "number", "class", "parameters of each")
+    kinds = {layer["name"]: (layer["class"], layer["parameters"]) for layer in result["layers"]}
+    for name, (kind, parameters), number in merged(kinds):
+        table.add_row(name, f"x{number}", kind, _count(parameters))
     console.print(table)
     if auxiliary == "lora":
-        table = _table("Linear maps that get LoRA deltas", "map", "in", "out", "A and B")
-        for entry in result["linears"]:
-            table.add_row(entry["name"], str(entry["in"]), str(entry["out"]), _count(entry["parameters"]))
+        table = _table("Linear maps that get LoRA deltas", "map", "number", "in", "out", "A and B of each")
+        sizes = {entry["name"]: (entry["in"], entry["out"], entry["parameters"]) for entry in result["linears"]}
+        for name, (n_in, n_out, parameters), number in merged(sizes):
+            table.add_row(name, f"x{number}", str(n_in), str(n_out), _count(parameters))
         console.print(table)
     table = _table("Components", "auxiliary", "parameters", "MB in a step")
     for key, entry in result["auxiliaries"].items():

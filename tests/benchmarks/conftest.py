@@ -1,4 +1,4 @@
-"""Makes the scripts of benchmarks/ importable, as `python benchmarks/<script>.py` does."""
+"""Makes the packages of benchmarks/ importable, as `python -m <package>` there does."""
 
 import sys
 from pathlib import Path

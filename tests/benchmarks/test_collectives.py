@@ -12,10 +12,10 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-import collectives
-import collectives_page
-from sharded_bytes import STEPS
-from sharded_cases import FORECAST, Case
+from sharded import __main__ as collectives
+from sharded import page as collectives_page
+from sharded.bytes import STEPS
+from sharded.cases import FORECAST, Case
 
 COMMUNICATED = ("all-gather", "reduce-scatter", "all-reduce")
 CASES = (

@@ -10,15 +10,15 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 pytest.importorskip("matplotlib")
 
-import demo
 import torch
-from demo_measure import measure_costs, peak_memory
-from demo_methods import BASELINE, CHOSEN, METHODS
-from demo_options import UsageError, check, chosen_methods, chosen_recipe, parse_arguments
-from demo_report import summarize
-from demo_sweep import CSV_FILE, read_runs
-from demo_sweep_rule import GRIDS, Cell, choose_learning_rate, choose_setting, neighbourhood_score
-from demo_train import Recipe
+from demo import __main__ as demo
+from demo.measure import measure_costs, peak_memory
+from demo.methods import BASELINE, CHOSEN, METHODS
+from demo.options import UsageError, check, chosen_methods, chosen_recipe, parse_arguments
+from demo.report import summarize
+from demo.sweep import CSV_FILE, read_runs
+from demo.sweep_rule import GRIDS, Cell, choose_learning_rate, choose_setting, neighbourhood_score
+from demo.train import Recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k"
@@ -109,6 +109,8 @@ def test_gsm8k_with_the_embedded_model(tmp_path):
         (["--max-length", "2"], "at least 8"),
         (["--alpha", "sft=1"], "'sft' is no LfU method of this run"),
         (["--lam", "much"], "'much' is no number"),
+        (["--alpha", "-1"], "--alpha -1: must be a finite number, 0 or greater"),
+        (["--lam", "lfu-lora=inf"], "--lam lfu-lora=inf: must be a finite number"),
         (["--data", "missing.jsonl"], "no such file"),
         (["--device", "nonsense"], "--device nonsense: cannot be used"),
     ],
@@ -148,9 +150,9 @@ def test_peak_memory_counts_what_lives_at_the_same_time():
 
 
 def test_costs_without_the_baseline_have_no_ratio():
-    from demo_data import collate, encode
-    from demo_load import EMBEDDED_MODEL, load_model
-    from demo_skills import Example
+    from demo.data import collate, encode
+    from demo.load import EMBEDDED_MODEL, load_model
+    from demo.skills import Example
 
     model, tokenizer = load_model(str(EMBEDDED_MODEL), torch.device("cpu"), torch.float32)
     batch = collate([encode(tokenizer, Example("1+1=", "2"), 32)], tokenizer.pad_token_id, torch.device("cpu"))

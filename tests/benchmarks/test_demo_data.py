@@ -11,10 +11,10 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 import torch
-from demo_data import IGNORED, DataError, collate, encode, read_pairs
-from demo_eval import score
-from demo_load import EMBEDDED_MODEL, ModelError, load_model
-from demo_skills import (
+from demo.data import IGNORED, DataError, collate, encode, read_pairs
+from demo.eval import score
+from demo.load import EMBEDDED_MODEL, ModelError, load_model
+from demo.skills import (
     NEW_FORMAT,
     PROMPT_VARIATIONS,
     SKILLS,
@@ -25,7 +25,7 @@ from demo_skills import (
     split_of,
     with_wrong_answers,
 )
-from demo_task import PAIR_TEMPLATES, pairs_task, skills_task, text_chunks
+from demo.task import PAIR_TEMPLATES, pairs_task, skills_task, text_chunks
 
 ROOT = Path(__file__).resolve().parents[2]
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k"

@@ -7,9 +7,8 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-import estimators
-import scaling
 import torch
+from step import estimators, scaling
 
 
 @pytest.mark.filterwarnings("ignore::lfu_reg.LfUWarning")

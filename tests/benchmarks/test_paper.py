@@ -16,7 +16,7 @@ from paper.tasks import HARNESS, harness_tasks
 from paper.train import settings_of
 
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = str(ROOT / "benchmarks" / "demo_model")
+SMALL = str(ROOT / "benchmarks" / "demo" / "model")
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from demo_load import EMBEDDED_MODEL, load_model
-from demo_skills import Example
+from demo.load import EMBEDDED_MODEL, load_model
+from demo.skills import Example
 from methods.sdft import TEMPLATE, self_distilled
 from torch import Tensor, nn
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from pathlib import Path
 
 import pytest
@@ -12,12 +11,12 @@ pytest.importorskip("typer")
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-import step
-import step_page
-from typer.testing import CliRunner
+from step import __main__ as step
+from step import page as step_page
+from step.others import OTHERS
 
 from lfu_reg.cli import app as app_module
-from lfu_reg.cli.app import app
+from lfu_reg.cli.methods import labels
 
 
 @pytest.mark.parametrize("case", step.COMMANDS)
@@ -30,8 +29,8 @@ def test_commands_are_understood(case: str, tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(app_module, "check_device", lambda device: None)
     monkeypatch.setattr(app_module, "_counts", stop)
-    result = CliRunner().invoke(app, shlex.split(step.command_of(case, tmp_path))[1:])
-    assert isinstance(result.exception, Reached), result.output
+    with pytest.raises(Reached):
+        step.overhead(case, tmp_path)
 
 
 def test_unknown_case() -> None:
@@ -41,14 +40,12 @@ def test_unknown_case() -> None:
 
 
 def test_a_run_writes_a_result_that_the_page_can_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny = "tiny --layers 1 --batch 2 --tokens 8 --rounds 2 --time-budget 1.9 --methods "
-    monkeypatch.setitem(
-        step.COMMANDS,
-        "cpu_lora",
-        tiny + "steering,lora,weights,steering-late,lora-late,literal-steering,literal-lora,authors-lora",
-    )
+    tiny = "tiny --layers 1 --batch 2 --tokens 8 --rounds 5 --time-budget 1.9 --methods all"
+    monkeypatch.setitem(step.COMMANDS, "cpu_lora", tiny)
     step.main(["cpu_lora", "--out", str(tmp_path)])
     result = json.loads((tmp_path / "step_cpu_lora.json").read_text())
+    assert {row["key"] for row in result["rows"]} == {*labels(), *OTHERS}
+    assert not OTHERS.keys() & labels().keys()  # the command itself does not know them
     page = step_page.section(result, "step_cpu_lora.json")
     assert all(f"| {row['method']} | {row['ms']:.0f} |" in page for row in result["rows"])
     assert all(option["code"] in page for option in result["advice"]["options"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from step_aims import ON_CPU, ON_GPU, aims
+from step.aims import ON_CPU, ON_GPU, aims
 
 
 def result(ratio: float, *, floor: float = 1.9, peak: float = 100.0, outside: float = 0.005) -> dict[str, Any]:

@@ -17,18 +17,21 @@ pytest.importorskip("peft")
 
 from typer.testing import CliRunner
 
+import lfu_reg
 from lfu_reg.cli import app as app_module
 from lfu_reg.cli import overhead
 from lfu_reg.cli.app import app
 from lfu_reg.cli.configs import load_config
-from lfu_reg.cli.methods import LABELS, LFU
+from lfu_reg.cli.methods import LFU, labels
 from lfu_reg.cli.options import parse_layers
 from lfu_reg.cli.phases import BETWEEN, PASSES
+from lfu_reg.cli.plan import ROUNDS_TO_RECOMMEND
 from lfu_reg.cli.presets import PRESETS
 from tests.cli.test_errors import OWN
 from tests.support.architectures import IS_OLDER
 
 QUICK = ["--rounds", "2", "--batch", "4", "--tokens", "8"]
+ENOUGH = ["--rounds", str(ROUNDS_TO_RECOMMEND), *QUICK[2:]]  # for recommendations
 ROW = {
     "key", "method", "ms", "ms_quartiles", "ratio", "ratio_quartiles", "over_floor", "tokens_per_second", "peak_mb",
     "with_weights_mb", "phases_ms", "outside_of_passes",
@@ -58,7 +61,7 @@ def test_overhead_of_every_method(tmp_path: Path, tuning: str) -> None:
     result, shown = run(tmp_path, "overhead", "tiny", *QUICK, "--methods", "all", "--tuning", tuning)
     assert set(result) == RESULT
     assert result["schema"] == "lfu-reg overhead 1"
-    assert {row["key"] for row in result["rows"]} == set(LABELS)
+    assert {row["key"] for row in result["rows"]} == set(labels())
     for row in result["rows"]:
         assert set(row) == ROW
         assert row["ms"] > 0
@@ -69,7 +72,7 @@ def test_overhead_of_every_method(tmp_path: Path, tuning: str) -> None:
     assert result["rows"][0]["ratio"] == 1.0
     assert result["floor"] == pytest.approx(1 + result["blocks_share"])
     assert {"date", "commit", "torch", "transformers", "hardware"} <= set(result["surroundings"])
-    assert all(label.split()[0] in shown for label in LABELS.values())
+    assert all(label.split()[0] in shown for label in labels().values())
     assert "The floor is" in shown
     assert (result["counted"] is not None) == (tuning == "full")
     assert ("By counted operations" in shown) == (tuning == "full" and not IS_OLDER)  # which reads masks: no operations
@@ -86,13 +89,25 @@ def test_every_phase_is_timed(tmp_path: Path) -> None:
 
 def test_budgets(tmp_path: Path) -> None:
     budgets = ["--time-budget", "1.6", "--memory-budget", "1GB"]
-    result, shown = run(tmp_path, "overhead", "tiny", *QUICK, "--methods", "steering", *budgets)
+    result, shown = run(tmp_path, "overhead", "tiny", *ENOUGH, "--methods", "steering", *budgets)
     options = result["advice"]["options"]
     assert options
     assert all(option["predicted_ratio"] <= 1.6 and option["ratio"] > 0 for option in options)
-    assert "Within 1.6 times SFT's time and 1 GB" in shown
-    result, shown = run(tmp_path, "overhead", "tiny", *QUICK, "--methods", "steering", "--memory-budget", "1kB")
+    assert "Predicted within 1.6 times SFT's time and 1 GB, for a model of 2 layers; 5 rounds of each" in shown
+    for option in options:
+        low, high = option["ratio_quartiles"]
+        assert low <= option["ratio"] <= high
+        assert option["layers"] == (1 if "layers" in option["code"] else 2)
+        assert f"{option['layers']} of 2" in shown
+        assert f"{low:.2f} .. {high:.2f}" in shown
+    result, shown = run(tmp_path, "overhead", "tiny", *ENOUGH, "--methods", "steering", "--memory-budget", "1kB")
     assert result["advice"] == {"over_memory_budget": ["LfU steering"], "options": []}
+
+
+def test_recommendations_of_a_truncated_model_say_so(tmp_path: Path) -> None:
+    truncated = ["--methods", "steering", "--layers", "1", "--time-budget", "3"]
+    _, shown = run(tmp_path, "overhead", "tiny", *ENOUGH, *truncated)
+    assert "Predicted within 3 times SFT's time, for 1 of the model's 2 layers alone" in shown
 
 
 def test_truncated_model_is_extrapolated(tmp_path: Path) -> None:
@@ -126,7 +141,7 @@ def test_compiled_methods_have_graphs_of_their_own(tmp_path: Path, monkeypatch: 
     """All of them are module trees of the same classes, with other hooks."""
     compile_it = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_it(module, backend="eager"))
-    methods = ["sft", *LFU, "lora-late", "retained", "sam"]
+    methods = ["sft", *LFU, "lora-late", "retained", "literal-lora"]
     # Beyond the limit nothing is compiled any more. The second name is torch 2.6's.
     limit = "recompile" if hasattr(torch._dynamo.config, "fail_on_recompile_limit_hit") else "cache"
     with torch._dynamo.config.patch({f"fail_on_{limit}_limit_hit": True}):
@@ -159,7 +174,7 @@ def test_the_longest_samples_of_presets() -> None:
 @pytest.mark.parametrize("function", ["tensor", "pair"])
 def test_own_batch_that_is_no_mapping(tmp_path: Path, function: str) -> None:
     (tmp_path / "own_model.py").write_text(OWN)
-    budget = ["--rounds", "2", "--methods", "steering", "--time-budget", "1.01"]
+    budget = [*ENOUGH[:2], "--methods", "steering", "--time-budget", "1.01"]
     result, _ = run(tmp_path, "overhead", f"{tmp_path / 'own_model.py'}:{function}", *budget)
     assert result["model"]["tokens_per_step"] == 6
 
@@ -182,7 +197,24 @@ def test_inspect_allocates_nothing_of_an_8b_model(tmp_path: Path) -> None:
     assert result["auxiliaries"]["steering"] == {"parameters": 10 * 4096, "mb": pytest.approx(0.328)}
     assert result["auxiliaries"]["lora"]["parameters"] == sum(entry["parameters"] for entry in result["linears"])
     assert result["clean_states_mb"] == pytest.approx(10 * 512 * 4096 * 2 / 1e6, abs=1e-3)
-    assert "model.layers.9.mlp.down_proj" in shown
+    assert "model.layers.0-9.mlp.down_proj" in shown
+
+
+def test_inspect_fits_on_a_screen(tmp_path: Path) -> None:
+    result, shown = run(tmp_path, "inspect", "llama-3.1-70b")
+    assert len(result["linears"]) == 80 * 7  # all of them in the file
+    lines = shown.splitlines()
+    assert len(lines) <= 30
+    (up,) = [line for line in lines if "up_proj" in line]
+    assert "model.layers.0-79.mlp.up_proj" in up
+    assert "x80" in up
+    assert sum("x80" in line for line in lines) == 1 + 7  # the blocks and their linear maps
+
+
+def test_version() -> None:
+    done = CliRunner().invoke(app, ["--version"])
+    assert done.exit_code == 0
+    assert done.output == f"lfu-reg {lfu_reg.__version__}\n"
 
 
 def test_inspect_targets(tmp_path: Path) -> None:
@@ -200,5 +232,5 @@ def test_layers_as_the_library_takes_them(text: str, choice: object) -> None:
 @pytest.mark.parametrize(("arguments", "says"), [(["--help"], "overhead"), (["inspect", "tiny"], "q_proj")], ids=str)
 def test_module_runs(arguments: list[str], says: str) -> None:
     """In a process of its own, in which nothing has been imported before."""
-    done = subprocess.run([sys.executable, "-m", "lfu_reg", *arguments], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-m", "lfu_reg.cli", *arguments], capture_output=True, text=True, check=True)
     assert says in done.stdout

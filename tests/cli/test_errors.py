@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from lfu_reg.cli import app as app_module
 from lfu_reg.cli.app import app
-from lfu_reg.cli.methods import OF_TRANSFORMERS
+from lfu_reg.cli.configs import nearest_preset
 from lfu_reg.cli.options import check_writable, parse_bytes
 from lfu_reg.cli.presets import PRESETS
 
@@ -112,6 +112,12 @@ def run(*arguments: str) -> Any:
         (["inspect", "tiny", "--layers", "7"], "there is no 7"),
         (["inspect", "tiny", "--target-modules", "nothing"], "matches no linear map"),
         (["overhead", "nowhere.py:f"], "cannot be imported"),
+        (["overhead", "tiny", "--alpha", "-1"], "No such option: --alpha"),
+        (["overhead", "tiny", "--batch", "-1"], "--batch"),
+        (["overhead", "tiny", "--tuning", "none"], "--tuning"),
+        (["measure"], "measure"),
+        (["overhead", "tiny", "--rounds", "4", "--time-budget", "1.5"], "--rounds 4: recommended settings"),
+        (["overhead", "tiny", "--rounds", "4", "--memory-budget", "1GB"], "Give --rounds 5 or more"),
     ],
 )
 def test_bad_options(arguments: list[str], message: str) -> None:
@@ -119,12 +125,47 @@ def test_bad_options(arguments: list[str], message: str) -> None:
     assert result.exit_code == 2, result.output
     assert message in result.stderr
     assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
     assert "Traceback" not in result.output
 
 
 def test_presets_are_listed() -> None:
     listed = run("overhead", "no-such-model").stderr
     assert all(name in listed for name in PRESETS)
+
+
+@pytest.mark.parametrize(
+    ("slip", "preset"),
+    [
+        ("lama-3.1-8b", "llama-3.1-8b"),
+        ("Llama-3.1-70B", "llama-3.1-70b"),
+        ("qwen3-06b", "qwen3-0.6b"),
+        ("tinny", "tiny"),
+    ],
+)
+def test_a_slip_in_a_preset_is_seen_before_the_hub_is_asked(
+    slip: str, preset: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", never)
+    for command in ("overhead", "inspect"):
+        result = run(command, slip)
+        assert result.exit_code == 2, result.output
+        assert f"did you mean {preset!r}?" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["gpt2-xl", "distilgpt2", "Qwen/Qwen3-0.6B", "t5-small"])
+def test_names_on_the_hub_are_no_slips(name: str) -> None:
+    assert nearest_preset(name) is None
+
+
+def test_a_folder_is_no_slip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert nearest_preset("gpt-2") == "gpt2"
+    (tmp_path / "gpt-2").mkdir()
+    assert nearest_preset("gpt-2") is None
 
 
 @pytest.mark.parametrize(
@@ -173,7 +214,7 @@ def test_options_that_would_change_nothing_of_an_own_model(own: Path, command: s
     assert "say it in the function" in result.stderr
 
 
-@pytest.mark.parametrize("method", OF_TRANSFORMERS)
+@pytest.mark.parametrize("method", ["literal-steering", "authors-lora"])
 def test_methods_that_an_own_model_has_not_what_for(own: Path, method: str) -> None:
     result = run("overhead", f"{own}:deep", "--rounds", "1", "--methods", method)
     assert result.exit_code == 2, result.output
@@ -205,7 +246,7 @@ def test_too_large_a_model_is_refused_before_it_is_made(monkeypatch: pytest.Monk
     def never(setting: Any) -> None:
         raise AssertionError("the model was made")
 
-    monkeypatch.setattr(app_module, "make_subject", never)
+    monkeypatch.setattr(app_module, "make_workload", never)
     monkeypatch.setattr(app_module, "available_bytes", lambda device: 100_000)
     result = run("overhead", "tiny")
     assert result.exit_code == 2, result.output

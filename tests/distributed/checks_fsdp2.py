@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
-from benchmarks.collective_recorder import Collectives
+from benchmarks.sharded.recorder import Collectives
 from lfu_reg import LfURegularizer, LfUWarning
 from tests.distributed.recipes import run_recipe
 from tests.distributed.reference import expected, parameters_of, regularizer, train, whole

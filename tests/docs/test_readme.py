@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import re
 from pathlib import Path
@@ -40,11 +40,7 @@ def test_examples_run(page: str) -> None:
 
 def test_figures_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    spec = importlib.util.spec_from_file_location("step_page", ROOT / "benchmarks/step_page.py")
-    assert spec is not None
-    assert spec.loader is not None
-    page = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(page)
+    page = importlib.import_module("step.page")
     result = json.loads((ROOT / "benchmarks/results/step_cpu_lora.json").read_text())
     assert page.readme_figures(result) in (ROOT / "README.md").read_text()
     written = (ROOT / "docs/cost.md").read_text()

@@ -1,0 +1,1 @@
+"""What a step communicates under FSDP2: `python -m sharded` in benchmarks/."""
