@@ -207,10 +207,9 @@ def _without_values() -> ExitStack:
     """Stands in for the few places of the step that read values or the generators' states."""
     patches = ExitStack()
     for target, stand_in in (
-        ("lfu_reg.step.replays._repeats", lambda *args, **kwargs: True),
+        ("lfu_reg.step.passes.differing", lambda *args, **kwargs: None),
         ("lfu_reg.diagnostics.Diagnostics.is_due", lambda *args: False),
         ("lfu_reg.model.rng.RandomState.capture", lambda *args: mock.Mock()),
-        ("lfu_reg.step.chain.Draws", int),
         ("torch.Tensor.uniform_", lambda tensor, *args, **kwargs: tensor),
     ):
         patches.enter_context(mock.patch(target, stand_in))

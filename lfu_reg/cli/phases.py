@@ -14,11 +14,12 @@ from lfu_reg import regularizer
 from lfu_reg.cli.methods import Method
 from lfu_reg.cli.timing import Clock
 from lfu_reg.cli.workloads import Workload
+from lfu_reg.step import passes
 from lfu_reg.step.consistency import consistency
-from lfu_reg.step.strategy_choice import choose_strategy
+from lfu_reg.step.gradients import choose_strategy
 
 PASSES = ("clean forward", "clean backward", "perturbed forward", "perturbed backward")
-BETWEEN = ("ascent", "distance", "graft", "bookkeeping")
+BETWEEN = ("ascent", "distance", "returned loss", "bookkeeping")
 
 
 def phases_of(method: Method, workload: Workload, clock: Clock, rounds: int) -> dict[str, float]:
@@ -69,23 +70,23 @@ def _instrumented(
             laps[name] += clock.now() - start
             yield value
 
-    running, pass2_patches = reg._attached.replays.running, reg.auxiliary.pass2_patches
+    second, pass2_patches = passes.Passes.second, reg.auxiliary.pass2_patches
 
     def strategy(*settings: Any) -> Any:
         made: Any = choose_strategy(*settings)
         made.backward_clean = timed("clean backward", made.backward_clean)
         made.backward_perturbed = timed("perturbed backward", made.backward_perturbed)
-        made.total = timed("clean backward", made.total)  # of the prefix, for both passes
+        made.total = timed("clean backward", made.total)  # of the reused blocks, for both passes
         return made
 
     def run() -> None:
         loss: Tensor = reg(method.model, workload.batch, timed("clean forward", workload.sft_loss))
-        timed("graft", loss.backward)()
+        timed("returned loss", loss.backward)()
 
     with ExitStack() as patches:
         for target, name, wrapped in (
-            (regularizer, "choose_strategy", strategy),
-            (reg._attached.replays, "running", lambda this: timed_entry("perturbed forward", running(this))),
+            (passes, "choose_strategy", strategy),
+            (passes.Passes, "second", lambda *args: timed_entry("perturbed forward", second(*args))),
             (reg.auxiliary, "pass2_patches", timed("ascent", lambda: list(pass2_patches()))),
             (reg.auxiliary, "ascend", timed("ascent", reg.auxiliary.ascend)),
             (regularizer, "consistency", timed("distance", consistency)),

@@ -19,7 +19,6 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-
 F = TypeVar("F", bound=Callable[..., Any])
 
 

@@ -14,7 +14,6 @@ from typing import Any
 from torch import nn
 
 
-
 def base_layer(module: nn.Module) -> nn.Module | None:
     """What an adapter layer wraps; None for every other module."""
     return module._modules.get("base_layer")
