@@ -30,10 +30,11 @@ NO_GRADIENT = (
     "loss's value and trains nothing. Choose later layers, or train earlier ones."
 )
 UNREPEATABLE = (
-    "This step is plain SFT: sft_loss_fn was called a second time, with the model perturbed, and {}. Both calls have to "
-    "see the same data and the same random draws. Take batches from iterators, count, and draw from generators of your "
-    "own outside of sft_loss_fn, or keep what you draw in the batch; torch's, numpy's and Python's global generators and "
-    "what the model's modules hold are put back for you. reg.is_second_pass tells your code which call it is in."
+    "This step is plain SFT: sft_loss_fn was called a second time, with the model perturbed, and {}. Both calls have "
+    "to see the same data and the same random draws. Take batches from iterators, count, and draw from generators of "
+    "your own outside of sft_loss_fn, or keep what you draw in the batch; torch's, numpy's and Python's global "
+    "generators and what the model's modules hold are put back for you. reg.is_second_pass tells your code which call "
+    "it is in."
 )
 UNSCALED_FLOAT16 = (
     "float16 with sharded parameters: gradients are taken inside of the step, before a GradScaler multiplies the loss, "

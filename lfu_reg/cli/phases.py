@@ -80,7 +80,10 @@ def _instrumented(
         return made
 
     def run() -> None:
-        loss: Tensor = reg(method.model, workload.batch, timed("clean forward", workload.sft_loss))
+        clean = timed("clean forward", workload.sft_loss)
+        loss: Tensor = reg(
+            method.model, workload.batch, lambda *call: (workload.sft_loss if reg.is_second_pass else clean)(*call)
+        )
         timed("returned loss", loss.backward)()
 
     with ExitStack() as patches:

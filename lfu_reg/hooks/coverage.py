@@ -29,8 +29,8 @@ STALE = (
 )
 UNEVEN = (
     "These modules ran another number of times in pass 2 than in pass 1: {}. With routed experts that is the "
-    "perturbation's doing; else the model's control flow depends on something that a second call does not repeat: leave "
-    "these out with layers=... or LoRADeltas(target_modules=...)."
+    "perturbation's doing; else the model's control flow depends on something that a second call does not repeat: "
+    "leave these out with layers=... or LoRADeltas(target_modules=...)."
 )
 
 

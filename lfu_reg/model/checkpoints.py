@@ -25,8 +25,8 @@ REFUSED = (
 
 OFFLOADED = (
     "Somebody's saved-tensor hooks are in force (activation offloading). They expect one backward after each forward, "
-    "and a graph that is retained is gone through more than once. Use strategy='released' with stop_gradient='clean' (the "
-    "defaults), or switch offloading off."
+    "and a graph that is retained is gone through more than once. Use strategy='released' with stop_gradient='clean' "
+    "(the defaults), or switch offloading off."
 )
 
 # Private, and not in torch 2.6: there is no telling who saves activations.

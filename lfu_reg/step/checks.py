@@ -18,8 +18,8 @@ NOTHING_TRAINABLE = (
 )
 CANNOT_DIVIDE = (
     "batch_fraction < 1 needs inputs whose tensors have the samples along their first dimension, and a model that "
-    "draws no random numbers for each sample (dropout): a call on {number} samples did not give their hidden states. Use "
-    "batch_fraction=1.0, or every=k for a lower cost."
+    "draws no random numbers for each sample (dropout): a call on {number} samples did not give their hidden states. "
+    "Use batch_fraction=1.0, or every=k for a lower cost."
 )
 NO_REPLICAS = (
     "torch.nn.DataParallel runs copies of the model in threads, whose hidden states would mix. Use "

@@ -6,9 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import nn
-
 from lfu_reg.model.buffers import ForwardWatch, on_copies
+from torch import nn
 
 
 class Counting(nn.Module):
