@@ -26,9 +26,10 @@ from lfu_reg.hooks.inplace import WriteWatch
 from lfu_reg.hooks.recompute import Repeats
 from lfu_reg.model import outputs
 from lfu_reg.model.autocast import in_float16, without_autocast
+from lfu_reg.model.channel_axis import channels_first
 from lfu_reg.model.compile import forget_graphs
 from lfu_reg.model.graph import no_view, take_part
-from lfu_reg.model.layers import channels_first, is_encoder_layer
+from lfu_reg.model.layers import is_encoder_layer
 from lfu_reg.model.patching import substituted
 
 TRANSFORMED = (
@@ -121,7 +122,7 @@ class ModelHooks:
         if this.recording:
             this.fired[name] += 1
             this.compiled |= compiled
-        path = outputs.locate(output, outputs.HIDDEN_STATE if name else outputs.LOGITS)
+        path = outputs.locate(output) if name else outputs.locate_logits(output)
         if path is None:
             raise ValueError(
                 f"Layer {name!r} returned {outputs.describe(output)}, which holds no floating-point tensor, so there "
@@ -136,7 +137,7 @@ class ModelHooks:
             changed = self._at_site(Call(name, module, _first_input(args, kwargs), y, tokens), this, auxiliary)
         if name in self.captured and this.recording and this.capture is not None:
             self._keep(name, changed, tokens, this)
-        return None if changed is y else outputs.replace(output, path, changed)
+        return None if changed is y else outputs.replace(output, path, changed, (*args, *kwargs.values()))
 
     def _at_site(self, call: Call, this: Pass, auxiliary: Auxiliary) -> Tensor:
         if has_acted(call.module):

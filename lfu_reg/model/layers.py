@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
-from torch import Tensor, nn
+from torch import nn
 
 LayerChoice: TypeAlias = str | int | slice | Sequence[int] | Sequence[str] | Callable[[str, nn.Module], bool]
 
@@ -197,19 +197,3 @@ def _listing(names: Iterable[str], most: int = 40) -> str:
 def is_encoder_layer(name: str, chosen: Iterable[str]) -> bool:
     """Whether a layer belongs to the encoder of a model of which decoder layers are chosen, too."""
     return "encoder" in name.split(".") and any("decoder" in other.split(".") for other in chosen)
-
-
-def channels_first(layer: nn.Module) -> Callable[[Tensor], bool]:
-    """A test of whether an output of `layer` is [batch, hidden, ...] instead of [..., hidden].
-
-    Only convolutions put channels first, so it is: the layer holds one whose spatial rank and channels fit the output.
-    A one-dimensional convolution beside linear maps (state-space blocks) works inside of a channels-last layer.
-    """
-    convolutions = [m for m in layer.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d))]
-    has_linear = any(isinstance(m, nn.Linear) for m in layer.modules())
-    fitting = {
-        (len(conv.kernel_size) + 2, conv.out_channels)
-        for conv in convolutions
-        if not (isinstance(conv, nn.Conv1d) and has_linear)
-    }
-    return lambda output: output.dim() >= 3 and (output.dim(), output.shape[1]) in fitting
