@@ -29,7 +29,7 @@ from lfu_reg.model.autocast import in_float16, without_autocast
 from lfu_reg.model.channel_axis import channels_first
 from lfu_reg.model.compile import forget_graphs
 from lfu_reg.model.graph import no_view, take_part
-from lfu_reg.model.layers import is_encoder_layer
+from lfu_reg.model.layers import encoder_and_decoder
 from lfu_reg.model.patching import substituted
 
 TRANSFORMED = (
@@ -64,8 +64,8 @@ class ModelHooks:
         self._auxiliary = auxiliary
         self._sites = set(sites)
         self.captured = {"": head} if head is not None else dict(layers)
-        self._encoder = {name for name in layers if is_encoder_layer(name, layers)}
         modules = {**layers, **sites, **({"": head} if head is not None else {})}
+        self._encoder, self._decoder = encoder_and_decoder(model, modules)
         self._channels_first = {name: channels_first(module) for name, module in modules.items()}
         self._repeats = Repeats(auxiliary, self._look)
         self._handles: list[RemovableHandle] = []
@@ -162,7 +162,7 @@ class ModelHooks:
 
     def _tokens(self, name: str, y: Tensor, this: Pass) -> Tokens:
         axis = 1 if self._channels_first[name](y) else -1
-        mask, index = this.tokens.match(y, axis, encoder=name in self._encoder)
+        mask, index = this.tokens.match(y, axis, encoder=name in self._encoder, decoder=name in self._decoder)
         return Tokens(mask, index, axis)
 
 

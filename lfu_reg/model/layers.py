@@ -194,6 +194,11 @@ def _listing(names: Iterable[str], most: int = 40) -> str:
     return ", ".join(listed[:most]) + more
 
 
-def is_encoder_layer(name: str, chosen: Iterable[str]) -> bool:
-    """Whether a layer belongs to the encoder of a model of which decoder layers are chosen, too."""
-    return "encoder" in name.split(".") and any("decoder" in other.split(".") for other in chosen)
+def encoder_and_decoder(model: nn.Module, names: Iterable[str]) -> tuple[set[str], set[str]]:
+    """Which of the named layers are the encoder's and which the decoder's, where the model has layers of both."""
+    names = list(names)
+    of_model = {part for name in [*names, *(n for s in find_stacks(model) for n in s)] for part in name.split(".")}
+    if not {"encoder", "decoder"} <= of_model:
+        return set(), set()
+    decoder = {name for name in names if "decoder" in name.split(".")}
+    return {name for name in names if "encoder" in name.split(".")} - decoder, decoder
