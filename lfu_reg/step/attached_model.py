@@ -80,7 +80,7 @@ class Attachment:
         self._attach(model)
 
     def _attach(self, model: nn.Module) -> None:
-        chosen = choose_layers(model, self._choice)
+        chosen = choose_layers(model, self._choice, self._diagnostics.tell)
         sites = self._auxiliary.sites(model, chosen)
         checks.check_no_scripts(chosen)
         self.layers, self.modules = tuple(chosen), chosen

@@ -19,9 +19,9 @@ NOTHING_TRAINABLE = (
     "cut the graph where no input requires a gradient: use_reentrant=False."
 )
 NO_REPLICAS = (
-    "torch.nn.DataParallel runs copies of the model in threads, whose hidden states would mix. Use "
-    "torch.nn.parallel.DistributedDataParallel with one process per GPU (torchrun), or hide the other GPUs with "
-    "CUDA_VISIBLE_DEVICES (transformers' Trainer wraps in DataParallel when it sees several)."
+    "torch.nn.DataParallel on several devices runs copies of the model in threads, whose hidden states would mix. Use "
+    "DistributedDataParallel with one process per GPU (torchrun), or hide the other GPUs with CUDA_VISIBLE_DEVICES "
+    "(transformers' Trainer wraps in DataParallel when it sees several)."
 )
 WRITTEN = (
     "After these modules had returned, the model wrote in place into the memory of their outputs, by way of another "
@@ -41,13 +41,18 @@ def check_model(model: object) -> None:
     """Raise unless a regularizer can be attached to `model`."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; allowed is any torch.nn.Module.")
-    if any(isinstance(module, nn.DataParallel) for module in model.modules()):
-        raise ValueError(NO_REPLICAS)
+    for module in model.modules():
+        _check_no_replicas(module)
     if attached_already(model):
         raise RuntimeError(
             f"{type(model).__name__} already has an LfURegularizer attached, and two would perturb each other's "
             "passes. Call remove() on the first one, or use it as a context manager."
         )
+
+
+def _check_no_replicas(module: nn.Module) -> None:
+    if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:  # otherwise it calls its module as it is
+        raise ValueError(NO_REPLICAS)
 
 
 def check_no_scripts(layers: Mapping[str, nn.Module]) -> None:
@@ -65,8 +70,7 @@ def check_is_attached(model: object, attached: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; pass the attached module or a wrapper of it.")
     for module in model.modules():  # the wrappers come first
-        if isinstance(module, nn.DataParallel):
-            raise ValueError(NO_REPLICAS)
+        _check_no_replicas(module)
         if module is attached:
             return
     raise ValueError(
@@ -231,10 +235,7 @@ def masks_without_effect(
 ) -> str | None:
     """What to tell the user if every position counts although somebody said that some do not. Waits for the device.
 
-    Args:
-        tokens: the batch's masks, after they were matched.
-        hidden_states: what they were matched to.
-        calls: keyword arguments of the attached model's calls.
+    The masks were matched to the hidden states; `calls` are the keyword arguments of the attached model's calls.
     """
     if tokens.matched:
         return None
