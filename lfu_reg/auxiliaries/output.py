@@ -145,7 +145,7 @@ class OutputAuxiliary(Auxiliary):
         gradients = self.direction([g for gs in self._gradients.values() for g in gs if g is not None])
         self._gradients = {}
         if not gradients:
-            return torch.zeros(())
+            return torch.zeros((), dtype=torch.float32, device="cpu")
         names = list(dict.fromkeys(name for name, _ in moving))
         groups = self.groups(names)
         per_group = None if groups is None else [groups[names.index(name)] for name, _ in moving]
