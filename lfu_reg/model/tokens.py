@@ -70,7 +70,9 @@ class TokenMasks:
                     "returns one."
                 )
             self.given = given != 0
-        self._labels = _counted_labels(_labels_of(batch), ignore_index)
+        labels = _entry(batch, "labels")
+        self._by_position = labels is None
+        self._labels = _counted_labels(_second(batch) if labels is None else labels, ignore_index)
         self._attention = _unpadded(_entry(batch, "attention_mask"))
         self._decoder_attention = _unpadded(_entry(batch, "decoder_attention_mask"))
         self._virtual = virtual_tokens or _none
@@ -112,6 +114,7 @@ class TokenMasks:
             return self
         part = object.__new__(TokenMasks)
         part._cache, part._virtual, part.matched_given, part.matched = {}, self._virtual, False, False
+        part._by_position = self._by_position
         for name in ("given", "_labels", "_attention", "_decoder_attention"):
             mask = getattr(self, name)
             if mask is not None and len(mask) <= int(chosen[-1]):
@@ -141,7 +144,9 @@ class TokenMasks:
             for candidate, counted in masks:
                 if (fitted := _fit(_prepended(candidate, virtual, counted), dims)) is None:
                     continue
-                self.matched = True
+                # The second entry of a tuple that leaves nothing out may be something else, such as an attention mask.
+                doubtful = candidate is self._labels and self._by_position and bool(fitted.all())
+                self.matched = self.matched or not doubtful
                 self.matched_given = self.matched_given or candidate is self.given
                 for other, counted in padding if candidate is self._labels else ():
                     if other is not None and (unpadded := _fit(_prepended(other, virtual, counted), dims)) is not None:
@@ -207,16 +212,14 @@ def _entry(batch: Any, name: str) -> Tensor | None:
     return value if isinstance(value, Tensor) else None
 
 
-def _labels_of(batch: Any) -> Tensor | None:
-    labels = _entry(batch, "labels")
-    if labels is None and isinstance(batch, (tuple, list)) and len(batch) > 1 and isinstance(batch[1], Tensor):
-        labels = batch[1]
-    integers = labels is not None and not (labels.is_floating_point() or labels.is_complex())
-    return labels if labels is not None and integers and labels.dtype != torch.bool else None
+def _second(batch: Any) -> Tensor | None:
+    if isinstance(batch, (tuple, list)) and len(batch) > 1 and isinstance(batch[1], Tensor):
+        return batch[1]
+    return None
 
 
 def _counted_labels(labels: Tensor | None, ignore_index: int) -> Tensor | None:
-    if labels is None:
+    if labels is None or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         return None
     labels = labels.long()  # -100 is 156 among unsigned bytes
     counted = torch.ne(labels, IGNORED_LABEL) & torch.ne(labels, ignore_index)

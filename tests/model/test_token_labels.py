@@ -107,6 +107,17 @@ def test_inputs_and_targets(wrap: Any) -> None:
     assert counted(wrap(({"ids": None}, targets.clamp(min=0))), ignore_index=0) == [[0, 1, 1, 0], [0, 0, 1, 1]]
 
 
+@pytest.mark.parametrize("labels", [(), (torch.tensor([[-100, 3, 3, 3]] * 2),)])
+def test_a_mask_in_the_second_place_is_no_match(labels: tuple[Tensor, ...]) -> None:
+    """It leaves nothing out as labels, so whoever looks for a mask without effect still looks."""
+    tokens = TokenMasks((torch.zeros(2, 4).long(), ATTENTION, *labels))
+    assert tokens.match(HIDDEN, -1, encoder=False) == (None, None)
+    assert not tokens.matched
+    tokens = TokenMasks((torch.zeros(2, 4).long(), ATTENTION - 1))
+    assert tokens.match(HIDDEN, -1, encoder=False)[0] is not None
+    assert tokens.matched
+
+
 NO_TOKEN_LABELS = {
     "class numbers": torch.tensor([0, 1]),
     "a sign": torch.tensor([-1, 1]),
