@@ -117,6 +117,7 @@ class Passes:
             patches=list(self._auxiliary.pass1_patches()) if observe else [],
         )
         reuse = not self._strategy.keeps_graph and not self.engine.in_lockstep
+        attached.compare_with_loss(self._turn)
         watch, since = StateWatch(attached.model, attached.writers), now()
         with (
             checkpoints.noted() as checkpointed,

@@ -241,8 +241,8 @@ MUTANTS = (
         30,
         "DataParallel is refused",
         "step/checks.py",
-        "        if isinstance(module, nn.DataParallel):\n            raise ValueError(NO_REPLICAS)\n",
-        "",
+        "    for module in model.modules():  # the wrappers come first\n        _check_no_replicas(module)\n",
+        "    for module in model.modules():  # the wrappers come first\n",
         "tests/step/test_bad_steps.py::test_data_parallel",
     ),
     Mutant(
