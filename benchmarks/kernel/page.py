@@ -6,7 +6,6 @@ In benchmarks/: python -m kernel.page
 from __future__ import annotations
 
 import csv
-import json
 from pathlib import Path
 from typing import Any
 
@@ -88,18 +87,6 @@ def host() -> str:
     return "\n".join([*lines, ""])
 
 
-def share() -> str:
-    """What the distance takes of a step."""
-    found = _cases(_read("kernel_cpu.csv"), "both")["8x1024x256", "float32", "1.0"]
-    step = json.loads((RESULTS / "step_cpu_lora.json").read_text())
-    whole = next(row["ms"] for row in step["rows"] if row["method"] == "LfU LoRA")
-    twin = float(found["twin"]["median_us"]) / 1e3
-    return (
-        f"At 8x1024x256 in float32 the twin takes {twin:.2f} ms, {100 * twin / whole:.2f} % of a step of that size\n"
-        f"({whole:.0f} ms, [What it costs](cost.md)).\n"
-    )
-
-
 def gpu() -> str:
     """The Triton kernel, if it was ever measured."""
     if not (RESULTS / "kernel_gpu.csv").exists():
@@ -121,7 +108,7 @@ def gpu() -> str:
     return "\n".join([*lines, ""])
 
 
-TABLES: dict[str, Any] = {"cpu": cpu, "host": host, "share": share, "gpu": gpu}
+TABLES: dict[str, Any] = {"cpu": cpu, "host": host, "gpu": gpu}
 
 
 def _about(row: Row) -> str:
