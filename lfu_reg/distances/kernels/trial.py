@@ -41,7 +41,7 @@ def passes(kernel: Implementation, problem: Problem) -> bool:
         reason = _what_is_wrong(kernel, case)
         _verdicts[case] = reason is None
         if reason is not None:
-            warnings.warn(_message(case.device, reason), LfUWarning, stacklevel=5)
+            warnings.warn(_message(case.device, reason), LfUWarning, stacklevel=4)
     return _verdicts[case]
 
 
