@@ -54,6 +54,16 @@ def test_dtypes_that_differ() -> None:
     compare(*make([(64, 3, 300)], torch.float32, torch.float64), impl="torch", stop_gradient="none")
 
 
+def test_layers_of_several_dtypes_keep_their_order() -> None:
+    (a, c), (b, d) = make([(2, 3), (4, 5)], torch.float64), make([(3, 4), (5, 2)], torch.bfloat16)
+    sides = [a[0], b[0], a[1], b[1]], [c[0], d[0], c[1], d[1]]
+    loss, per_layer = mse_over_layers(*sides, None)
+    alone = [mse_over_layers([h], [h_prime], None)[0].double() for h, h_prime in zip(*sides, strict=True)]
+    assert torch.equal(per_layer, torch.stack(alone))
+    assert loss.dtype == torch.float64
+    assert loss.item() == pytest.approx(sum(alone).item() / 4)
+
+
 @pytest.mark.parametrize("shape", [(700, 1024), (700, 1021)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_long_sums_keep_their_digits(shape: tuple[int, int], dtype: torch.dtype) -> None:
