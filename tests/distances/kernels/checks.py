@@ -12,7 +12,10 @@ from typing import Any
 
 import torch
 
-from lfu_reg.distances.kernels.entry import mse_over_layers
+from lfu_reg.distances.kernels.autograd import apply
+from lfu_reg.distances.kernels.entry import _triton, mse_over_layers
+from lfu_reg.distances.kernels.problem import describe_problems
+from lfu_reg.distances.kernels.torch_twin import TWIN
 from tests.distances.kernels.reference import compare, gradients, make
 
 CHECKS: dict[str, Callable[[str, Any], None]] = {}
@@ -151,8 +154,18 @@ def upstream_gradient(device: str, impl: Any) -> None:
 
 
 @check
+def upstream_gradient_that_is_one_number_expanded(device: str, impl: Any) -> None:
+    layers = make([(3, 5, 40)] * 3, device=device)
+    (problem,) = describe_problems(*layers, None, "mean")
+    found, expected = (torch.autograd.grad(apply(problem, i, *layers).sum(), layers[1]) for i in (_triton(), TWIN))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@check
 def gradient_for_some_layers_only(device: str, impl: Any) -> None:
     clean, perturbed = make([(2, 3, 16)] * 4, device=device)
+    clean = [h.detach() for h in clean]
     for layer in (0, 2):
         perturbed[layer].requires_grad_(False)
     loss, _ = mse_over_layers(clean, perturbed, None, impl=impl)
