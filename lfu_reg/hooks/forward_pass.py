@@ -92,6 +92,10 @@ class Record:
         return all(state.tokens.is_empty() for state in self.states)
 
 
+def _anchor() -> Tensor:
+    return torch.zeros((), dtype=torch.float32, device="cpu", requires_grad=True)
+
+
 @dataclass(frozen=True)
 class ForwardPass:
     """One pass through the model.
