@@ -221,13 +221,14 @@ class AttachedModel:
             self._coverage.compare(clean, perturbed)
 
 
+def is_attached(model: nn.Module) -> bool:
+    """Whether a regularizer that somebody still holds is attached to a part of the model."""
+    return any(ref() is not None for module in model.modules() if (ref := _attached.get(module)) is not None)
+
+
 def check_is_free(model: nn.Module) -> None:
     """Raise if a regularizer that somebody still holds is attached to a part of the model."""
-    for collect in (True, False):
-        owners = [ref() for module in model.modules() if (ref := _attached.get(module)) is not None]
-        if not any(owner is not None for owner in owners):
-            return
-        if collect:  # one that nobody holds any more may wait to be collected
-            owners.clear()
-            gc.collect()
-    raise RuntimeError(TWICE.format(type(model).__name__))
+    if is_attached(model):
+        gc.collect()  # one that nobody holds any more may wait for it
+        if is_attached(model):
+            raise RuntimeError(TWICE.format(type(model).__name__))
