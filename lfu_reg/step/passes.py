@@ -263,7 +263,7 @@ class Passes:
     def _share(self, loss: Tensor, leaves: list[Tensor], changes: Changes) -> list[Tensor]:
         """Let both passes share what no perturbation reaches, where that is exact; gives all leaves."""
         attached, clean = self._attached, self.clean
-        cut = None if self._strategy.keeps_graph else attached.reused.cut(changes)
+        cut = None if self._strategy.keeps_graph else attached.reused.cut(changes, clean.record.states)
         # A site that fired more often is shared with another layer, perhaps below the cut.
         if cut is not None and all(clean.record.fired[name] <= 1 for name in attached.sites):
             shared = shared_backward(loss, cut, clean.anchor)
