@@ -143,7 +143,7 @@ class ReusedBlocks:
         """Forward methods for pass 2: no block runs, and the last one returns `start`."""
         last = list(self.blocks)[-1]
         return [
-            (block, "forward", _Answering(self._answers[name], start if name == last else None, samples))
+            (block, "forward", _Answering(block.forward, self._answers[name], start if name == last else None, samples))
             for name, block in self.blocks.items()
         ]
 
@@ -163,10 +163,12 @@ class ReusedBlocks:
 class _Answering:
     """Stands in the place of a block's forward method."""
 
-    def __init__(self, answer: Answer, start: Tensor | None, samples: Tensor | None) -> None:
-        self._answer, self._start, self._samples = answer, start, samples
+    def __init__(self, own: Any, answer: Answer, start: Tensor | None, samples: Tensor | None) -> None:
+        self._own, self._answer, self._start, self._samples = own, answer, start, samples
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():  # another call (a reference, a draft) than the one that was recorded
+            return self._own(*args, **kwargs)
         answer = self._answer
         answer.random_state.restore()
         output = _detached(answer.output, self._samples)
