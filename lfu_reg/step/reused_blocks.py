@@ -128,7 +128,7 @@ class ReusedBlocks:
         # would not fire, or see the sum of both terms' gradients.
         if changes.weights or changes.in_containers_of(self.inside) or self._are_hooked():
             return None
-        # The model may write over what a block returned, or over what a tap has put on the same memory: into the answer.
+        # The model may write over what a block returned, or what a tap has put on its memory, and so into the answer.
         if any(answer.hidden._version != answer.version for answer in self._answers.values()):
             return None
         if any(state.watch is None or state.watch.was_written for state in states if state.name in self.blocks):
