@@ -127,8 +127,10 @@ class Passes:
                 hooks.recording(),
             ):
                 loss = sft.first(attached.devices(), check_value=self._progress.step == 0)
-            self._changes = changes = watch.changes()
-            attached.writers = (attached.writers or set()) | changes.writers
+        # Without what stands in the place of forward methods for the pass: it is not to be put back after pass 2.
+        self._changes = changes = watch.changes()
+        attached.writers = (attached.writers or set()) | changes.writers
+        with hooks.run(clean):
             # Loops return a dummy loss for an empty batch, zero times the sum of all parameters.
             if not clean.record.states and (attached.has_run or not bool(loss.detach())):
                 raise PlainSFT(loss)
