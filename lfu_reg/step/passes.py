@@ -252,7 +252,7 @@ class Passes:
         """Whether pass 2 repeated pass 1; warns if not."""
         clean, moved = self.clean.record, self._auxiliary.moves_weights
         failure = self._failure or differing(clean.entries, perturbed.record.entries, samples, moved=moved)
-        if failure is not None and samples is not None:
+        if samples is not None and (failure is not None or perturbed.record.batch_size != len(samples)):
             raise ValueError(checks.CANNOT_DIVIDE.format(number=len(samples)))
         if failure is None:
             self._attached.check_perturbed(perturbed, self.clean, samples)
