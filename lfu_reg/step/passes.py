@@ -180,6 +180,8 @@ class Passes:
         attached, in_lockstep = self._attached, self.engine.in_lockstep
         if self._failure is not None and not in_lockstep:
             raise PlainSFT(self.total())
+        if samples is not None and self._sft.has_drawn():  # a smaller batch draws others: dropout would be compared
+            raise ValueError(checks.CANNOT_DIVIDE.format(number=len(samples)))
         answers = [] if self._shared is None else attached.reused.answers(self._shared.start, samples)
         with self._auxiliary.shards_moved(), ExitStack() as stack:
             quiet = attached.tail_may_be_quiet and not self.engine.is_sharded

@@ -78,6 +78,10 @@ class SFTLoss:
         self._random_start, self._check_value = RandomState.capture(devices), check_value
         return checks.check_loss(call_loss_function(self._function, self.model, self._given), first=check_value)
 
+    def has_drawn(self) -> bool:
+        """Whether pass 1 drew random numbers from torch."""
+        return self._random_start.torch_has_drawn()
+
     def again(self, batch: Any) -> Tensor:
         """The loss of this batch, with the random draws of pass 1."""
         with repeating():
