@@ -118,15 +118,15 @@ class Passes:
         )
         reuse = not self._strategy.keeps_graph and not self.engine.in_lockstep
         watch, since = StateWatch(attached.model, attached.writers), now()
-        with hooks.run(clean):
-            with (
-                checkpoints.noted() as checkpointed,
-                graphs_for_two_backwards(self._strategy.keeps_graph),
-                attached.wrappers.must_run(sft.model, attached.model, lambda: bool(clean.record.states)),
-                attached.reused.recording(clean, reuse),
-                hooks.recording(),
-            ):
-                loss = sft.first(attached.devices(), check_value=self._progress.step == 0)
+        with (
+            hooks.run(clean),
+            checkpoints.noted() as checkpointed,
+            graphs_for_two_backwards(self._strategy.keeps_graph),
+            attached.wrappers.must_run(sft.model, attached.model, lambda: bool(clean.record.states)),
+            attached.reused.recording(clean, reuse),
+            hooks.recording(),
+        ):
+            loss = sft.first(attached.devices(), check_value=self._progress.step == 0)
         # Without what stands in the place of forward methods for the pass: it is not to be put back after pass 2.
         self._changes = changes = watch.changes()
         attached.writers = (attached.writers or set()) | changes.writers
