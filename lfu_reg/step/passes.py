@@ -82,6 +82,7 @@ class Passes:
         self._shared: SharedBackward | None = None
         self._changes: Changes | None = None
         self._failure: str | None = None
+        self._runs_whole = False
 
     @contextmanager
     def running(self, generators: Generators) -> Iterator[None]:
@@ -127,6 +128,8 @@ class Passes:
             hooks.recording(),
         ):
             loss = sft.first(attached.devices(), check_value=self._progress.step == 0)
+        # A region that runs again to its end has to have run to its end, with all of its graph.
+        self._runs_whole = bool(checkpointed) and not checkpoints.repeats_stop_early()
         # Without what stands in the place of forward methods for the pass: it is not to be put back after pass 2.
         self._changes = changes = watch.changes()
         attached.writers = (attached.writers or set()) | changes.writers
@@ -184,7 +187,7 @@ class Passes:
             raise ValueError(checks.CANNOT_DIVIDE.format(number=len(samples)))
         answers = [] if self._shared is None else attached.reused.answers(self._shared.start, samples)
         with self._auxiliary.shards_moved(), ExitStack() as stack:
-            quiet = attached.tail_may_be_quiet and not self.engine.is_sharded
+            quiet = attached.tail_may_be_quiet and not self.engine.is_sharded and not self._runs_whole
             try:
                 perturbed = self._run_second(stack, samples, answers, quiet)
             except Exception:
@@ -232,7 +235,7 @@ class Passes:
 
     def _run_second(self, stack: ExitStack, samples: Tensor | None, answers: list[Patch], quiet: bool) -> ForwardPass:
         attached, record, settings = self._attached, self.clean.record, self._settings
-        may_leave = settings.leave_early and not self.engine.is_sharded
+        may_leave = settings.leave_early and not self.engine.is_sharded and not self._runs_whole
         perturbed = ForwardPass(
             self._sft.tokens.select(samples),
             apply=True,
