@@ -14,7 +14,7 @@ from lfu_reg import LfURegularizer, LfUWarning
 from lfu_reg.auxiliaries.ascent import ascend, gradient_norm
 from lfu_reg.hooks.forward_pass import ForwardPass
 from lfu_reg.model.tokens import TokenMasks
-from lfu_reg.step.float16 import FIRST_SCALE, GROWTH_INTERVAL, LossScale
+from lfu_reg.step.float16 import FIRST_SCALE, GROWTH_INTERVAL, LossScale, LossScales
 from lfu_reg.step.gradients import Released, Retained
 from tests.support.cases import Loss, seeded
 from tests.support.compare import assert_same_gradients, gradients_of, mismatch
@@ -191,9 +191,9 @@ def test_what_the_taps_collect_is_finite_too(strategy: str) -> None:
 def test_the_sum_of_both_passes_has_room() -> None:
     """Each gradient fits into float16 when scaled, and their sum does not."""
     leaf = torch.ones(3, dtype=torch.float16, requires_grad=True)
-    strategy = Released()
+    strategy = Released(auxiliary("weights"), LossScales(), [])
     terms = [(leaf.float() * 0.9).sum() for _ in range(2)]
-    strategy.backward_clean(terms[0], [leaf], ForwardPass(TokenMasks({})), auxiliary("weights"))
+    strategy.backward_clean(terms[0], [leaf], ForwardPass(TokenMasks({})), None)
     strategy.backward_perturbed(terms[1])
     strategy.total().backward()
     assert leaf.grad is not None
