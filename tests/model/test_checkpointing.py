@@ -109,7 +109,10 @@ def test_a_graph_from_outside_refuses_checkpoints() -> None:
     model = seeded(CheckpointedLM)
     scale = torch.ones((), dtype=torch.float64, requires_grad=True)
     batch = {**TINY.batch(), "scale": scale * 2}
-    with LfURegularizer(model, "steering") as reg, pytest.raises(RuntimeError, match="compute it inside of sft_loss_fn"):
+    with (
+        LfURegularizer(model, "steering") as reg,
+        pytest.raises(RuntimeError, match="compute it inside of sft_loss_fn"),
+    ):
         reg(model, batch, lambda m, b: TINY.loss(m, b) * b["scale"])
 
 

@@ -19,7 +19,9 @@ def leaves() -> list[Tensor]:
 def test_gradients_times_what_is_upstream(upstream: float, scale: float, dtype: torch.dtype) -> None:
     a, b, none = (leaf.detach().to(dtype).requires_grad_() for leaf in leaves())
     gradients = torch.randn(3, 2, dtype=dtype), torch.randn(3, 2, dtype=dtype)
-    (returned_loss(torch.tensor(2.0), [(a, gradients[0]), (b, gradients[1]), (none, None)], scale) * upstream).backward()
+    (
+        returned_loss(torch.tensor(2.0), [(a, gradients[0]), (b, gradients[1]), (none, None)], scale) * upstream
+    ).backward()
     assert none.grad is None
     for leaf, gradient in zip((a, b), gradients, strict=True):
         assert leaf.grad is not None
