@@ -18,13 +18,13 @@ def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
     """||g||_2 over all tensors together, in at least float32, without a device synchronisation.
 
     Args:
-        gradients: tensors of any shape, at least one.
+        gradients: tensors of any shape, real or complex, at least one.
 
     Returns:
-        Scalar on the device of the first tensor.
+        Real scalar on the device of the first tensor.
     """
     device = gradients[0].device
-    norms = _norms(gradients)
+    norms = _norms([_real(gradient) for gradient in gradients])
     # The norm of sharded gradients is the root of a sum over ranks, which one all-reduce takes for all of them.
     sharded: list[Any] = [norm for norm in norms if hasattr(norm, "full_tensor")]
     if sharded:
@@ -63,16 +63,23 @@ def _normalised(gradients: Sequence[Tensor], alpha: float, norm: Tensor) -> list
     # A direction of zero or infinite length is no direction: stay put, and let the diagnostics say so.
     usable = torch.isfinite(norm) & (norm > 0)
     factor = torch.where(usable, alpha / norm, torch.zeros_like(norm))
+    real = [_real(gradient) for gradient in gradients]
     moved = list(gradients)
-    for numbers in portions(gradients):
+    for numbers in portions(real):
         # In at least float32, as the norm: alpha / ||g|| of a small gradient is infinite in float16.
-        wide = [gradients[i].to(norm.dtype) for i in numbers]
+        wide = [real[i].to(norm.dtype) for i in numbers]
         home = wide[0].device
         steps = multiplied(wide, factor.to(home))
         # Zero times infinity is NaN.
         for i, step in zip(numbers, zero_unless(usable.to(home), steps), strict=True):
-            moved[i] = step.to(gradients[i].dtype)
+            step = step.to(real[i].dtype)
+            moved[i] = torch.view_as_complex(step) if gradients[i].is_complex() else step
     return moved
+
+
+def _real(gradient: Tensor) -> Tensor:
+    """A complex gradient as its real and imaginary parts, [..., 2], which is all that Eq. 2 has to do with it."""
+    return torch.view_as_real(gradient.resolve_conj()) if gradient.is_complex() else gradient
 
 
 def _norms(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -155,7 +155,7 @@ class OutputAuxiliary(Auxiliary):
         found = [g for gs in self._gradients.values() for g in gs if g is not None]
         self._gradients = {}
         if not found:
-            return torch.zeros(())
+            return torch.zeros((), dtype=torch.float32, device="cpu")
         gradients = self.direction(found)
         return_checks.check_direction(self._label, gradients, found)
         names = list(dict.fromkeys(name for name, _ in moving))

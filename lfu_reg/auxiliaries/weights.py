@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from lfu_reg.auxiliaries.ascent import ascend, gradient_norm
 from lfu_reg.auxiliaries.base import Auxiliary, Call, Generators, GradientRule
-from lfu_reg.model.module_walk import modules_of, trained_parameters
-from lfu_reg.model.patching import Patch
+from lfu_reg.model.patching import Patch, references_to
 
 
 class WeightDeltas(Auxiliary):
@@ -61,8 +60,9 @@ class WeightDeltas(Auxiliary):
         if self.shards is not None:
             self.shards.reshard()  # so that the parameters seen here are the shards
         # Looked up once a step: while pass 2 runs, moved tensors stand in the place of the parameters.
-        found = {} if self._model is None else trained_parameters(self._model)
-        self._parameters = {n: p for n, p in found.items() if self.only is None or self.only(n, p)}
+        found = () if self._model is None else self._model.named_parameters()
+        moves = self.only or (lambda name, parameter: True)
+        self._parameters = {n: p for n, p in found if p.requires_grad and moves(n, p)}
 
     def observe(self, call: Call) -> GradientRule | None:
         """Never called: there are no sites."""
@@ -101,7 +101,7 @@ class WeightDeltas(Auxiliary):
         """Eq. 2 over all trainable parameters that got a gradient."""
         names = list(self._gradients)
         if not names:
-            return torch.zeros(())
+            return torch.zeros((), dtype=torch.float32, device="cpu")
         gradients = [self._gradients[name] for name in names]
         norm = gradient_norm(gradients)
         for name, step in zip(names, ascend(gradients, alpha, norm=norm), strict=True):
@@ -114,16 +114,15 @@ class WeightDeltas(Auxiliary):
         return dict(self._deltas)
 
     def pass2_patches(self) -> Iterable[Patch]:
-        """Parameter + delta instead of every parameter, in every module that holds it (tied weights)."""
+        """Parameter + delta instead of every parameter, in every module that holds it (tied weights, private lists)."""
         if self._model is None or self.shards is not None:
-            return ()
+            return
         moved = {id(self._parameters[name]): self._parameters[name] + delta for name, delta in self._deltas.items()}
-        return (
-            (module, name, moved[id(parameter)])
-            for module in modules_of(self._model)
-            for name, parameter in module._parameters.items()
-            if id(parameter) in moved
-        )
+        for module in self._model.modules():
+            for name, parameter in module._parameters.items():
+                if id(parameter) in moved:
+                    yield module, name, moved[id(parameter)]
+            yield from references_to(moved, module)
 
     def __repr__(self) -> str:
         return "WeightDeltas()" if self.only is None else f"WeightDeltas(only={self.only!r})"

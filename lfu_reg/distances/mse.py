@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lfu_reg.distances.base import PerLayerDistance, Reduction
-from lfu_reg.distances.kernels.mse_over_layers import Impl, mse_over_layers
+from lfu_reg.distances.kernels.entry import Impl, mse_over_layers
 
 # Kernels read memory by its address, which subclasses (distributed tensors, ...) need not have; the compiler's tensors
 # have none either, and it fuses the plain operations itself.
@@ -30,8 +30,7 @@ class MSE(PerLayerDistance):
     Args:
         impl: "auto" takes the Triton kernel on CUDA and ROCm once a trial on a tiny problem has succeeded, and plain
             torch operations elsewhere and for float64; "torch" always takes these, and "triton" the kernel, without a
-            trial. "native" is, on a CPU, a C++ kernel, which the system's compiler makes at the first step. All give
-            the same values up to rounding.
+            trial. Both give the same values up to rounding.
 
     Raises:
         ValueError: for another `impl`.
@@ -52,8 +51,7 @@ class MSE(PerLayerDistance):
         """Mean over layers; see `Distance`."""
         if torch.compiler.is_compiling() or not set(map(type, chain(clean, perturbed))) <= _PLAIN:
             return super().__call__(clean, perturbed, token_index, reduction)
-        # The states come detached where they are to have no gradient, so both sides are open here.
-        return mse_over_layers(clean, perturbed, token_index, reduction=reduction, stop_gradient="none", impl=self.impl)
+        return mse_over_layers(clean, perturbed, token_index, reduction=reduction, impl=self.impl)
 
     def layer(self, clean: Tensor, perturbed: Tensor, reduction: Reduction) -> Tensor:
         """The squared distance per token, or per token and hidden unit."""

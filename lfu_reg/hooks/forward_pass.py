@@ -92,6 +92,10 @@ class Record:
         return all(state.tokens.is_empty() for state in self.states)
 
 
+def _anchor() -> Tensor:
+    return torch.zeros((), dtype=torch.float32, device="cpu", requires_grad=True)
+
+
 @dataclass(frozen=True)
 class ForwardPass:
     """One pass through the model.
@@ -121,5 +125,7 @@ class ForwardPass:
     leave_after: int = 0
     quiet_tail: bool = False
     gate: Gate = field(default_factory=Gate)
-    anchor: Tensor = field(default_factory=lambda: torch.zeros((), device="cpu", requires_grad=True))
+    anchor: Tensor = field(
+        default_factory=lambda: torch.zeros((), dtype=torch.float32, device="cpu", requires_grad=True)
+    )
     record: Record = field(default_factory=Record)

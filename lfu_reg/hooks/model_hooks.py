@@ -25,9 +25,10 @@ from lfu_reg.hooks.inplace import WriteWatch
 from lfu_reg.hooks.taps import tap
 from lfu_reg.model import outputs
 from lfu_reg.model.autocast import in_float16, without_autocast
+from lfu_reg.model.channel_axis import channels_first
 from lfu_reg.model.checkpoints import saves_elsewhere
 from lfu_reg.model.compile import forget_graphs
-from lfu_reg.model.layers import channels_first, is_encoder_layer
+from lfu_reg.model.layers import encoder_and_decoder
 from lfu_reg.model.patching import patched
 
 TRANSFORMED = (
@@ -49,8 +50,7 @@ class ModelHooks:
     Attributes:
         captured: modules whose outputs are captured, by name.
         overwritten: layers whose outputs the model changes in place, so that these need a copy; None: not known yet.
-        last_gradient: set to have the next tapped backward call it with the layer's number and dl/dh of the last
-            captured layer.
+        last_gradient: set to have the coming backward call it with the last captured state and dl/dh there.
     """
 
     def __init__(
@@ -64,11 +64,11 @@ class ModelHooks:
         self.listening = self._recording = False
         self.running: ForwardPass | None = None
         self.overwritten: set[str] | None = None
-        self.last_gradient: Callable[[int, Tensor], None] | None = None
+        self.last_gradient: Callable[[State, Tensor], None] | None = None
         self.captured = {"": head} if head is not None else dict(layers)
         self._model, self._auxiliary, self._sites = model, auxiliary, set(sites)
-        self._encoder = {name for name in layers if is_encoder_layer(name, layers)}
         self._hooked = {**layers, **sites, **self.captured}
+        self._encoder, self._decoder = encoder_and_decoder(model, self._hooked)
         self._channels_first = {name: channels_first(module) for name, module in self._hooked.items()}
         self._exits, self._entries = Exits(), Entries(model, layers, auxiliary)
         self._others: list[tuple[nn.Module, Hook]] = []
@@ -170,7 +170,7 @@ class ModelHooks:
         if self._recording:
             fwd.record.fired[name] += 1
             fwd.record.compiled |= compiled
-        path = outputs.locate(output, outputs.HIDDEN_STATE if name else outputs.LOGITS)
+        path = outputs.locate(output) if name else outputs.locate_logits(output)
         if path is None:
             raise ValueError(
                 f"Layer {name!r} returned {outputs.describe(output)}, which holds no floating-point tensor, so there "
@@ -184,7 +184,7 @@ class ModelHooks:
             changed = self._at_site(Call(name, module, _first_input(args, kwargs), y, tokens), fwd)
         if name in self.captured and self._recording and fwd.capture is not None:
             changed = self._keep(name, changed, tokens, fwd)
-        return None if changed is y else outputs.replace(output, path, changed)
+        return None if changed is y else outputs.replace(output, path, changed, (*args, *kwargs.values()))
 
     def _at_site(self, call: Call, fwd: ForwardPass) -> Tensor:
         if has_acted(call.module):
@@ -201,32 +201,38 @@ class ModelHooks:
             return y
 
     def _keep(self, name: str, hidden: Tensor, tokens: Tokens, fwd: ForwardPass) -> Tensor:
-        number = len(fwd.record.states)
         fwd.record.saves_elsewhere = fwd.record.saves_elsewhere or saves_elsewhere()
+        told: _LastGradient | None = None
         if self.last_gradient is not None and not fwd.apply:
-            hidden = tap(hidden, fwd.anchor, fwd.gate, _Told(self, number))
+            told = _LastGradient(self)
+            hidden = tap(hidden, fwd.anchor, fwd.gate, told)
         kept = hidden.detach() if fwd.capture == "detached" else hidden
         watch = WriteWatch(name, hidden) if WriteWatch.can_watch(hidden) else None
         copy = fwd.capture == "cloned" or self.overwritten is None or name in self.overwritten or watch is None
-        fwd.record.states.append(State(name, kept.clone() if copy else kept, tokens, watch, copy))
+        state = State(name, kept.clone() if copy else kept, tokens, watch, copy)
+        fwd.record.states.append(state)
+        if told is not None:
+            told.state = state
         return hidden
 
     def _tokens(self, name: str, y: Tensor, fwd: ForwardPass) -> Tokens:
         axis = 1 if self._channels_first[name](y) else -1
-        mask, index = fwd.tokens.match(y, axis, encoder=name in self._encoder)
+        mask, index = fwd.tokens.match(y, axis, encoder=name in self._encoder, decoder=name in self._decoder)
         return Tokens(mask, index, axis)
 
 
-class _Told:
-    """The rule of a tap that tells dl/dh of the layer whose gradient arrives first, which is the last one."""
+class _LastGradient:
+    """The rule of a tap that hands on dl/dh of the layer whose gradient arrives first, which is the last one."""
 
-    def __init__(self, hooks: ModelHooks, number: int) -> None:
-        self._hooks, self._number = hooks, number
+    def __init__(self, hooks: ModelHooks) -> None:
+        self._hooks = hooks
+        self.state: State | None = None
 
     def __call__(self, gradient: Tensor) -> Sequence[Tensor | None]:
-        tell, self._hooks.last_gradient = self._hooks.last_gradient, None
-        if tell is not None:
-            tell(self._number, gradient)
+        receive, self._hooks.last_gradient = self._hooks.last_gradient, None
+        state, self.state = self.state, None  # the graph may live on
+        if receive is not None and state is not None:
+            receive(state, gradient)
         return ()
 
 

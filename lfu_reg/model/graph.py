@@ -38,7 +38,7 @@ class Graph:
 
 def now() -> int:
     """The number of the next node of this thread's graphs: every node that is made later has at least this one."""
-    node: Any = torch.zeros((), device="cpu", requires_grad=True).clone().grad_fn
+    node: Any = torch.zeros((), dtype=torch.float32, device="cpu", requires_grad=True).clone().grad_fn
     return int(node._sequence_nr())
 
 

@@ -1,7 +1,7 @@
 """Choose the layers whose hidden states are kept consistent, on any nn.Module.
 
 Blocks are found by structure: the outermost repeated containers, so encoder and decoder stacks both, and not the
-experts or sub-layers inside a block. Names decide nothing.
+experts or sub-layers inside a block. Names decide nothing. A model without blocks has its single layers instead.
 """
 
 from __future__ import annotations
@@ -11,11 +11,22 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
-from torch import Tensor, nn
+from torch import nn
+
+from lfu_reg.model.leaf_layers import leaf_layers, one_block_stages
 
 LayerChoice: TypeAlias = str | int | slice | Sequence[int] | Sequence[str] | Callable[[str, nn.Module], bool]
 
 THIRDS = ("early", "middle", "late")
+
+NO_BLOCKS = (
+    "{model} has no repeated blocks, so its layers are the modules with weights of their own, without embeddings, "
+    "norms and the last one: {layers}. Name these or others with layers=[...], and this message goes."
+)
+ONE_BLOCK = (
+    "These stages of {model} have one block, which layers={choice!r} leaves out beside stacks of several: {stages}. To "
+    "have them, give layers=[...] with all names, a regular expression or a callable of (name, module)."
+)
 
 
 def is_preset(choice: LayerChoice) -> bool:
@@ -23,7 +34,9 @@ def is_preset(choice: LayerChoice) -> bool:
     return isinstance(choice, str) and choice in ("all", *THIRDS)
 
 
-def choose_layers(model: nn.Module, choice: LayerChoice = "all") -> dict[str, nn.Module]:
+def choose_layers(
+    model: nn.Module, choice: LayerChoice = "all", tell: Callable[[str, str], None] | None = None
+) -> dict[str, nn.Module]:
     """The chosen layers by module name, in the order of `model.named_modules()`.
 
     Args:
@@ -31,12 +44,15 @@ def choose_layers(model: nn.Module, choice: LayerChoice = "all") -> dict[str, nn
         choice: "all"; "early", "middle" or "late" (the paper's thirds, Table 5b, of every stack); an index, a list of
             indices or a slice into all blocks; a module name or a list of names (a name may leave out leading parts,
             as in PEFT's `target_modules`); a regular expression that matches whole names; a callable of (name, module).
+        tell: is called with a kind and a message where the choice is a guess: in a model without repeated blocks, whose
+            single layers take their place, and where stages of one block are left out.
 
     Returns:
         Non-empty mapping from full module name to module.
 
     Raises:
-        ValueError: if the model has no repeated blocks, or the choice matches nothing; the message lists what there is.
+        ValueError: if the model has neither repeated blocks nor several layers, or the choice matches nothing; the
+            message lists what there is.
         TypeError: if the choice is of another kind.
     """
     modules = {name: module for name, module in model.named_modules() if name}
@@ -53,16 +69,31 @@ def choose_layers(model: nn.Module, choice: LayerChoice = "all") -> dict[str, nn
                 matched |= set(_checked(_match(name, modules, regex=False), modules, f"the layer name {name!r}", model))
             return {name: module for name, module in modules.items() if name in matched}
         choice = listed
-    stacks = find_stacks(model)
-    if not stacks:
-        raise ValueError(
-            f"{type(model).__name__} has no repeated blocks, so layers={choice!r} cannot be resolved. Name the layers: "
-            "layers=['...'], a regular expression or a callable of (name, module). Its modules are: "
-            f"{_listing(modules)}."
-        )
+    stacks = find_stacks(model) or [_leaf_layers(model, modules, choice)]
     blocks = [name for stack in stacks for name in stack]
     chosen = _by_position(choice, stacks, blocks, model)
+    if tell is not None:
+        _tell_guesses(model, choice, stacks, tell)
     return {name: modules[name] for name in modules if name in set(chosen)}
+
+
+def _leaf_layers(model: nn.Module, modules: dict[str, nn.Module], choice: object) -> list[str]:
+    if leaves := leaf_layers(model):
+        return leaves
+    raise ValueError(
+        f"{type(model).__name__} has neither repeated blocks nor several modules with weights, so layers={choice!r} "
+        "cannot be resolved: what its one module returns is the output already. Name the layers to compare: "
+        "layers=['...'], a regular expression or a callable of (name, module); or attach to the whole model that this "
+        f"is a part of. Its modules are: {_listing(modules) or 'none'}."
+    )
+
+
+def _tell_guesses(model: nn.Module, choice: object, stacks: list[list[str]], tell: Callable[[str, str], None]) -> None:
+    name = type(model).__name__
+    if not find_stacks(model):
+        tell("no blocks", NO_BLOCKS.format(model=name, layers=_listing(stacks[0])))
+    elif isinstance(choice, str) and (stages := one_block_stages(model, stacks)):
+        tell("one block", ONE_BLOCK.format(model=name, choice=choice, stages=_listing(stages)))
 
 
 def find_stacks(model: nn.Module) -> list[list[str]]:
@@ -194,22 +225,11 @@ def _listing(names: Iterable[str], most: int = 40) -> str:
     return ", ".join(listed[:most]) + more
 
 
-def is_encoder_layer(name: str, chosen: Iterable[str]) -> bool:
-    """Whether a layer belongs to the encoder of a model of which decoder layers are chosen, too."""
-    return "encoder" in name.split(".") and any("decoder" in other.split(".") for other in chosen)
-
-
-def channels_first(layer: nn.Module) -> Callable[[Tensor], bool]:
-    """A test of whether an output of `layer` is [batch, hidden, ...] instead of [..., hidden].
-
-    Only convolutions put channels first, so it is: the layer holds one whose spatial rank and channels fit the output.
-    A one-dimensional convolution beside linear maps (state-space blocks) works inside of a channels-last layer.
-    """
-    convolutions = [m for m in layer.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d))]
-    has_linear = any(isinstance(m, nn.Linear) for m in layer.modules())
-    fitting = {
-        (len(conv.kernel_size) + 2, conv.out_channels)
-        for conv in convolutions
-        if not (isinstance(conv, nn.Conv1d) and has_linear)
-    }
-    return lambda output: output.dim() >= 3 and (output.dim(), output.shape[1]) in fitting
+def encoder_and_decoder(model: nn.Module, names: Iterable[str]) -> tuple[set[str], set[str]]:
+    """Which of the named layers are the encoder's and which the decoder's, where the model has layers of both."""
+    names = list(names)
+    of_model = {part for name in [*names, *(n for s in find_stacks(model) for n in s)] for part in name.split(".")}
+    if not {"encoder", "decoder"} <= of_model:
+        return set(), set()
+    decoder = {name for name in names if "decoder" in name.split(".")}
+    return {name for name in names if "encoder" in name.split(".")} - decoder, decoder

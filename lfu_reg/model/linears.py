@@ -27,8 +27,8 @@ def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
     and single parameters.
     """
     module = adapters.innermost(module)
-    if type(module).__name__ == "Conv1D":  # transformers' transposed Linear; nx is missing before 4.46
-        assert isinstance(module.weight, Tensor)
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # transformers' transposed Linear
+        assert isinstance(module.weight, Tensor)  # its sizes: nx is missing before 4.46
         return module.weight.shape[0], module.weight.shape[1]
     if getattr(module, "n_groups", 1) != 1:  # block-diagonal (DeepSeek-V4): its sizes are those of no single map
         return None

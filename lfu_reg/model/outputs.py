@@ -1,14 +1,15 @@
 """The hidden state inside whatever a layer returns: tensor, tuple, list, dict, ModelOutput, dataclass.
 
 A hook must change exactly one tensor and hand back an object of the same type. `locate` finds the way to that
-tensor as a path of keys, `get` follows it and `replace` rebuilds the containers along it; nothing is written in place.
+tensor as a path of keys, `get` follows it and `replace` rebuilds the containers that hold it. Only a container that the
+layer was given is written to in place: its caller may read it there.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -19,6 +20,13 @@ Path: TypeAlias = tuple[Any, ...]
 # In a mapping these keys come first: other tensors in it (router logits, attention maps) are side results.
 HIDDEN_STATE = ("last_hidden_state", "hidden_states", "hidden_state", "output")
 LOGITS = ("logits",)
+_NO_LOGITS_KEYS = ("last_hidden_state", "hidden_states", "hidden_state", "attentions", "past_key_values")
+
+NO_LOGITS = (
+    "The model returned {}, which holds no logits, and the distance compares logits (distance='logit_kl'). Fused "
+    "losses (Liger kernels, chunked cross entropy) do not make any in training: turn them off (use_liger_kernel=False, "
+    "fused_linear_cross_entropy=False), or use distance='mse', which compares hidden states."
+)
 
 
 def locate(output: Any, preferred: tuple[str, ...] = HIDDEN_STATE) -> Path | None:
@@ -45,20 +53,76 @@ def get(output: Any, path: Path) -> Tensor:
     return output
 
 
-def replace(output: Any, path: Path, tensor: Tensor) -> Any:
-    """A shallow copy of `output` with `tensor` at `path`; every other entry is the same object as before."""
-    if not path:
-        return tensor
-    key, rest = path[0], path[1:]
-    if isinstance(key, _Field):
-        return dataclasses.replace(output, **{key.name: replace(getattr(output, key.name), rest, tensor)})
-    entry = replace(output[key], rest, tensor)
-    if isinstance(output, tuple):
-        items = [*output[:key], entry, *output[key + 1 :]]
-        return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
-    changed = copy.copy(output)
-    changed[key] = entry
-    return changed
+def locate_logits(output: Any) -> Path:
+    """Path to the logits in what a model returned: the entry of that name, or the first floating-point tensor.
+
+    Raises:
+        ValueError: if there are none, as with fused losses, or if what comes first is a hidden state.
+    """
+    is_none = getattr(output, "logits", ...) is None or (
+        isinstance(output, Mapping) and output.get("logits", ...) is None
+    )
+    path = None if is_none else locate(output, LOGITS)
+    if path is None or (path and path[0] in _NO_LOGITS_KEYS):
+        raise ValueError(NO_LOGITS.format(describe(output)))
+    return path
+
+
+def replace(output: Any, path: Path, tensor: Tensor, arguments: Collection[Any] = ()) -> Any:
+    """`output` with `tensor` in the place of the one at `path`, wherever in it that one is: layers may return it twice.
+
+    Args:
+        output: what a module returned.
+        path: where the tensor to replace is.
+        tensor: what is put there.
+        arguments: what the module was called with. Containers among it that the module has put the tensor into are
+            written to: a state that is handed from layer to layer is read by its owner, whatever they return.
+
+    Returns:
+        Shallow copies of the containers that hold the tensor; every other entry is the same object as before.
+    """
+    old = get(output, path)
+    given: set[int] = set()
+    for argument in arguments:
+        _collect(argument, given)
+    seen: dict[int, Any] = {}
+    made = _replaced(output, old, tensor, given, seen)
+    if not any(argument is old for argument in arguments):  # else it was there before the module ran
+        for argument in arguments:
+            _replaced(argument, old, tensor, given, seen)
+    return made
+
+
+def _collect(value: Any, found: set[int]) -> None:
+    """Add the ids of the containers in `value`, itself included."""
+    if id(value) not in found and (entries := _entries(value, ())):
+        found.add(id(value))
+        for _, entry in entries:
+            _collect(entry, found)
+
+
+def _replaced(value: Any, old: Tensor, new: Tensor, given: set[int], seen: dict[int, Any]) -> Any:
+    if value is old:
+        return new
+    if id(value) in seen:
+        return seen[id(value)]
+    if not (entries := _entries(value, ())):
+        return value
+    seen[id(value)] = value  # also where it holds itself
+    changed = {key: made for key, entry in entries if (made := _replaced(entry, old, new, given, seen)) is not entry}
+    if not changed:
+        return value
+    if isinstance(value, tuple):
+        items = [changed.get(key, entry) for key, entry in entries]
+        seen[id(value)] = type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        return seen[id(value)]
+    target = seen[id(value)] = value if id(value) in given else copy.copy(value)
+    for key, made in changed.items():
+        if isinstance(key, _Field):
+            object.__setattr__(target, key.name, made)  # also where the dataclass is frozen
+        else:
+            target[key] = made
+    return target
 
 
 def describe(output: Any) -> str:
@@ -87,5 +151,5 @@ def _entries(output: Any, preferred: tuple[str, ...]) -> list[tuple[Any, Any]]:
     if isinstance(output, (tuple, list)) and not isinstance(output, torch.Size):
         return list(enumerate(output))
     if dataclasses.is_dataclass(output) and not isinstance(output, type):
-        return [(_Field(f.name), getattr(output, f.name)) for f in dataclasses.fields(output)]
+        return [(_Field(f.name), getattr(output, f.name, None)) for f in dataclasses.fields(output)]
     return []

@@ -119,8 +119,9 @@ class StepDraws:
         number = max(1, round(fraction * batch_size))
         if number >= batch_size:
             return None
-        generator = torch.Generator().manual_seed(self._seed_of("samples"))
-        return torch.randperm(batch_size, generator=generator)[:number].sort().values
+        # The device is said: torch.set_default_device may name another one, which has other random numbers.
+        generator = torch.Generator("cpu").manual_seed(self._seed_of("samples"))
+        return torch.randperm(batch_size, generator=generator, device="cpu")[:number].sort().values
 
     def _seed_of(self, purpose: str) -> int:
         digest = hashlib.blake2b(f"{self._key}/{purpose}".encode(), digest_size=4).digest()

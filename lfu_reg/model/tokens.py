@@ -1,4 +1,4 @@
-"""Which positions of a hidden state count: response tokens, else unpadded tokens, else all of them.
+"""Which positions of a hidden state count: unpadded response tokens, else unpadded tokens, else all of them.
 
 A hidden state [batch, tokens, hidden] is seen as rows [positions, hidden]. `TokenMasks` is built once per step from the
 batch, before the loss function can change it, and answers for the shape of each layer's output which rows count: layers
@@ -16,6 +16,11 @@ from torch import Tensor
 TokenMask = Tensor | Callable[[Any], Tensor]
 
 IGNORED_LABEL = -100
+COUNTED_BUT_IGNORED = (
+    "All positions count in the consistency term although the loss ignores {ignored} of {counted}: the padding, the "
+    "prompt or what else its labels leave out. Give ignore_index=..., the label that the loss ignores, or "
+    "token_mask=..., a callable of the batch that says which positions count."
+)
 
 
 def rows(hidden: Tensor, axis: int = -1, index: Tensor | None = None) -> Tensor:
@@ -34,21 +39,27 @@ class TokenMasks:
 
     Args:
         batch: the user's batch; entries `labels`, `attention_mask`, `decoder_attention_mask` are looked at if it has
-            them.
+            them. Of a tuple or list, as (inputs, targets), the second one are the labels if they are integers.
         token_mask: overrides them: a tensor shaped like the token dimensions (nonzero counts), or a callable of the
             batch.
         virtual_tokens: gives the number of positions that the model puts in front of the batch's own (PEFT's prompt
             tuning). It is asked where no mask fits as it is; they are then added to it as PEFT adds them: attended to,
             but not a label, nor chosen by the user.
+        ignore_index: the label that the loss ignores, as in torch's cross entropy. Token labels below zero are ignored
+            anyway.
 
     Raises:
         TypeError: if `token_mask` gives something else than a tensor.
     """
 
     def __init__(
-        self, batch: Any, token_mask: TokenMask | None = None, virtual_tokens: Callable[[], int] | None = None
+        self,
+        batch: Any,
+        token_mask: TokenMask | None = None,
+        virtual_tokens: Callable[[], int] | None = None,
+        *,
+        ignore_index: int = IGNORED_LABEL,
     ) -> None:
-        labels, attention = _entry(batch, "labels"), _entry(batch, "attention_mask")
         self.given: Tensor | None = None
         if token_mask is not None:
             given = token_mask(batch) if callable(token_mask) else token_mask
@@ -59,20 +70,25 @@ class TokenMasks:
                     "returns one."
                 )
             self.given = given != 0
-        self._labels = None if labels is None or not _is_integer(labels) else torch.ne(labels, IGNORED_LABEL)
-        self._attention = _binary(attention)
-        self._decoder_attention = _binary(_entry(batch, "decoder_attention_mask"))
+        labels = _entry(batch, "labels")
+        self._by_position = labels is None
+        self._labels = _counted_labels(_second(batch) if labels is None else labels, ignore_index)
+        self._attention = _unpadded(_entry(batch, "attention_mask"))
+        self._decoder_attention = _unpadded(_entry(batch, "decoder_attention_mask"))
         self._virtual = virtual_tokens or _none
         self._cache: dict[Any, tuple[Tensor | None, Tensor | None]] = {}
         self.matched_given = self.matched = False
 
-    def match(self, hidden: Tensor, axis: int, *, encoder: bool) -> tuple[Tensor | None, Tensor | None]:
+    def match(
+        self, hidden: Tensor, axis: int, *, encoder: bool, decoder: bool = False
+    ) -> tuple[Tensor | None, Tensor | None]:
         """The positions of a hidden state that count.
 
         Args:
             hidden: the hidden state.
             axis: its hidden axis.
             encoder: whether it is one of the encoder's of a sequence-to-sequence model.
+            decoder: whether it is one of the decoder's of such a model.
 
         Returns:
             Boolean mask over the token dimensions (the shape without `axis`), and the same as row numbers of
@@ -80,9 +96,9 @@ class TokenMasks:
         """
         dims = list(hidden.shape)
         del dims[axis]
-        key = (tuple(dims), hidden.device, encoder)
+        key = (tuple(dims), hidden.device, encoder, decoder)
         if key not in self._cache:
-            mask = self._match(tuple(dims), encoder)
+            mask = self._match(tuple(dims), encoder, decoder)
             index = None
             if mask is not None:
                 mask = mask.to(hidden.device)
@@ -98,6 +114,7 @@ class TokenMasks:
             return self
         part = object.__new__(TokenMasks)
         part._cache, part._virtual, part.matched_given, part.matched = {}, self._virtual, False, False
+        part._by_position = self._by_position
         for name in ("given", "_labels", "_attention", "_decoder_attention"):
             mask = getattr(self, name)
             if mask is not None and len(mask) <= int(chosen[-1]):
@@ -114,9 +131,11 @@ class TokenMasks:
         masks = (self._labels, self._decoder_attention, self._attention)
         return any(mask is not None and mask.dim() == 2 and not bool(mask.all()) for mask in masks)
 
-    def _match(self, dims: tuple[int, ...], encoder: bool) -> Tensor | None:
-        # The encoder of a sequence-to-sequence model sees the prompt: the labels are the decoder's tokens.
+    def _match(self, dims: tuple[int, ...], encoder: bool, decoder: bool) -> Tensor | None:
+        # The encoder of a sequence-to-sequence model sees the prompt, which its attention_mask is about; the labels are
+        # the decoder's tokens.
         own = [(self._decoder_attention, True), (self._attention, True)]
+        padding = own[:1] if decoder or self._decoder_attention is not None else own[1:]
         own = own[1:] if encoder else [(self._labels, False), *own]
         masks = [(mask, counted) for mask, counted in ((self.given, False), *own) if mask is not None]
         # Asking for virtual tokens is a walk over all modules, so it is done only where the masks alone do not fit.
@@ -125,10 +144,35 @@ class TokenMasks:
             for candidate, counted in masks:
                 if (fitted := _fit(_prepended(candidate, virtual, counted), dims)) is None:
                     continue
-                self.matched = True
+                # The second entry of a tuple that leaves nothing out may be something else, such as an attention mask.
+                doubtful = candidate is self._labels and self._by_position and bool(fitted.all())
+                self.matched = self.matched or not doubtful
                 self.matched_given = self.matched_given or candidate is self.given
+                for other, counted in padding if candidate is self._labels else ():
+                    if other is not None and (unpadded := _fit(_prepended(other, virtual, counted), dims)) is not None:
+                        fitted = fitted & unpadded.to(fitted.device)
                 return fitted
         return None
+
+
+def ignored_but_counted(has_gradient: Tensor, mask: Tensor | None) -> tuple[int, int]:
+    """How many positions count although the loss ignores them. Waits for the device.
+
+    Args:
+        has_gradient: boolean over positions, [batch, tokens] or any shape that ends in tokens: whether the gradient of
+            the loss with respect to the hidden state there is nonzero. What it says holds for the last layer only, and
+            where nothing behind it mixes tokens.
+        mask: the positions that count, of the same shape; None where all do.
+
+    Returns:
+        Number of positions that count and that the loss ignores, and number of those that count.
+    """
+    used = has_gradient.clone()
+    # A label at the position itself (labels are not shifted), or that of the next token, predicted from here.
+    used[..., 1:] |= has_gradient[..., :-1]
+    counted = torch.ones_like(used) if mask is None else mask
+    ignored, number = torch.stack([(counted & ~used).sum(), counted.sum()]).tolist()
+    return int(ignored), int(number)
 
 
 def _none() -> int:
@@ -168,10 +212,26 @@ def _entry(batch: Any, name: str) -> Tensor | None:
     return value if isinstance(value, Tensor) else None
 
 
-def _is_integer(labels: Tensor) -> bool:
-    return not labels.is_floating_point() and labels.dtype != torch.bool
+def _second(batch: Any) -> Tensor | None:
+    if isinstance(batch, (tuple, list)) and len(batch) > 1 and isinstance(batch[1], Tensor):
+        return batch[1]
+    return None
 
 
-def _binary(mask: Tensor | None) -> Tensor | None:
-    # 4-D masks are additive attention biases over pairs of tokens, not masks over tokens.
-    return mask != 0 if mask is not None and mask.dim() <= 2 else None
+def _counted_labels(labels: Tensor | None, ignore_index: int) -> Tensor | None:
+    if labels is None or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        return None
+    labels = labels.long()  # -100 is 156 among unsigned bytes
+    counted = torch.ne(labels, IGNORED_LABEL) & torch.ne(labels, ignore_index)
+    # Labels of samples, [batch], may be -1 and 1.
+    return counted & (labels >= 0) if labels.dim() > 1 else counted
+
+
+def _unpadded(mask: Tensor | None) -> Tensor | None:
+    """Which tokens an attention mask keeps: a boolean one, one of 0 and 1, or an additive one of 0 and -inf."""
+    if mask is None or mask.dim() > 2:  # 4-D masks are additive attention biases over pairs of tokens
+        return None
+    additive = (mask < 0).any()
+    if mask.is_floating_point():  # all zeros: an additive mask that keeps everything
+        additive = additive | ~(mask != 0).any()
+    return torch.where(additive, mask >= 0, mask != 0)

@@ -16,11 +16,12 @@ from lfu_reg.distances.base import Distance
 from lfu_reg.distributed.ddp import Wrappers
 from lfu_reg.distributed.engine import Engine, engine_of
 from lfu_reg.hooks.coverage import Coverage
-from lfu_reg.hooks.forward_pass import ForwardPass
+from lfu_reg.hooks.forward_pass import ForwardPass, State
 from lfu_reg.hooks.model_hooks import ModelHooks
 from lfu_reg.hooks.targets import Targets
 from lfu_reg.model.layers import LayerChoice, choose_layers, is_preset
 from lfu_reg.model.rng import devices_of
+from lfu_reg.model.tokens import COUNTED_BUT_IGNORED, ignored_but_counted
 from lfu_reg.step import checks
 from lfu_reg.step.reused_blocks import ReusedBlocks
 
@@ -84,7 +85,7 @@ class AttachedModel:
         self._attach(model)
 
     def _attach(self, model: nn.Module) -> None:
-        chosen = choose_layers(model, self._choice)
+        chosen = choose_layers(model, self._choice, self._diagnostics.warn_once)
         sites = checked_sites(self._auxiliary, model, chosen)
         checks.check_no_scripts(chosen)
         self.layers, self.modules = tuple(chosen), chosen
@@ -190,6 +191,18 @@ class AttachedModel:
             self._diagnostics.warn_once("no mask", message)
         self.has_run = True
 
+    def compare_with_loss(self, turn: int) -> None:
+        """Have the coming backward look whether the loss ignores positions that count, where that is due."""
+        wanted = self._diagnostics.is_due(turn) and not self._on_logits
+        self.hooks.last_gradient = self._look_at_gradient if wanted else None
+
+    def _look_at_gradient(self, state: State, gradient: Tensor) -> None:
+        if gradient.dim() < 3 or state.tokens.index is not None:
+            return
+        ignored, counted = ignored_but_counted((gradient != 0).any(state.tokens.axis), None)
+        if 0 < ignored < counted:
+            self._diagnostics.warn_once("no mask", COUNTED_BUT_IGNORED.format(ignored=ignored, counted=counted))
+
     def check_perturbed(self, perturbed: ForwardPass, clean: ForwardPass, samples: Tensor | None) -> None:
         """Look at pass 2: whether the same ran as in pass 1.
 
@@ -208,13 +221,14 @@ class AttachedModel:
             self._coverage.compare(clean, perturbed)
 
 
+def is_attached(model: nn.Module) -> bool:
+    """Whether a regularizer that somebody still holds is attached to a part of the model."""
+    return any(ref() is not None for module in model.modules() if (ref := _attached.get(module)) is not None)
+
+
 def check_is_free(model: nn.Module) -> None:
     """Raise if a regularizer that somebody still holds is attached to a part of the model."""
-    for collect in (True, False):
-        owners = [ref() for module in model.modules() if (ref := _attached.get(module)) is not None]
-        if not any(owner is not None for owner in owners):
-            return
-        if collect:  # one that nobody holds any more may wait to be collected
-            owners.clear()
-            gc.collect()
-    raise RuntimeError(TWICE.format(type(model).__name__))
+    if is_attached(model):
+        gc.collect()  # one that nobody holds any more may wait for it
+        if is_attached(model):
+            raise RuntimeError(TWICE.format(type(model).__name__))

@@ -22,9 +22,9 @@ CANNOT_DIVIDE = (
     "Use batch_fraction=1.0, or every=k for a lower cost."
 )
 NO_REPLICAS = (
-    "torch.nn.DataParallel runs copies of the model in threads, whose hidden states would mix. Use "
-    "torch.nn.parallel.DistributedDataParallel with one process per GPU (torchrun), or hide the other GPUs with "
-    "CUDA_VISIBLE_DEVICES (transformers' Trainer wraps in DataParallel when it sees several)."
+    "torch.nn.DataParallel on several devices runs copies of the model in threads, whose hidden states would mix. Use "
+    "DistributedDataParallel with one process per GPU (torchrun), or hide the other GPUs with CUDA_VISIBLE_DEVICES "
+    "(transformers' Trainer wraps in DataParallel when it sees several)."
 )
 WRITTEN = (
     "After these modules had returned, the model wrote in place into the memory of their outputs, by way of another "
@@ -44,7 +44,12 @@ def check_model(model: object) -> None:
     """Raise unless a regularizer can be attached to `model`."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; allowed is any torch.nn.Module.")
-    if any(isinstance(module, nn.DataParallel) for module in model.modules()):
+    for module in model.modules():
+        _check_no_replicas(module)
+
+
+def _check_no_replicas(module: nn.Module) -> None:
+    if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:  # otherwise it calls its module as it is
         raise ValueError(NO_REPLICAS)
 
 
@@ -63,8 +68,7 @@ def check_is_attached(model: object, attached: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; pass the attached module or a wrapper of it.")
     for module in model.modules():  # the wrappers come first
-        if isinstance(module, nn.DataParallel):
-            raise ValueError(NO_REPLICAS)
+        _check_no_replicas(module)
         if module is attached:
             return
     raise ValueError(

@@ -117,33 +117,34 @@ class Passes:
             patches=list(self._auxiliary.pass1_patches()) if observe else [],
         )
         reuse = not self._strategy.keeps_graph and not self.engine.in_lockstep
+        attached.compare_with_loss(self._turn)
         watch, since = StateWatch(attached.model, attached.writers), now()
-        with hooks.run(clean):
-            with (
-                checkpoints.noted() as checkpointed,
-                graphs_for_two_backwards(self._strategy.keeps_graph),
-                attached.wrappers.must_run(sft.model, attached.model, lambda: bool(clean.record.states)),
-                attached.reused.recording(clean, reuse),
-                hooks.recording(),
-            ):
-                loss = sft.first(attached.devices(), check_value=self._progress.step == 0)
-            self._changes = changes = watch.changes()
-            attached.writers = (attached.writers or set()) | changes.writers
-            # Loops return a dummy loss for an empty batch, zero times the sum of all parameters.
-            if not clean.record.states and (attached.has_run or not bool(loss.detach())):
-                raise PlainSFT(loss)
-            graph = graph_of(loss, since)
-            if graph.reaches_outside and not self._strategy.keeps_graph:
-                self._strategy = Retained(self._auxiliary, self._progress.scales, self._trained)
-            if self._strategy.keeps_graph and checkpointed:
-                raise RuntimeError(checkpoints.REFUSED)
-            if self._strategy.keeps_graph and clean.record.saves_elsewhere:
-                raise RuntimeError(checkpoints.OFFLOADED)
-            leaves = self._share(loss, graph.leaves, changes)
-            attached.check_clean(clean, leaves, sft.model, self._turn)
-            self._look_at_states(changes)
-            with changes.on_copies():
-                self.scale = self._strategy.backward_clean(loss, leaves, clean, self._shared)
+        with (
+            checkpoints.noted() as checkpointed,
+            graphs_for_two_backwards(self._strategy.keeps_graph),
+            attached.wrappers.must_run(sft.model, attached.model, lambda: bool(clean.record.states)),
+            attached.reused.recording(clean, reuse),
+            hooks.run(clean),
+            hooks.recording(),
+        ):
+            loss = sft.first(attached.devices(), check_value=self._progress.step == 0)
+        self._changes = changes = watch.changes()
+        attached.writers = (attached.writers or set()) | changes.writers
+        # Loops return a dummy loss for an empty batch, zero times the sum of all parameters.
+        if not clean.record.states and (attached.has_run or not bool(loss.detach())):
+            raise PlainSFT(loss)
+        graph = graph_of(loss, since)
+        if graph.reaches_outside and not self._strategy.keeps_graph:
+            self._strategy = Retained(self._auxiliary, self._progress.scales, self._trained)
+        if self._strategy.keeps_graph and checkpointed:
+            raise RuntimeError(checkpoints.REFUSED)
+        if self._strategy.keeps_graph and clean.record.saves_elsewhere:
+            raise RuntimeError(checkpoints.OFFLOADED)
+        leaves = self._share(loss, graph.leaves, changes)
+        attached.check_clean(clean, leaves, sft.model, self._turn)
+        self._look_at_states(changes)
+        with hooks.run(clean), changes.on_copies():
+            self.scale = self._strategy.backward_clean(loss, leaves, clean, self._shared)
         return loss.detach(), clean.record.states
 
     def gradient_here(self, batch: Any) -> float:

@@ -71,7 +71,7 @@ class SFTLoss:
 
     def tokens_of(self, batch: Any) -> TokenMasks:
         """Which tokens of a batch count."""
-        return TokenMasks(batch, self._token_mask, partial(virtual_tokens, self.model))
+        return TokenMasks(batch, self._token_mask, partial(virtual_tokens, self.model), ignore_index=self._ignore_index)
 
     def first(self, devices: Iterable[torch.device], *, check_value: bool) -> Tensor:
         """The loss of pass 1. Later passes start from the random state of `devices` that this one finds."""

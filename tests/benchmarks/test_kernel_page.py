@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kernel_page import PAGE, filled
+from kernel.page import PAGE, filled
 
 
 def test_the_page_shows_the_result_files() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lfu_reg import MSE, LfURegularizer, PerLayerDistance, SteeringVectors
-from lfu_reg.distances.kernels import mse_over_layers as entry
+from lfu_reg.distances.kernels import entry
 from tests.support.compare import GRADIENT_TOLERANCE, close, gradients_of, mismatch
 from tests.support.harness import auxiliary, run_pair
 from tests.support.models import CNN, LLAMA, SWIN, T5, TINY
@@ -155,10 +155,9 @@ SETTINGS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("impl", ["auto", "native"])
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("case", [LLAMA, T5, SWIN, CNN], ids=["llama", "t5", "swin", "cnn"])
-def test_fused_and_layer_by_layer_agree(case: Any, settings: dict[str, Any], impl: Any) -> None:
+def test_fused_and_layer_by_layer_agree(case: Any, settings: dict[str, Any]) -> None:
     """In float64: the value, the metrics of each layer, and every gradient."""
     if case in (SWIN, CNN) and "batch_fraction" in settings:
         pytest.skip("windows and batch norm mix the samples")
@@ -167,7 +166,7 @@ def test_fused_and_layer_by_layer_agree(case: Any, settings: dict[str, Any], imp
         __call__ = PerLayerDistance.__call__
 
     results = []
-    for distance in (MSE(impl), LayerByLayer()):
+    for distance in (MSE(), LayerByLayer()):
         model = case.make()
         reg = LfURegularizer(model, "steering", alpha=0.05, lam=1.0, distance=distance, seed=0, **settings)
         reg(model, case.batch(), case.loss).backward()
@@ -180,9 +179,9 @@ def test_fused_and_layer_by_layer_agree(case: Any, settings: dict[str, Any], imp
 
 def test_mse_takes_the_fused_operation(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
-    solve = entry._solve
+    choose = entry._choose
     monkeypatch.setattr(
-        entry, "_solve", lambda problem, impl: calls.append(len(problem.layers)) or solve(problem, impl)
+        entry, "_choose", lambda problem, impl: calls.append(len(problem.layers)) or choose(problem, impl)
     )
     run_pair(LLAMA, "steering").check()
     assert calls == [4], "one call for all layers"
@@ -211,5 +210,5 @@ def test_mse_inside_of_a_compiled_region() -> None:
 
 
 def test_mse_with_an_unknown_kernel() -> None:
-    with pytest.raises(ValueError, match="impl='cuda'; allowed are 'auto', 'torch', 'triton', 'native'"):
+    with pytest.raises(ValueError, match="impl='cuda'; allowed are 'auto', 'torch', 'triton'"):
         MSE(impl="cuda")  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lfu_reg.hooks.gated_hook import attached_already
+from lfu_reg.step.attached_model import is_attached
 from tests.distributed.reference import parameters_of
 from tests.support.models import TINY
 
@@ -35,4 +35,4 @@ def run_recipe(page: str) -> None:
         both = [torch.empty_like(parameter) for _ in range(2)]
         dist.all_gather(both, parameter)
         assert torch.equal(*both)
-    assert not attached_already(model)
+    assert not is_attached(model)

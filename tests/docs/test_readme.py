@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from lfu_reg.step.attached_model import check_is_free
+from lfu_reg.step.attached_model import is_attached
 from tests.support.cases import plain_loss, token_batch
 from tests.support.plain_models import TinyLM
 
@@ -35,7 +35,7 @@ def test_examples_run(page: str) -> None:
     for block in blocks:
         exec(compile(block, page, "exec"), names)
     assert not all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-    check_is_free(model)
+    assert not is_attached(model)
 
 
 def test_figures_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,8 +17,8 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
 from lfu_reg import LfURegularizer, LfUWarning
-from lfu_reg.hooks.gated_hook import attached_already
 from lfu_reg.integrations.lightning import LfUCallback
+from lfu_reg.step.attached_model import is_attached
 from tests.support.cases import plain_loss, seeded, token_batch
 from tests.support.compare import assert_same_gradients, gradients_of, mismatch
 from tests.support.loops import FIXED, STEERING, descended, values
@@ -136,7 +136,7 @@ def test_manual_optimization(tmp_path: Path) -> None:
     trainer = fit(tmp_path, module)
     assert_same_gradients(descended(before, module), by_hand(Module(), BATCHES[:1], STEERING), 1e-9)
     assert trainer.callback_metrics["lfu/consistency_loss"] > 0
-    assert not attached_already(module)
+    assert not is_attached(module)
     plain = module.lfu(module, BATCHES[0], module.sft_loss)  # outside of fit
     assert torch.equal(plain, module.sft_loss(module, BATCHES[0]))
 
@@ -151,7 +151,7 @@ def test_calling_it_twice_is_refused(tmp_path: Path) -> None:
     module.automatic_optimization = True
     with pytest.raises(RuntimeError, match=says("automatic optimization", "plain loss")):
         fit(tmp_path, module)
-    assert not attached_already(module)
+    assert not is_attached(module)
 
 
 def test_bfloat16(tmp_path: Path) -> None:
@@ -236,7 +236,7 @@ def test_nothing_is_left_after_an_exception(tmp_path: Path) -> None:
     with pytest.raises(KeyError, match="own error"):
         fit(tmp_path, module, lfu, Fails())
     assert lfu.regularizer is None
-    assert not attached_already(module)
+    assert not is_attached(module)
 
 
 def test_settings_are_checked_at_once(tmp_path: Path) -> None:

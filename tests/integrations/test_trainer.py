@@ -12,8 +12,8 @@ import torch.nn.functional as F
 import transformers as tf
 
 from lfu_reg import LfURegularizer, LfUWarning
-from lfu_reg.hooks.gated_hook import attached_already
 from lfu_reg.integrations.hf import LfUTrainer
+from lfu_reg.step.attached_model import is_attached
 from tests.support.architectures import peft_llama
 from tests.support.cases import seeded
 from tests.support.compare import assert_same_gradients, gradients_of, mismatch
@@ -272,7 +272,7 @@ def test_run_repeated_with_smaller_batches_starts_anew(tmp_path: Path) -> None:
     args = arguments(tmp_path, auto_find_batch_size=True, max_steps=3, learning_rate=0.01)
     LfUTrainer(model, args, train_dataset=ROWS, lfu=lfu).train()
     assert lams == [0, 1, 0, 1, 2]
-    assert not attached_already(model)
+    assert not is_attached(model)
 
 
 # ------------------------------------------------------------------ no trace, and refusals

@@ -11,7 +11,7 @@ from transformers import BatchEncoding
 
 from lfu_reg import LfURegularizer, SteeringVectors
 from tests.support.architectures import VOCAB
-from tests.support.cases import Case, all_tokens
+from tests.support.cases import Case
 from tests.support.compare import assert_same_gradients, close, gradients_of
 from tests.support.harness import auxiliary, run_pair
 from tests.support.models import LLAMA, T5, TINY
@@ -118,7 +118,7 @@ class Record:
 
 
 BATCH_TYPES = {
-    "tuple": (as_tuple, lambda m, b: TINY.loss(m, {"input_ids": b[0], "labels": b[1]}), all_tokens),
+    "tuple": (as_tuple, lambda m, b: TINY.loss(m, {"input_ids": b[0], "labels": b[1]}), TINY.mask),
     "BatchEncoding": (lambda b: BatchEncoding(dict(b)), TINY.loss, TINY.mask),
     "object": (Record, lambda m, b: TINY.loss(m, {"input_ids": b.input_ids, "labels": b.labels}), TINY.mask),
 }
@@ -126,7 +126,7 @@ BATCH_TYPES = {
 
 @pytest.mark.parametrize("kind", BATCH_TYPES)
 def test_kinds_of_batches(kind: str) -> None:
-    """A mapping and an object with a `labels` attribute are looked into; a tuple has no names to go by."""
+    """A mapping and an object with a `labels` attribute are looked into; of a tuple the second entry are the labels."""
     convert, loss_fn, mask = BATCH_TYPES[kind]
     model, batch = TINY.make(), TINY.batch()
     reg = LfURegularizer(model, SteeringVectors(), alpha=0.05, lam=0.7)

@@ -15,13 +15,21 @@ from tests.support.plain_models import LSTMStack, TinyCNN
 from tests.support.refusals import refuses, refuses_step
 
 
-def test_no_repeated_blocks_and_no_layers() -> None:
-    class Flat(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 2)
+class Flat(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.embed = nn.Linear(3, 3), nn.LayerNorm(3), nn.Embedding(3, 3)
 
-    refuses(Flat(), ("Flat", "layers", "first", "second"))
+
+@pytest.mark.parametrize("make", [Flat, lambda: nn.Sequential(Flat(), nn.ReLU()), nn.ReLU, lambda: nn.Linear(3, 2)])
+@pytest.mark.parametrize("layers", ["all", "late", 0])
+def test_no_layer_before_the_output(make: Callable[[], nn.Module], layers: Any) -> None:
+    model = make()
+    named = "first" if list(model.parameters()) and list(model.children()) else "none"
+    refuses(model, (type(model).__name__, "layers=['...']", "whole model", named), "steering", layers=layers)
+
+
+def test_the_one_layer_by_name() -> None:
     with LfURegularizer(Flat(), "steering", layers=["first"]) as reg:
         assert reg.layers == ("first",)
 

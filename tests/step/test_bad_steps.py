@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from lfu_reg import LfURegularizer
 from tests.step.test_inputs import new_cache
 from tests.support.cases import seeded
+from tests.support.compare import assert_same_gradients, close, gradients_of
+from tests.support.harness import run_pair
 from tests.support.models import CNN, LLAMA, LSTM, TINY
 from tests.support.plain_models import TinyLM
 from tests.support.refusals import refuses, refuses_step, says
@@ -93,10 +95,32 @@ def test_double_attach() -> None:
 
 
 def test_data_parallel() -> None:
-    wrapped = nn.DataParallel(TINY.make())
-    refuses(wrapped, ("DataParallel", "DistributedDataParallel"), "steering")
+    """Refused where it makes copies; with one device or none it calls the model itself."""
+    parts = ("DataParallel", "DistributedDataParallel", "several devices")
+    refuses(on_two_devices(TINY.make()), parts, "steering")
+    refuses(nn.Sequential(on_two_devices(TINY.make())), parts, "steering")
     model = TINY.make()
-    refuses_step(("DataParallel", "DistributedDataParallel"), model=model, given=nn.DataParallel(model))
+    refuses_step(parts, model=model, given=on_two_devices(model))
+
+
+def on_two_devices(model: nn.Module) -> nn.Module:
+    wrapped = nn.DataParallel(model)
+    wrapped.device_ids = [0, 1]
+    return wrapped
+
+
+@pytest.mark.parametrize("attached", ["the wrapper", "the model", "a wrapper of the wrapper"])
+def test_data_parallel_on_one_device(attached: str) -> None:
+    expected = run_pair(TINY, "steering").want
+    model = TINY.make()
+    wrapped = nn.DataParallel(model)
+    target: nn.Module = {"the wrapper": wrapped, "the model": model}.get(attached, nn.Sequential(wrapped))
+    given = wrapped if attached == "the model" else target
+    with LfURegularizer(target, "steering", alpha=0.05, lam=0.7) as reg:
+        loss = reg(given, TINY.batch(), TINY.loss)
+        loss.backward()
+    close(loss.detach(), expected.loss)
+    assert_same_gradients(gradients_of(model), expected.gradients)
 
 
 def test_a_batch_with_a_cache() -> None:

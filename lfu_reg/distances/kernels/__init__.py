@@ -1,1 +1,1 @@
-"""Fused kernels; every one has a pure-torch twin with the same signature."""
+"""The fused squared difference over layers: a Triton kernel for GPUs, and its twin of plain torch operations."""

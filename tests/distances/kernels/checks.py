@@ -1,4 +1,4 @@
-"""What a kernel has to do, as functions of device and kernel: Triton's interpreter on a CPU, a GPU, compiled C++.
+"""What a kernel has to do, as functions of device and kernel: Triton's interpreter on a CPU, or a GPU.
 
 Not collected by pytest itself: the interpreter is chosen when triton is imported, so it needs a process of its own.
 """
@@ -10,10 +10,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import pytest
 import torch
 
-from lfu_reg.distances.kernels.mse_over_layers import mse_over_layers
+from lfu_reg.distances.kernels.autograd import apply
+from lfu_reg.distances.kernels.entry import _triton, mse_over_layers
+from lfu_reg.distances.kernels.problem import describe_problems
+from lfu_reg.distances.kernels.torch_twin import TWIN
 from tests.distances.kernels.reference import compare, gradients, make
 
 CHECKS: dict[str, Callable[[str, Any], None]] = {}
@@ -61,7 +63,7 @@ def dtypes_that_differ(device: str, impl: Any) -> None:
     first, second = make([(2, 3, 33)], HALF, device=device), make([(1, 4, 48)], BRAIN, device=device)
     third = make([(2, 3, 33)], HALF, device=device)
     lists = [a + b + c for a, b, c in zip(first, second, third, strict=True)]
-    compare(lists[0], lists[1], impl=impl, weights=[0.5, 2.0, 0.25])
+    compare(lists[0], lists[1], impl=impl, stop_gradient="none")
 
 
 @check
@@ -106,7 +108,7 @@ def token_index(device: str, impl: Any) -> None:
 def nothing_selected(device: str, impl: Any) -> None:
     clean, perturbed = make([(2, 3, 16), (0, 3, 16), (2, 3, 0)], device=device)
     none = torch.empty(0, dtype=torch.int64, device=device)
-    loss, per_layer = mse_over_layers(clean, perturbed, [none, None, None], impl=impl, stop_gradient="none")
+    loss, per_layer = mse_over_layers(clean, perturbed, [none, None, None], impl=impl)
     assert loss.item() == 0.0
     assert per_layer.tolist() == [0.0, 0.0, 0.0]
     for gradient, tensor in zip(gradients(loss, [*clean, *perturbed]), [*clean, *perturbed], strict=True):
@@ -139,10 +141,10 @@ def index_outside_turns_the_loss_into_nan(device: str, impl: Any) -> None:
 
 
 @check
-def weights_and_upstream(device: str, impl: Any) -> None:
+def upstream_gradient(device: str, impl: Any) -> None:
     layers = make([(3, 5, 40)] * 3, BRAIN, device=device)
-    compare(*layers, impl=impl, weights=[0.0, -2.0, 1e-3], upstream=-3.5)
-    compare(*layers, impl=impl, weights=torch.tensor([1.0, 0.5, 4.0], device=device), upstream=2.0**16)
+    compare(*layers, impl=impl, upstream=-3.5)
+    compare(*layers, impl=impl, upstream=2.0**16)
     loss, _per_layer = mse_over_layers(*layers, None, impl=impl)
     (3 * loss + loss.square()).backward()  # the gradient of the loss is not the last node of the graph
     expected, _ = mse_over_layers(*layers, None, impl=impl)
@@ -152,8 +154,18 @@ def weights_and_upstream(device: str, impl: Any) -> None:
 
 
 @check
+def upstream_gradient_that_is_one_number_expanded(device: str, impl: Any) -> None:
+    layers = make([(3, 5, 40)] * 3, device=device)
+    (problem,) = describe_problems(*layers, None, "mean")
+    found, expected = (torch.autograd.grad(apply(problem, i, *layers).sum(), layers[1]) for i in (_triton(), TWIN))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@check
 def gradient_for_some_layers_only(device: str, impl: Any) -> None:
     clean, perturbed = make([(2, 3, 16)] * 4, device=device)
+    clean = [h.detach() for h in clean]
     for layer in (0, 2):
         perturbed[layer].requires_grad_(False)
     loss, _ = mse_over_layers(clean, perturbed, None, impl=impl)
@@ -163,22 +175,6 @@ def gradient_for_some_layers_only(device: str, impl: Any) -> None:
         torch.testing.assert_close(a, b)
     with torch.no_grad():
         assert not mse_over_layers(clean, perturbed, None, impl=impl)[0].requires_grad
-
-
-@check
-def overwriting_the_clean_states(device: str, impl: Any) -> None:
-    index = torch.tensor([1, 4, 5], device=device)
-    for dtype in (BRAIN, SINGLE):
-        for chosen in (None, index):
-            clean, perturbed = make([(2, 3, 64), (2, 3, 33)], dtype, device=device)
-            compare(clean, perturbed, chosen, impl=impl, overwrite_clean=True)
-    clean, perturbed = make([(2, 3, 64)], device=device)
-    owned = clean[0].detach().clone()
-    loss, _ = mse_over_layers([owned], perturbed, None, impl=impl, overwrite_clean=True)
-    (gradient,) = torch.autograd.grad(loss, perturbed, retain_graph=True)
-    assert gradient.data_ptr() == owned.data_ptr()
-    with pytest.raises(RuntimeError, match="overwrite_clean"):
-        torch.autograd.grad(loss, perturbed)
 
 
 @check
@@ -199,7 +195,7 @@ def the_same_bits_every_time(device: str, impl: Any) -> None:
     clean, perturbed = make([(11, 13, 257), (3, 7, 640)], BRAIN, device=device)
     runs = []
     for _ in range(3):
-        loss, per_layer = mse_over_layers(clean, perturbed, None, impl=impl, stop_gradient="none")
+        loss, per_layer = mse_over_layers(clean, perturbed, None, impl=impl)
         runs.append([loss, per_layer, *gradients(loss, [*clean, *perturbed])])
     for run in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
@@ -229,13 +225,17 @@ def saved_tensors_that_move(device: str, impl: Any) -> None:
 def positions_beyond_2_to_the_31_elements(device: str, impl: Any) -> None:
     if device != "cpu":
         return  # there it would take real memory
-    far = 2**31 + 8
+    positions = 2**25 + 2
     with TemporaryDirectory() as folder:
-        # A sparse file: only the pages of the two positions exist.
-        path = str(Path(folder) / "states")
-        storage = torch.from_file(path, shared=True, size=far + 64, dtype=HALF)
-        clean = storage.as_strided((2, 64), (far, 1))
-        clean.copy_(torch.randn(2, 64))
-        perturbed = (clean + 1).requires_grad_()
-        compare([clean], [perturbed], impl=impl)
-        del storage, clean
+        # Sparse files: only the pages of the two positions that count exist.
+        clean, perturbed = (
+            torch.from_file(str(Path(folder) / name), shared=True, size=positions * 64, dtype=HALF).view(positions, 64)
+            for name in ("clean", "perturbed")
+        )
+        index = torch.tensor([0, positions - 1])
+        clean[index] = torch.randn(2, 64).half()
+        perturbed[index] = clean[index] + torch.tensor([[1.0], [2.0]]).half()
+        _, found = mse_over_layers([clean], [perturbed], index, impl=impl)
+        _, expected = mse_over_layers([clean[index]], [perturbed[index]], None, impl="torch")
+        torch.testing.assert_close(found, expected)
+        del clean, perturbed

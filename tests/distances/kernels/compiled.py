@@ -17,10 +17,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lfu_reg.distances.kernels import mse_gpu, mse_triton
-from lfu_reg.distances.kernels.mse_problem import describe_problems
-from lfu_reg.distances.kernels.mse_rows import Group
-from lfu_reg.distances.kernels.mse_table import build_table, strides_of
+from lfu_reg.distances.kernels.problem import describe_problems
+from lfu_reg.distances.kernels.table import build_table
+from lfu_reg.distances.kernels.triton_kernels import backward_kernel, forward_kernel
+from lfu_reg.distances.kernels.triton_launch import launch_options
 
 with suppress(ImportError):  # triton 3.2
     from triton.backends.compiler import AttrsDescriptor
@@ -29,30 +29,25 @@ ARCHITECTURES = (80, 90)
 POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 
 
-def group_of(shape: tuple[int, ...], clean: torch.dtype, perturbed: torch.dtype, strided: bool = False) -> Group:
-    """The launch settings that are shipped for two layers of this kind."""
-    h, h_prime = torch.zeros(shape, dtype=clean), torch.zeros(shape, dtype=perturbed)
-    if strided:
-        h = h.transpose(0, 1).contiguous().transpose(0, 1)
-    (problem,) = describe_problems([h] * 2, [h_prime] * 2, None, None, "mean", "clean", False)
-    sides = problem.clean, problem.perturbed
-    (group,) = build_table(problem, *sides, (True, True), strides_of(*sides)).rows.groups
-    return group
-
-
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
-# name: launch settings, whether there is an index, whether the clean states are overwritten
-CASES: dict[str, tuple[Group, bool, bool]] = {
-    "bf16, hidden 4096": (group_of((1, 8, 4096), BRAIN, BRAIN), False, False),
-    "bf16, hidden 4096, index": (group_of((1, 8, 4096), BRAIN, BRAIN), True, False),
-    "bf16, hidden 4096, overwrite": (group_of((1, 8, 4096), BRAIN, BRAIN), True, True),
-    "bf16, hidden 128, index": (group_of((8, 32, 128), BRAIN, BRAIN), True, False),
-    "fp16, hidden 2560": (group_of((1, 8, 2560), HALF, HALF), False, False),
-    "fp32, hidden 4096, index": (group_of((1, 8, 4096), SINGLE, SINGLE), True, False),
-    "bf16 and fp32, hidden 1024": (group_of((1, 8, 1024), BRAIN, SINGLE), True, False),
-    "bf16, hidden 1271, index": (group_of((1, 8, 1271), BRAIN, BRAIN), True, False),
-    "fp32, hidden 257, strided, index": (group_of((4, 8, 257), SINGLE, SINGLE, strided=True), True, False),
+# name: hidden size, dtypes of the two sides, whether there is an index
+CASES = {
+    "bf16, hidden 4096": (4096, (BRAIN, BRAIN), False),
+    "bf16, hidden 4096, index": (4096, (BRAIN, BRAIN), True),
+    "bf16, hidden 128, index": (128, (BRAIN, BRAIN), True),
+    "fp16, hidden 2560": (2560, (HALF, HALF), False),
+    "fp32, hidden 4096, index": (4096, (SINGLE, SINGLE), True),
+    "bf16 and fp32, hidden 1024": (1024, (BRAIN, SINGLE), True),
+    "bf16, hidden 1271, index": (1271, (BRAIN, BRAIN), True),
+    "bf16 and fp32, hidden 257, index": (257, (BRAIN, SINGLE), True),
 }
+
+
+def options_of(hidden: int, dtypes: tuple[torch.dtype, torch.dtype], has_index: bool) -> dict[str, Any]:
+    """The launch settings that are shipped for two layers of this kind."""
+    h, h_prime = (torch.zeros(8, hidden, dtype=dtype) for dtype in dtypes)
+    (problem,) = describe_problems([h] * 2, [h_prime] * 2, torch.arange(4) if has_index else None, "mean")
+    return launch_options(dtypes, build_table(problem, [h] * 2, [h_prime] * 2, [True, True]))
 
 
 def compile_kernel(kernel: Any, types: dict[str, str], options: dict[str, Any], architecture: int) -> Any:
@@ -102,25 +97,17 @@ def usage(compiled: Any) -> dict[str, int]:
 
 
 def main() -> None:
-    table = {"table_ptr": "*i64", "partial_ptr": "*fp32", "weights_ptr": "*fp32", "mask_ptr": "*u8"}
-    numbers = {"first": "i32", "programs": "i32", "share": "i32", "count": "i32"}
-    scalars = {"upstream_ptr": "*fp32", "loss_ptr": "*fp32", "per_layer_ptr": "*fp32"}
+    types = {"table_ptr": "*i64", "partial_ptr": "*fp32", "upstream_ptr": "*fp32", "programs": "i32", "share": "i32"}
     results = {}
     for architecture in ARCHITECTURES:
-        for name, (group, index, overwrite) in CASES.items():
-            types = {**table, **numbers, **scalars}
-            types |= {"to_perturbed_ptr": POINTERS[group.perturbed], "to_clean_ptr": POINTERS[group.clean]}
-            options = {**mse_gpu._options(group), "HAS_INDEX": index, "OVERWRITE": overwrite}
-            forward = compile_kernel(mse_triton.forward_kernel, types, options, architecture)
-            options |= {"HAS_WEIGHTS": True, "GRAD_PERTURBED": not overwrite, "GRAD_CLEAN": False}
-            backward = compile_kernel(mse_triton.backward_kernel, types, options, architecture)
-            results[f"sm_{architecture}: {name}"] = {"forward": usage(forward), "backward": usage(backward)}
-        reduce = {"HAS_WEIGHTS": False, "BLOCK_K": 16, "BLOCK_P": 256, "num_warps": 8}
-        small = {
-            "reduce": usage(compile_kernel(mse_triton.reduce_kernel, types, reduce, architecture)),
-            "mask": usage(compile_kernel(mse_triton.mask_kernel, types, {"BLOCK_N": 1024}, architecture)),
-        }
-        results[f"sm_{architecture}: small kernels"] = small
+        for name, (hidden, dtypes, has_index) in CASES.items():
+            types |= {"to_clean_ptr": POINTERS[dtypes[0]], "to_perturbed_ptr": POINTERS[dtypes[1]]}
+            options = options_of(hidden, dtypes, has_index)
+            wanted = {"GRAD_CLEAN": False, "GRAD_PERTURBED": True}
+            results[f"sm_{architecture}: {name}"] = {
+                "forward": usage(compile_kernel(forward_kernel, types, options, architecture)),
+                "backward": usage(compile_kernel(backward_kernel, types, options | wanted, architecture)),
+            }
     sys.stdout.write(json.dumps(results, indent=1))
 
 

@@ -9,31 +9,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lfu_reg.distances.kernels.mse_over_layers import mse_over_layers
+from lfu_reg.distances.kernels.entry import mse_over_layers
 
 
 def plain(
     clean: Sequence[Tensor],
     perturbed: Sequence[Tensor],
     index: Any = None,
-    weights: Any = None,
     reduction: str = "mean",
-    stop_gradient: str = "clean",
 ) -> tuple[Tensor, Tensor]:
     values = []
-    count = len(clean)
     for layer, (h, h_prime) in enumerate(zip(clean, perturbed, strict=True)):
-        h = h.detach() if stop_gradient == "clean" else h
-        h_prime = h_prime.detach() if stop_gradient == "perturbed" else h_prime
         h, h_prime = (t.reshape(prod(t.shape[:-1]), t.shape[-1]) for t in (h, h_prime))
         chosen = index if index is None or isinstance(index, Tensor) else index[layer]
         if chosen is not None:
             h, h_prime = h[chosen], h_prime[chosen]
         divisor = h.numel() if reduction == "mean" else len(h)
         values.append((h_prime - h).square().sum() / max(1, divisor))
-    factors = [1 / count] * count if weights is None else weights
-    loss = sum((w * d for w, d in zip(factors, values, strict=True)), torch.zeros(()))
-    return loss, torch.stack([v.detach().double() for v in values])
+    return sum(values, torch.zeros(())) / len(values), torch.stack([v.detach().double() for v in values])
 
 
 def make(
@@ -61,32 +54,28 @@ def compare(
     clean: Sequence[Tensor],
     perturbed: Sequence[Tensor],
     index: Any = None,
-    weights: Any = None,
     *,
     reduction: str = "mean",
     stop_gradient: str = "clean",
     impl: str,
     upstream: float = 1.0,
-    overwrite_clean: bool = False,
 ) -> None:
     """Error against float64 no larger than the plain version's own in the given dtypes, plus a margin.
 
     Margins: values 4 float32 roundings of themselves (64 of float64, as the reference has those too); gradients one
-    rounding of their dtype of the largest entry, two where h' - h was stored in it.
+    rounding of their dtype of the largest entry. `stop_gradient` detaches a side first, as the regularizer does.
     """
+    clean = [h.detach() for h in clean] if stop_gradient == "clean" else clean
+    perturbed = [h.detach() for h in perturbed] if stop_gradient == "perturbed" else perturbed
     tensors = [*clean, *perturbed]
     device = tensors[0].device
-    wide = [t.detach().double().cpu().requires_grad_() for t in tensors]
-    low = [t.detach().clone().requires_grad_() for t in tensors]
+    wide = [t.detach().double().cpu().requires_grad_(t.requires_grad) for t in tensors]
+    low = [t.detach().clone().requires_grad_(t.requires_grad) for t in tensors]
     count = len(clean)
     on_host = _to_host(index)
-    options = {"reduction": reduction, "stop_gradient": stop_gradient}
-    exact, exact_layers = plain(wide[:count], wide[count:], on_host, weights, **options)
-    rough, rough_layers = plain(low[:count], low[count:], index, weights, **options)
-    given = [t.detach() for t in clean] if overwrite_clean else clean
-    loss, per_layer = mse_over_layers(
-        given, perturbed, index, weights, impl=impl, overwrite_clean=overwrite_clean, **options
-    )
+    exact, exact_layers = plain(wide[:count], wide[count:], on_host, reduction)
+    rough, rough_layers = plain(low[:count], low[count:], index, reduction)
+    loss, per_layer = mse_over_layers(clean, perturbed, index, reduction=reduction, impl=impl)
     wanted = torch.float64 if torch.float64 in {t.dtype for t in tensors} else torch.float32
     assert loss.dtype == per_layer.dtype == wanted
     assert loss.shape == ()
@@ -94,21 +83,18 @@ def compare(
     assert not per_layer.requires_grad
     assert loss.device == device
     eps = torch.finfo(wanted).eps * (16 if wanted == torch.float64 else 1)
-    # Where the caller lets go of the clean states, the torch twin sums differences in the states' own dtype.
-    stored = max(torch.finfo(t.dtype).eps for t in tensors) if overwrite_clean and impl == "torch" else 0.0
-    _close(per_layer, exact_layers, rough_layers, (4 * eps + stored) * exact_layers)
-    _close(loss, exact, rough, (4 * eps + stored) * exact.abs())
+    _close(per_layer, exact_layers, rough_layers, 4 * eps * exact_layers)
+    _close(loss, exact, rough, 4 * eps * exact.abs())
 
-    with_gradient = [i for i, t in enumerate((*given, *perturbed)) if t.requires_grad]
+    with_gradient = [i for i, t in enumerate(tensors) if t.requires_grad]
     compared, wide, low = ([side[i] for i in with_gradient] for side in (tensors, wide, low))
     found = gradients(loss, compared, upstream)
     exact_gradients, rough_gradients = gradients(exact, wide, upstream), gradients(rough, low, upstream)
     for tensor, g, e, r in zip(compared, found, exact_gradients, rough_gradients, strict=True):
         assert g.shape == tensor.shape
         assert g.dtype == tensor.dtype
-        roundings = 2 if overwrite_clean else 1
         info = torch.finfo(tensor.dtype)
-        margin = roundings * info.eps * e.abs().max() + info.smallest_normal if e.numel() else torch.zeros(())
+        margin = info.eps * e.abs().max() + info.smallest_normal if e.numel() else torch.zeros(())
         _close(g, e, r, margin)
         assert not g.cpu()[e == 0].any(), "a position that was not selected has a gradient"
 

@@ -10,13 +10,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lfu_reg.distances.kernels import mse_over_layers as entry
-from lfu_reg.distances.kernels import mse_parts, mse_torch
-from lfu_reg.distances.kernels.mse_over_layers import mse_over_layers
+from lfu_reg.distances.kernels import entry, torch_twin
+from lfu_reg.distances.kernels.entry import mse_over_layers
 from tests.distances.kernels.reference import compare, gradients, make
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-# Small layers are stacked, large ones walked in parts.
+# The largest is walked in several blocks.
 SHAPES = [
     [(1, 1, 1)],
     [(1, 1, 1)] * 128,
@@ -35,28 +34,34 @@ def test_all_positions(dtype: torch.dtype, shapes: list[tuple[int, ...]], stop_g
     compare(*make(shapes, dtype), impl="torch", stop_gradient=stop_gradient, reduction="sum", upstream=-2.5)
 
 
-@pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "index", [[], [3], [5, 1, 9], [2, 3, 4, 5, 10, 11], list(range(15)), [0, 14], [*range(3, 11)]], ids=str
 )
-def test_token_index(index: list[int], dtype: torch.dtype, overwrite: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs of positions, gathered ones, in one part and in several, stacked and alone."""
+def test_token_index(index: list[int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of positions and single ones, in one block and in several."""
     chosen = torch.tensor(index, dtype=torch.int64)
-    for part, run, small in ((1 << 19, 1 << 15, 1 << 13), (90, 30, 0), (90, 1 << 15, 0)):
-        monkeypatch.setattr(mse_parts, "_PART_CPU", part)
-        monkeypatch.setattr(mse_parts, "_LONG_RUN", run)
-        monkeypatch.setattr(mse_torch, "_SMALL", small)
+    for block in (1 << 18, 90):
+        monkeypatch.setattr(torch_twin, "_BLOCK_CPU", block)
         layers = make([(3, 5, 30)] * 2, dtype)
-        stop = "clean" if overwrite else "none"
-        compare(*layers, chosen, impl="torch", overwrite_clean=overwrite, stop_gradient=stop)
-        compare(*layers, [chosen, None], impl="torch", overwrite_clean=overwrite, stop_gradient=stop)
+        compare(*layers, chosen, impl="torch", stop_gradient="none")
+        compare(*layers, [chosen, None], impl="torch", stop_gradient="none")
 
 
 def test_dtypes_that_differ() -> None:
     compare(*make([(3, 5, 20)] * 2, torch.bfloat16, torch.float32), impl="torch", stop_gradient="none")
     compare(*make([(3, 5, 20)] * 2, torch.float32, torch.float16), impl="torch", stop_gradient="none")
     compare(*make([(64, 3, 300)], torch.float32, torch.float64), impl="torch", stop_gradient="none")
+
+
+def test_layers_of_several_dtypes_keep_their_order() -> None:
+    (a, c), (b, d) = make([(2, 3), (4, 5)], torch.float64), make([(3, 4), (5, 2)], torch.bfloat16)
+    sides = [a[0], b[0], a[1], b[1]], [c[0], d[0], c[1], d[1]]
+    loss, per_layer = mse_over_layers(*sides, None)
+    alone = [mse_over_layers([h], [h_prime], None)[0].double() for h, h_prime in zip(*sides, strict=True)]
+    assert torch.equal(per_layer, torch.stack(alone))
+    assert loss.dtype == torch.float64
+    assert loss.item() == pytest.approx(sum(alone).item() / 4)
 
 
 @pytest.mark.parametrize("shape", [(700, 1024), (700, 1021)])
@@ -71,9 +76,7 @@ def test_half_precision_does_not_overflow_in_the_difference() -> None:
     assert mse_over_layers(clean, perturbed, None)[0].item() == pytest.approx(120000.0**2, rel=1e-4)
 
 
-@pytest.mark.parametrize("small", [0, 1 << 13])
-def test_strides(small: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mse_torch, "_SMALL", small)
+def test_strides() -> None:
     views = [
         torch.randn(4, 6, 32).transpose(0, 1),
         torch.randn(6, 4, 64)[..., ::2],
@@ -88,28 +91,43 @@ def test_strides(small: int, monkeypatch: pytest.MonkeyPatch) -> None:
             compare(tensors[:4], tensors[4:], chosen, impl="torch", stop_gradient="none")
 
 
-@pytest.mark.parametrize("stop_gradient", ["clean", "perturbed", "none"])
+@pytest.mark.parametrize("sides", ["clean", "perturbed", "both"])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("small", [0, 1 << 13])
-def test_gradcheck(stop_gradient: str, reduction: str, small: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mse_torch, "_SMALL", small)
+def test_gradcheck(sides: str, reduction: Any) -> None:
     clean, perturbed = make([(2, 3, 5)] * 3, torch.float64)
     index = [torch.tensor([4, 0, 3]), None, torch.empty(0, dtype=torch.int64)]
-    inputs = [*(clean if stop_gradient != "clean" else []), *(perturbed if stop_gradient != "perturbed" else [])]
+    inputs = [*(clean if sides != "perturbed" else []), *(perturbed if sides != "clean" else [])]
 
     def loss(*_: torch.Tensor) -> torch.Tensor:
-        return mse_over_layers(
-            clean, perturbed, index, [0.5, 2.0, 1.0], reduction=reduction, stop_gradient=stop_gradient
-        )[0]
+        return mse_over_layers(clean, perturbed, index, reduction=reduction)[0]
 
     assert torch.autograd.gradcheck(loss, inputs)
 
 
-def test_the_stopped_side_gets_no_gradient() -> None:
-    clean, perturbed = make([(2, 3, 5)] * 2)
-    mse_over_layers(clean, perturbed, None)[0].backward()
-    assert all(t.grad is None for t in clean)
-    assert all(t.grad is not None for t in perturbed)
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_detached_side_gets_no_gradient(stopped: int) -> None:
+    sides = make([(2, 3, 5)] * 2)
+    given = [[t.detach() for t in side] if n == stopped else side for n, side in enumerate(sides)]
+    mse_over_layers(*given, None)[0].backward()
+    assert all(t.grad is None for t in sides[stopped])
+    assert all(t.grad is not None for t in sides[1 - stopped])
+
+
+def test_gradients_nobody_wants_are_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    clean, perturbed = make([(2, 3, 5)] * 3)
+    clean = [clean[0], clean[1].detach(), clean[2].detach()]
+    loss, _ = mse_over_layers(clean, [*perturbed[:2], perturbed[2].detach()], None)
+    calls: dict[str, int] = {"_difference": 0, "_placed": 0}
+    for name in calls:
+        function = getattr(torch_twin, name)
+
+        def counted(*arguments: Any, name: str = name, function: Any = function) -> Any:
+            calls[name] += 1
+            return function(*arguments)
+
+        monkeypatch.setattr(torch_twin, name, counted)
+    loss.backward()
+    assert calls == {"_difference": 2, "_placed": 3}
 
 
 def test_second_derivatives_are_refused() -> None:
@@ -132,7 +150,7 @@ def test_upstream_gradient_that_is_not_one() -> None:
 def test_nothing_selected_and_empty_layers() -> None:
     clean, perturbed = make([(2, 3, 16), (0, 3, 16), (2, 3, 0), (2, 3, 0), (70, 300)])
     none = torch.empty(0, dtype=torch.int64)
-    loss, per_layer = mse_over_layers(clean, perturbed, [none, None, None, None, none], stop_gradient="none")
+    loss, per_layer = mse_over_layers(clean, perturbed, [none, None, None, None, none])
     assert loss.item() == 0.0
     assert per_layer.tolist() == [0.0] * 5
     for gradient, tensor in zip(gradients(loss, [*clean, *perturbed]), [*clean, *perturbed], strict=True):
@@ -140,15 +158,13 @@ def test_nothing_selected_and_empty_layers() -> None:
 
 
 @pytest.mark.parametrize("shape", [(8, 64), (8, 6400)])
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_values_at_other_positions_do_not_matter(shape: tuple[int, int], overwrite: bool) -> None:
+def test_values_at_other_positions_do_not_matter(shape: tuple[int, int]) -> None:
     clean, perturbed = make([shape])
     rest = [0, 1, 3, 4, 6, 7]
     with torch.no_grad():
         clean[0][rest] = float("nan")
         perturbed[0][rest] = float("inf")
-    owned = [clean[0].detach()]
-    loss, _ = mse_over_layers(owned, perturbed, torch.tensor([2, 5]), overwrite_clean=overwrite)
+    loss, _ = mse_over_layers(clean, perturbed, torch.tensor([2, 5]))
     (gradient,) = gradients(loss, perturbed)
     assert loss.isfinite()
     assert torch.equal(gradient[rest], torch.zeros_like(gradient[rest]))
@@ -163,32 +179,6 @@ def test_index_outside_of_the_layer(shape: tuple[int, int], wrong: int) -> None:
         mse_over_layers(*make([shape]), index)
     with pytest.raises((IndexError, RuntimeError)):
         mse_over_layers(*make([shape]), index.flip(0))
-
-
-def test_overwriting_gives_the_clean_memory_back_as_gradient() -> None:
-    clean, perturbed = make([(64, 3, 300)] * 2)
-    owned = [h.detach() for h in clean]
-    loss, _ = mse_over_layers(owned, perturbed, None, overwrite_clean=True)
-    found = torch.autograd.grad(loss, perturbed, retain_graph=True)
-    assert [g.data_ptr() for g in found] == [h.data_ptr() for h in owned]
-    with pytest.raises(RuntimeError, match="overwrite_clean"):
-        torch.autograd.grad(loss, perturbed)
-
-
-def test_overwriting_leaves_shared_and_strided_memory_alone() -> None:
-    shared = torch.randn(64, 300)
-    strided = torch.randn(300, 64).t()
-    before = shared.clone(), strided.clone()
-    _, perturbed = make([(64, 300)] * 3)
-    loss, _ = mse_over_layers([shared, shared, strided], perturbed, None, overwrite_clean=True)
-    loss.backward()
-    assert torch.equal(shared, before[0])
-    assert torch.equal(strided, before[1])
-    owned = torch.randn(64, 300)
-    copy = owned.clone()
-    with torch.no_grad():
-        mse_over_layers([owned], perturbed[:1], None, overwrite_clean=True)
-    assert torch.equal(owned, copy)
 
 
 def test_every_element_is_written() -> None:
@@ -244,8 +234,8 @@ def test_ragged_layers(data: st.DataObject) -> None:
         chosen = data.draw(st.none() | st.lists(st.integers(0, positions - 1), unique=True))
         index.append(None if chosen is None else torch.tensor(chosen, dtype=torch.int64))
     dtype = data.draw(st.sampled_from(DTYPES))
-    weights = data.draw(st.none() | st.just([0.5 * n for n in range(len(shapes))]))
-    compare(*make(shapes, dtype), index, weights, impl="torch", stop_gradient="none")
+    reduction = data.draw(st.sampled_from(["mean", "sum"]))
+    compare(*make(shapes, dtype), index, reduction=reduction, impl="torch", stop_gradient="none")
 
 
 @pytest.mark.skipif(not torch.backends.mps.is_available() and not torch.cuda.is_available(), reason="needs a GPU")
@@ -256,4 +246,4 @@ def test_twin_on_another_device() -> None:
 
 def test_imports_without_triton() -> None:
     assert "triton" not in vars(entry)
-    assert "lfu_reg.distances.kernels.mse_gpu" not in sys.modules or "triton" in sys.modules
+    assert "lfu_reg.distances.kernels.triton_launch" not in sys.modules or "triton" in sys.modules

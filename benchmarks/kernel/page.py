@@ -1,19 +1,17 @@
 """Fills the tables of docs/kernel.md from the result files, so that no number is typed by hand.
 
-python benchmarks/kernel_page.py
+In benchmarks/: python -m kernel.page
 """
 
 from __future__ import annotations
 
 import csv
-import json
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "kernel.md"
 RESULTS = ROOT / "benchmarks" / "results"
-OURS = ("twin", "twin, overwrite", "native", "triton", "triton, overwrite")
 EAGER = ("eager", "eager float32", "stacked", "foreach")
 
 Row = dict[str, str]
@@ -34,44 +32,41 @@ def filled(page: str) -> str:
 
 
 def cpu() -> str:
-    """Twin and native against the best of plain torch and torch.compile."""
+    """The twin against the best of plain torch, the stack of all layers, and torch.compile."""
     rows = _read("kernel_cpu.csv")
     about = rows[0]
     lines = [
         f"{_about(about)}; {about['rounds']} rounds, forward and backward.",
         "",
-        "| layers x tokens x hidden | dtype | selected | twin, ms | twin, overwrite | native | best eager | compiled |",
-        "|---|---|---|---|---|---|---|---|",
+        "| layers x tokens x hidden | dtype | selected | twin, ms | best eager | stacked | compiled |",
+        "|---|---|---|---|---|---|---|",
     ]
     for case, found in _cases(rows, "both").items():
         twin = found["twin"]
         base = float(twin["median_us"])
         best = min((found[name] for name in EAGER), key=lambda r: float(r["median_us"]))
-        cells = [_ratio(found[name], base) for name in ("twin, overwrite", "native")]
-        cells += [f"{_ratio(best, base)} ({best['provider']})", _ratio(found["compiled"], base)]
+        cells = [f"{_ratio(best, base)} ({best['provider']})"]
+        cells += [_ratio(found[name], base) for name in ("stacked", "compiled")]
         spread = f"{base / 1e3:.2f} ({float(twin['p20_us']) / 1e3:.2f} to {float(twin['p80_us']) / 1e3:.2f})"
         lines.append("| " + " | ".join([*case, spread, *cells]) + " |")
     return "\n".join([*lines, "", *_summary(rows), ""])
 
 
 def _summary(rows: list[Row]) -> list[str]:
-    """In how many rows ours is slower than the best opponent, by how much at most."""
+    """In how many rows the twin is slower than the best opponent, by how much at most."""
     lines = []
-    for name in ("twin", "native"):
-        for mode in ("both", "forward", "backward"):
-            cases = _cases(rows, mode)
-            losses = {}
-            for case, found in cases.items():
-                best = min((found[other] for other in (*EAGER, "compiled")), key=lambda r: float(r["median_us"]))
-                ratio = float(found[name]["median_us"]) / float(best["median_us"])
-                if ratio > 1:
-                    losses[f"{case[0]} {case[1]}, {best['provider']}"] = ratio
-            worst = max(losses, key=lambda k: losses[k], default="")
-            text = f"at most {losses[worst]:.2f} times its time ({worst})" if losses else "never slower"
-            passes = "forward and backward" if mode == "both" else f"{mode} alone"
-            lines.append(
-                f"* {name}, {passes}: slower than the best opponent in {len(losses)} of {len(cases)} rows; {text}."
-            )
+    for mode in ("both", "forward", "backward"):
+        passes = "forward and backward" if mode == "both" else f"{mode} alone"
+        cases = _cases(rows, mode)
+        losses = {}
+        for case, found in cases.items():
+            best = min((found[other] for other in (*EAGER, "compiled")), key=lambda r: float(r["median_us"]))
+            ratio = float(found["twin"]["median_us"]) / float(best["median_us"])
+            if ratio > 1:
+                losses[f"{case[0]} {case[1]}, {best['provider']}"] = ratio
+        worst = max(losses, key=lambda k: losses[k], default="")
+        text = f"at most {losses[worst]:.2f} times its time ({worst})" if losses else "never slower"
+        lines.append(f"* {passes}: slower than the best opponent in {len(losses)} of {len(cases)} rows; {text}.")
     return lines
 
 
@@ -92,40 +87,10 @@ def host() -> str:
     return "\n".join([*lines, ""])
 
 
-def leads() -> str:
-    """The two leads, with another gradient flowing through the states."""
-    rows = _read("kernel_leads_cpu.csv")
-    names = list(dict.fromkeys(row["provider"] for row in rows))
-    lines = [
-        f"ms, median of {rows[0]['rounds']} rounds, commit {rows[0]['commit']}.",
-        "",
-        f"| layers x tokens x hidden | dtype | {' | '.join(names)} |",
-        "|---|---|" + "---|" * len(names),
-    ]
-    for case, found in _cases(rows, "both").items():
-        cells = [f"{float(found[name]['median_us']) / 1e3:.2f}" for name in names]
-        lines.append("| " + " | ".join([*case[:2], *cells]) + " |")
-    return "\n".join([*lines, ""])
-
-
-def share() -> str:
-    """What the distance takes of a step, and what overwriting would save of it."""
-    found = _cases(_read("kernel_cpu.csv"), "both")["8x1024x256", "float32", "1.0"]
-    step = json.loads((RESULTS / "step_cpu_lora.json").read_text())
-    whole = next(row["ms"] for row in step["rows"] if row["method"] == "LfU LoRA")
-    twin, overwritten, native = (float(found[n]["median_us"]) / 1e3 for n in ("twin", "twin, overwrite", "native"))
-    lines = [
-        f"At 8x1024x256 in float32 the distance takes {twin:.2f} ms by the twin, {overwritten:.2f} ms overwriting,",
-        f"{native:.2f} ms by the C++ kernel; a step of that size {whole:.0f} ms ([What it costs](cost.md)). That is",
-        f"{100 * twin / whole:.2f} %, of which overwriting would save {100 * (twin - overwritten) / whole:.2f} %.",
-    ]
-    return "".join(f"  {line}\n" for line in lines)
-
-
 def gpu() -> str:
     """The Triton kernel, if it was ever measured."""
     if not (RESULTS / "kernel_gpu.csv").exists():
-        return "Not measured: no GPU was at hand. `python benchmarks/kernel.py --device cuda` fills this in.\n"
+        return "Not measured: no GPU was at hand. `python -m kernel --device cuda` fills this in.\n"
     rows = _read("kernel_gpu.csv")
     about = rows[0]
     lines = [
@@ -143,7 +108,7 @@ def gpu() -> str:
     return "\n".join([*lines, ""])
 
 
-TABLES: dict[str, Any] = {"cpu": cpu, "host": host, "leads": leads, "share": share, "gpu": gpu}
+TABLES: dict[str, Any] = {"cpu": cpu, "host": host, "gpu": gpu}
 
 
 def _about(row: Row) -> str:

@@ -1,0 +1,1 @@
+"""The squared difference over layers against its opponents: time, memory, and bandwidth on a GPU."""
