@@ -85,7 +85,7 @@ def test_a_generator_of_a_module_and_an_iterator_for_a_batch_repeat() -> None:
         logits = model(batch["input_ids"])
         return loss_of_logits(logits, batch) * torch.rand((), generator=model.noise)
 
-    mask = torch.ones(3, 7)  # labels in an iterator are not found
+    mask = token_batch(1)["labels"] != -100  # labels in an iterator are not found
     with warnings.catch_warnings(), LfURegularizer(model, "steering", token_mask=mask) as reg:
         warnings.simplefilter("error", LfUWarning)
         batches = iter([token_batch(1), token_batch(2)])
