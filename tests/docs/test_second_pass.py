@@ -112,6 +112,49 @@ def test_code_behind_the_last_layer(leave_early: Any, runs: int) -> None:
     assert graphs == [True, False][:runs]
 
 
+def test_what_a_module_counts_is_put_back() -> None:
+    """A counter, a list and a buffer are as one plain call leaves them; the second call starts where the first did."""
+
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(3))
+            self.number, self.seen, self.table = 0, [], {}
+            self.register_buffer("mean", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            starts.append((self.number, len(self.seen), dict(self.table), float(self.mean)))
+            self.number += 1
+            self.seen.append(len(x))
+            self.table["last"] = self.number
+            self.mean += 1
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    starts: list[Any] = []
+    model = Counts().train()
+    with LfURegularizer(model, "lora") as reg:
+        for _ in range(2):
+            reg(model, torch.randn(2, 4), lambda model, x: model(x).square().mean())
+        assert reg.metrics["unrepeatable_steps"] == 0
+    assert starts[0] == starts[1] != starts[2] == starts[3]
+    assert (model.number, model.seen, model.table, float(model.mean)) == (2, [2, 2], {"last": 2}, 2.0)
+
+
+def test_part_of_a_batch_cannot_be_told_from_other_data() -> None:
+    model, number = make(), iter(range(10))
+
+    def loss_fn(model: Any, batch: Any) -> Tensor:
+        return plain_loss(model, token_batch(next(number), shape=(len(batch["input_ids"]), 7)))
+
+    with (
+        LfURegularizer(model, "steering", batch_fraction=0.5) as reg,
+        pytest.raises(ValueError, match="batch_fraction"),
+    ):
+        reg(model, token_batch(shape=(4, 7)), loss_fn)
+
+
 @pytest.mark.parametrize("asks", [False, True])
 def test_hooks_that_count(asks: bool) -> None:
     model, seen = make(), []
