@@ -38,24 +38,25 @@ class _Snapshot:
             inside = dict(vars(module))
             self.values.append((module, inside))
             for name, value in inside.items():
-                kind = type(value)
-                if kind in _CONTAINERS:
-                    if value and name not in _TABLES and len(value) <= _LARGEST:
-                        self.contents[id(value)] = value, kind(value)
-                elif kind is torch.Generator:
+                if _is_filled(name, value):
+                    self.contents[id(value)] = value, type(value)(value)
+                elif type(value) is torch.Generator:
                     self.contents[id(value)] = value, value.get_state()
 
-    def restore(self) -> None:
-        """Put every attribute and the contents of every container back to what they were."""
+    def put_back(self, but: Collection[nn.Module] = ()) -> None:
+        """Give every attribute the value that it had."""
         for module, inside in self.values:
-            now = vars(module)
-            if not _same(now, inside):
+            if module not in but and not _same(now := vars(module), inside):
                 for name in [name for name in now if name not in inside]:
                     del now[name]
                 now.update(inside)
-            for name, value in now.items():
-                filled = type(value) in _CONTAINERS and value and name not in _TABLES and len(value) <= _LARGEST
-                if filled and id(value) not in self.contents:
+
+    def restore(self) -> None:
+        """Give every attribute and every container back what it was."""
+        self.put_back()
+        for _, inside in self.values:
+            for name, value in inside.items():
+                if _is_filled(name, value) and id(value) not in self.contents:
                     value.clear()
         for container, content in self.contents.values():
             _put(container, content)
@@ -67,11 +68,13 @@ class StateWatch:
     Args:
         model: the model that is watched, from now on.
         writers: modules that are known to write to their buffers, of which copies are made; None for all of them.
+        attributes: look at more than buffers. FSDP1 and ZeRO-3 keep what they know of a forward in attributes.
     """
 
-    def __init__(self, model: nn.Module, writers: Collection[nn.Module] | None) -> None:
+    def __init__(self, model: nn.Module, writers: Collection[nn.Module] | None, *, attributes: bool = True) -> None:
         self._modules = list(model.modules())
-        self._start = _Snapshot(self._modules)
+        self._with_attributes = self._modules if attributes else []
+        self._start = _Snapshot(self._with_attributes)
         self._weights = self._versions_of_weights()
         self._buffers: dict[tuple[int, str], tuple[Tensor, int, Tensor | None]] = {}
         for module in self._modules:
@@ -98,9 +101,8 @@ class StateWatch:
                 written = self._is_written((table, name), tensor)
                 if copy is None and written and not replaced and not tensor.requires_grad:
                     late.append(f"{type(module).__name__}.{name}")
-        return Changes(
-            self._modules, self._start, places, writers, late, weights=self._weights != self._versions_of_weights()
-        )
+        end = _Snapshot(self._with_attributes)
+        return Changes(self._start, end, places, writers, late, weights=self._weights != self._versions_of_weights())
 
     def _is_written(self, place: Place, tensor: Tensor) -> bool:
         before = self._buffers.get((id(place[0]), place[1]))
@@ -121,15 +123,15 @@ class Changes:
 
     def __init__(
         self,
-        modules: list[nn.Module],
         start: _Snapshot,
+        end: _Snapshot,
         buffers: list[tuple[Place, Tensor | None]],
         writers: set[nn.Module],
         late: list[str],
         *,
         weights: bool,
     ) -> None:
-        self._start, self._end = start, _Snapshot(modules)
+        self._start, self._end = start, end
         self._buffers, self.writers, self.late, self.weights = buffers, writers, late, weights
 
     def in_containers_of(self, modules: Collection[nn.Module]) -> bool:
@@ -150,11 +152,7 @@ class Changes:
             but: modules that do not run again, and stay as pass 1 left them.
         """
         try:
-            for module, inside in self._start.values:
-                if module not in but and not _same(now := vars(module), inside):
-                    for name in [name for name in now if name not in inside]:
-                        del now[name]
-                    now.update(inside)
+            self._start.put_back(but)
             for key, (container, content) in self._start.contents.items():
                 if not _equal(content, self._end.contents.get(key, (None, None))[1]):
                     _put(container, content)
@@ -201,6 +199,11 @@ def _tensors_of(module: nn.Module) -> Iterator[tuple[Place, Tensor]]:
         for name, value in table.items():
             if isinstance(value, Tensor):
                 yield (table, name), value
+
+
+def _is_filled(name: str, value: Any) -> bool:
+    """Whether an attribute is a container with something in it, which a forward may change in place."""
+    return type(value) in _CONTAINERS and 0 < len(value) <= _LARGEST and name not in _TABLES
 
 
 def _is_small(tensor: Tensor) -> bool:

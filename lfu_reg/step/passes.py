@@ -118,7 +118,8 @@ class Passes:
         )
         reuse = not self._strategy.keeps_graph and not self.engine.in_lockstep
         attached.compare_with_loss(self._turn)
-        watch, since = StateWatch(attached.model, attached.writers), now()
+        attributes = not self.engine.is_sharded or self.engine.shards is not None
+        watch, since = StateWatch(attached.model, attached.writers, attributes=attributes), now()
         with (
             checkpoints.noted() as checkpointed,
             graphs_for_two_backwards(self._strategy.keeps_graph),

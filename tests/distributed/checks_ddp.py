@@ -281,32 +281,34 @@ def check_a_rank_without_tokens() -> None:
         assert_same_gradients(got[1], want[1])
 
 
-def check_ranks_choose_the_same_replay() -> None:
-    """Where a forward communicates (buffers are broadcast), one rank's mismatch counts for both."""
+def check_a_rank_that_does_not_repeat() -> None:
+    """Where a forward communicates (buffers are broadcast), its ranks run as many forwards, and it adds plain SFT."""
+    calls: list[int] = []
 
     class Restless(TinyLM):
-        """Its body does not repeat itself on rank 1."""
+        """Its forward does not repeat itself on rank 1."""
 
         def __init__(self) -> None:
             super().__init__()
             self.register_buffer("scale", torch.ones(()))
-            self.calls = 0
 
         def forward(self, input_ids: Tensor) -> Tensor:
-            self.calls += 1
-            noise = 1e-2 * self.calls * dist.get_rank()
+            calls.append(1)
+            noise = 1e-2 * len(calls) * dist.get_rank()
             return self.head(self.body(self.embed(input_ids) * self.scale + noise))
 
     model = seeded(Restless)
     ddp = DDP(model)
     reg = regularizer(model, "steering", layers=["blocks.0", "blocks.1"])
     for step in range(3):
-        with pytest.warns(LfUWarning, match="cannot be repeated") if step == 0 else nullcontext():
+        warned = step == 0 and dist.get_rank() == 1
+        with pytest.warns(LfUWarning, match="This step is plain SFT") if warned else nullcontext():
             reg(ddp, TINY.batch(dist.get_rank()), TINY.loss).backward()
-        calls = [torch.zeros((), dtype=torch.long) for _ in range(2)]
-        dist.all_gather(calls, torch.tensor(model.calls))
-        assert calls[0] == calls[1]
+        counts = [torch.zeros((), dtype=torch.long) for _ in range(2)]
+        dist.all_gather(counts, torch.tensor(len(calls)))
+        assert counts[0] == counts[1] == 2 * (step + 1)
         assert torch.equal(*gathered(model.embed.weight.grad))
+    assert ("consistency_loss" in reg.metrics) == (dist.get_rank() == 0)
 
 
 def gathered(tensor: Tensor | None) -> list[Tensor]:

@@ -133,9 +133,8 @@ def check_accumulation_in_another_dtype() -> None:
 
 
 def check_pending_gradients() -> None:
-    """A plain step without synchronisation, then a step of the regularizer with checkpoints: the sum of both."""
+    """A plain step without synchronisation, then a step of the regularizer: the sum of both."""
     model: Any = LLAMA.make()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     shard(model)
     batches = [LLAMA.batch(10 + rank) for rank in range(2)]
     model.set_requires_gradient_sync(False)
@@ -197,8 +196,7 @@ def check_checkpointing() -> None:
                 regularizer(model, name)(model, batch, case.loss).backward()
                 assert_same_gradients(gradients_of(model), expected(case, name, [{}] * 2, shared=True))
             else:
-                strategy = "retained" if case is LLAMA and name == "lora" else "auto"
-                compare(case, name, model, steps=1, sharded_only={"strategy": strategy})
+                compare(case, name, model, steps=1)
 
 
 def check_mixed_precision() -> None:
@@ -449,30 +447,23 @@ def check_a_rank_without_tokens() -> None:
         assert collectives.counts.total() > 20
 
 
-def check_ranks_choose_the_same_replay() -> None:
-    """Rank 1's forward does not repeat itself; both ranks go on to the loss function."""
+def check_a_rank_that_does_not_repeat() -> None:
+    """Rank 1's forward does not repeat itself; both ranks go through as many forwards and backwards."""
+    calls: list[int] = []
 
     class Restless(TinyLM):
-        calls = 0
-
         def forward(self, input_ids: Tensor) -> Tensor:
-            self.calls += 1
-            noise = 1e-2 * self.calls * dist.get_rank()
+            calls.append(1)
+            noise = 1e-2 * len(calls) * dist.get_rank()
             return self.head(self.body(self.embed(input_ids) + noise))
 
     model: Any = shard(seeded(Restless))
-    asked: list[int] = []
-
-    def loss(given: Any, batch: Batch) -> Tensor:
-        asked.append(1)
-        return TINY.loss(given, batch)
-
     reg = regularizer(model, "steering")
     for step in range(3):
-        with pytest.warns(LfUWarning, match="cannot be repeated") if step == 0 else nullcontext():
-            reg(model, TINY.batch(dist.get_rank()), loss).backward()
-        assert same_on_all_ranks(model.calls)
-        assert same_on_all_ranks(len(asked))
+        warned = step == 0 and dist.get_rank() == 1
+        with pytest.warns(LfUWarning, match="This step is plain SFT") if warned else nullcontext():
+            reg(model, TINY.batch(dist.get_rank()), TINY.loss).backward()
+        assert len(calls) == 2 * (step + 1)
 
 
 def check_forwards_run_to_their_end() -> None:
@@ -485,7 +476,7 @@ def check_forwards_run_to_their_end() -> None:
     with regularizer(model, "steering", layers=["blocks.0"]) as reg:
         for _ in range(2):
             reg(model, TINY.batch(dist.get_rank()), TINY.loss).backward()
-    assert len(started) == len(ended) == 5  # two steps of two passes, and one check of the replay
+    assert len(started) == len(ended) == 4  # two steps of two passes
 
 
 def check_weights_with_a_retained_graph_are_refused() -> None:
