@@ -1,4 +1,4 @@
-"""The paper's failure signatures, each told once, with the cure: no effect, collapse, oscillation.
+"""The paper's failure signatures, each as one warning, with the cure: no effect, collapse, oscillation.
 
 Values stay on their device until they are looked at, every `LOOK_EVERY` steps (and at the first), so that the step
 needs no device synchronisation.

@@ -29,8 +29,8 @@ DETAILS = """
   the padded sizes: LoRA matrices with 8 rows take 64 on 64 ranks.
 * `auxiliary="weights"` adds one all-reduce, of four bytes per trained tensor.
 * Bytes are those of whole tensors. Of N ranks, each sends and receives (N - 1) / N of them.
-* Operations: SFT's, the blocks' forward and backward once more, and the head's forward. Here nothing is shared between the
-  passes, as a forward under FSDP2 starts at the root and runs to its end.
+* Operations: SFT's, the blocks' forward and backward once more, and the head's forward. Here no block is
+  reused, and pass 2 runs the loss function to its end.
 """
 
 

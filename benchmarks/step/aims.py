@@ -20,8 +20,8 @@ Ratios to SFT of exact steps on all layers; in bold what reaches the aim.
 
 """
 MISSED = """
-LoRA deltas on all layers, and the weights themselves, act from the first block on. So an exact step has no prefix to
-share and goes through all blocks twice: it cannot be below the floor of its run, nor can it reach an aim that is. What
+LoRA deltas on all layers, and the weights themselves, act from the first block on. So an exact step has no block to
+reuse and goes through all of them twice: it cannot be below the floor of its run, nor can it reach an aim that is. What
 it costs above the floor are the products of the deltas, the ascent, the distance, and the step's own calls (tables of
 phases below). To come below: a later first layer (`layers="late"`, exact for its own objective), or an estimate
 (`batch_fraction`, `every`).

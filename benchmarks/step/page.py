@@ -26,7 +26,7 @@ Written by `python -m step.page` in `benchmarks/` from `results/` there; do not 
 One training step is a forward and a backward pass. All methods run interleaved in one process; a ratio is taken in
 every round, and the table has its median and quartiles. On one CPU thread time is processor time. The *floor* is one plus
 the blocks' share of SFT's forward and backward: what it takes to go through all blocks twice. Exact steps below it are those
-that [share a prefix](how-it-works.md#what-both-passes-share): steering runs the first block once, and with `layers="late"`
+that [reuse blocks](how-it-works.md#what-both-passes-share): steering runs the first block once, and with `layers="late"`
 only the last third of the blocks runs twice. The measured share itself moves by a few hundredths between runs on a shared
 machine. *Literal* is the paper's text as
 it reads, with three forwards; the authors' procedures are those of their code. On CPU, memory is the peak of the bytes
@@ -86,7 +86,7 @@ def main() -> None:
         sharded = RESULTS / "collectives.json"
         if sharded.exists():
             page.append(sharded_page.section(json.loads(sharded.read_text())))
-        (ROOT / "docs" / "scaling.md").write_text("\n".join(page))
+        (ROOT / "docs" / "scaling.md").write_text("\n\n".join(page))
         (ROOT / "docs" / "scaling.png").write_bytes((RESULTS / "scaling.png").read_bytes())
     readme = ROOT / "README.md"
     figures = readme_figures(steps["step_cpu_lora.json"])

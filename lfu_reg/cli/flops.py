@@ -1,7 +1,7 @@
 """FLOPs and saved bytes of a step without running it: the very step on fake tensors, which have shapes and no data.
 
 So a model of any size is counted on any machine. Matrix products and attention are what is counted
-(torch.utils.flop_counter); what is read from values (the look at the loss, the comparison of a replay) is left out.
+(torch.utils.flop_counter); what is read from values (the look at the loss, the comparison of inputs) is left out.
 """
 
 from __future__ import annotations

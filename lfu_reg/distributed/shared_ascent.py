@@ -71,7 +71,7 @@ class SharedAscent:
 
         Args:
             gradients: g by name, multiplied by this rank's scale.
-            scale: see `loss_scale.py`.
+            scale: see `float16.py`.
 
         Raises:
             RuntimeError: if ranks have gradients of different components: on every rank at the first step, later on

@@ -2,7 +2,7 @@
 
 A chosen layer that never runs is looked at in `checks.check_layers_ran`; here it is the modules inside of a layer at
 which the auxiliary acts (LoRA's linear maps). Some of them rightly never fire: a weight may be lent to a function, an
-expert not be chosen. So they are told once; only what can have no other cause than a stale graph is an error.
+expert not be chosen. So there is one warning; only what can have no other cause than a stale graph is an error.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Coverage:
     Args:
         layers: names of the chosen layers.
         sites: names of the modules at which the auxiliary acts.
-        diagnostics: told what looks wrong.
+        diagnostics: warns of what looks wrong.
     """
 
     def __init__(self, layers: Collection[str], sites: Collection[str], diagnostics: Diagnostics) -> None:

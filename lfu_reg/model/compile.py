@@ -1,13 +1,11 @@
 """torch.compile: what hooks and passes have to know of it.
 
 A hook on a compiled module is traced into its graphs. Outside of a step that is a check of one flag and leaves the
-graph whole; in a step the hook is handed on to plain Python, which breaks the graph at every hooked module. Three
-things would go wrong without a word:
+graph whole; in a step the hook is handed on to plain Python, which breaks the graph at every hooked module. Two things
+would go wrong without a word:
 
-* Graphs older than the hooks ignore them: torch does not guard empty tables of hooks. They are forgotten at attaching.
+* Graphs older than the hooks ignore them: torch does not guard empty tables of hooks. They are forgotten as hooks come.
 * So does the graph of a sibling that has no hooks: see `ModelHooks`, which gives it idle ones.
-* A module that is compiled only as a part of something else runs uncompiled when it is called alone, with other
-  rounding and other dropout masks: see `Trunk`, which does not replay it.
 """
 
 from __future__ import annotations

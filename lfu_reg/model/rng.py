@@ -1,6 +1,6 @@
 """Random numbers: pass 2 repeats pass 1's draws, and the caller's stream goes on as if only SFT had run.
 
-Without the replay the consistency term would measure dropout noise. Python's and numpy's generators are kept as well:
+Without that the consistency term would measure dropout noise. Python's and numpy's generators are kept as well:
 layerdrop and feature masking in some models draw from them.
 """
 

@@ -47,7 +47,7 @@ class AttachedModel:
         choice: see `choose_layers`.
         auxiliary: theta_aux, which says where it acts.
         distance: says whether it compares hidden states or the model's logits.
-        diagnostics: told what looks wrong.
+        diagnostics: warns of what looks wrong.
 
     Attributes:
         layers: names of the chosen layers.

@@ -1,4 +1,4 @@
-"""Bad input, told at once: what was given, what is allowed, the cure."""
+"""Bad input is refused at once: what was given, what is allowed, the cure."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 "loss", "sft_loss", "consistency_loss", "ascent_grad_norm" (||g||), "distance/<layer>", "relative_distance"
 (||h' - h|| / ||h||, measured at the first regularized step and every 50th), "empty_steps" (how many had no token that
-counts, so that l_cons = 0), "unrepeatable_steps" (how many were plain SFT, as the loss did not repeat), "alpha", "lam".
+counts, so that l_cons = 0), "unrepeatable_steps" (at how many the loss was tried and did not repeat), "alpha", "lam".
 
 Tensors are detached and stay on their devices, so only who reads a figure waits for it.
 """

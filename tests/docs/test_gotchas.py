@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lfu_reg.hooks.gated_hook import attached_already
+from lfu_reg.step.attached_model import is_attached
 from tests.support.cases import plain_loss, token_batch
 from tests.support.plain_models import TinyLM
 
@@ -31,4 +31,4 @@ def test_examples_run(page: Path) -> None:
         before = [parameter.detach().clone() for parameter in model.parameters()]
         exec(compile(block, str(page), "exec"), names)
         assert not all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-        assert not attached_already(model)
+        assert not is_attached(model)
