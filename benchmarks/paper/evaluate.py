@@ -15,7 +15,7 @@ from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedTokenizerBase
 
 from paper.data import batch_of
-from paper.local_tasks import gsm8k_of_the_hub, is_there, local_task
+from paper.local_tasks import coqa_of_the_hub, gsm8k_of_the_hub, is_there, local_task
 from paper.settings import Protocol
 from paper.tasks import HARNESS, by_category, main_figure
 
@@ -90,7 +90,7 @@ def eleven_tasks(model: nn.Module, tokenizer: PreTrainedTokenizerBase, ask: Ques
     """
     parts = [(name, part) for name in ask.names for part in HARNESS[name]]
     if ask.folder is None:
-        tasks: list[Any] = [part for _, part in parts]
+        tasks: list[Any] = [coqa_of_the_hub() if part == "coqa" else part for _, part in parts]
     else:
         parts = [(name, part) for name, part in parts if is_there(part, ask.folder)]
         tasks = [local_task(part, ask.folder, ask.limit) for _, part in parts]

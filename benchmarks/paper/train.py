@@ -138,7 +138,8 @@ def counted(row: Row, batch: Batch) -> int:
 
 def token_loss(model: nn.Module, batch: Batch, tokens: float | None = None) -> Tensor:
     """Negative log-likelihood of the labels, divided by `tokens`, or by how many there are."""
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].float()
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     labels = batch["labels"][:, 1:]
     total = cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
     return total / (max(int((labels != IGNORED).sum()), 1) if tokens is None else tokens)
