@@ -146,11 +146,11 @@ def similarity_under_noise(
     for start in range(0, len(examples), batch_size):
         batch = batch_of(examples[start : start + batch_size], tokenizer, protocol, device)
         mask = batch["attention_mask"].bool()
-        inputs = {"input_ids": batch["input_ids"], "attention_mask": mask, "output_hidden_states": True}
-        clean = model(**inputs).hidden_states
+        inputs = {"input_ids": batch["input_ids"], "attention_mask": mask, "use_cache": False}
+        clean = model(**inputs, output_hidden_states=True).hidden_states
         handle = model.get_input_embeddings().register_forward_hook(noisy)
         try:
-            moved = model(**inputs).hidden_states
+            moved = model(**inputs, output_hidden_states=True).hidden_states
         finally:
             handle.remove()
         cosines = [

@@ -97,7 +97,9 @@ def needs_of(
     )
     hidden, layers = config.hidden_size, config.num_hidden_layers
     batch_tokens = protocol.batch_size * min(longest, protocol.max_length)
-    activations = batch_tokens * hidden * layers * _SAVED_PER_TOKEN * 2
+    # With checkpointing every block keeps its input, and one block at a time the rest.
+    kept = layers + _SAVED_PER_TOKEN if protocol.checkpointing else layers * _SAVED_PER_TOKEN
+    activations = batch_tokens * hidden * kept * 2
     logits = batch_tokens * config.vocab_size * 4 * 3
     states = batch_tokens * hidden * (layers + 1) * 2
     memory = 2 * parameters // processes + adapter * 16 + activations + logits + states
@@ -106,8 +108,15 @@ def needs_of(
     seen = examples * protocol.epochs
     if steps is not None:
         seen = min(seen, steps * protocol.batch_size * protocol.accumulate * processes)
-    # Forward 2, backward to activations 2 FLOPs a parameter and token: frozen weights need no gradient.
-    training = 4 * parameters * tokens * seen * sum(training_steps_of_sft(row, protocol) for row in rows)
+    # Forward 2, backward to activations 2 FLOPs a parameter and token: frozen weights need no gradient. Checkpointing
+    # has one more forward.
+    training = (
+        (6 if protocol.checkpointing else 4)
+        * parameters
+        * tokens
+        * seen
+        * sum(training_steps_of_sft(row, protocol) for row in rows)
+    )
     asked = sum(min(SIZES[t][0], limit or SIZES[t][0]) * SIZES[t][1] for t in tasks or ELEVEN)
     evaluation = 2 * parameters * asked * len(rows)
     return Needs(parameters, 2 * parameters, memory, training / flops, evaluation / flops)

@@ -70,7 +70,8 @@ def adapted(source: str, protocol: Protocol, where: Place, dtype: torch.dtype) -
             "give --switch float32_adapters=false or --dtype float32."
         )
     model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-    model.config.use_cache = False
+    if protocol.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     torch.manual_seed(protocol.seed)
     adapter = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
@@ -138,7 +139,8 @@ def counted(row: Row, batch: Batch) -> int:
 
 def token_loss(model: nn.Module, batch: Batch, tokens: float | None = None) -> Tensor:
     """Negative log-likelihood of the labels, divided by `tokens`, or by how many there are."""
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    logits = model(**inputs, use_cache=False).logits[:, :-1]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     labels = batch["labels"][:, 1:]
     total = cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")

@@ -187,11 +187,14 @@ def test_coqa_and_toxigen_as_the_harness_has_them() -> None:
 def test_needs_of_a_known_model() -> None:
     def needed(*rows: Row, **changes: Any) -> needs.Needs:
         call = {"examples": 160, "tokens": 50, "longest": 100, "processes": 1, "flops": 1e12, **changes}
-        return needs.needs_of(SMALL, list(rows), changes.pop("protocol", Protocol()), **call)
+        return needs.needs_of(SMALL, list(rows), call.pop("protocol", Protocol()), **call)
 
     said = needed(SFT)
     assert said.parameters == pytest.approx(0.87e6, rel=0.02)
-    assert said.training == pytest.approx(4 * said.parameters * 50 * 160 * 3 / 1e12)
+    assert said.training == pytest.approx(6 * said.parameters * 50 * 160 * 3 / 1e12)
+    plain = needed(SFT, protocol=Protocol(checkpointing=False))
+    assert plain.training == pytest.approx(4 * said.parameters * 50 * 160 * 3 / 1e12)
+    assert plain.memory > said.memory
     assert needed(SFT, LFU).training == pytest.approx(4 * said.training)  # 1 + 3 with a second loader
     assert needed(SFT, VANILLA).training == said.training
     assert needed(SFT, VANILLA).evaluation == pytest.approx(2 * said.evaluation)

@@ -223,6 +223,21 @@ def test_adapters_on_a_base_in_bfloat16(float32: bool) -> None:
     assert {name.split(".")[-3] for name in trained(model)} == {"lora_A", "lora_B"}
 
 
+@pytest.mark.parametrize("row", [SFT, LFU, REPS], ids=lambda row: row.label)
+def test_checkpointing_changes_no_result(row: Row, tokenizer: PreTrainedTokenizerBase) -> None:
+    found = {}
+    for checkpointing in (True, False):
+        protocol = replace(PUBLISHED, checkpointing=checkpointing)
+        model = adapted(SMALL, protocol, HERE, torch.float32).double()
+        assert model.is_gradient_checkpointing == checkpointing
+        both = [batch_of(examples(4)[i : i + 2], tokenizer, protocol, HERE.device) for i in (0, 2)]
+        method = method_of(row, model, MINE, protocol, repeat(both[1]))
+        method(model, both[0], token_loss).backward()
+        method.finish()
+        found[checkpointing] = [p.grad for p in trained(model).values() if p.grad is not None]
+    same(found[True], found[False])
+
+
 def test_float32_adapters_cannot_be_sharded_with_a_base_in_bfloat16() -> None:
     with pytest.raises(ValueError, match="float32_adapters=false"):
         adapted(SMALL, PUBLISHED, Place(0, 2, torch.device("cpu")), torch.bfloat16)
