@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from demo_skills import Example
 from torch import nn
 from torch.nn.functional import cosine_similarity
@@ -77,7 +78,12 @@ def _results(
         gen_kwargs={"max_gen_toks": ask.longest},
         verbosity="ERROR",
     )
-    return dict(said["results"])
+    # Under torchrun every process asks all questions, as they share one sharded model; the first one gets the answer.
+    shared = [dict(said["results"]) if said else None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(shared)
+    results: dict[str, dict[str, Any]] = shared[0]  # type: ignore[assignment]
+    return results
 
 
 def eleven_tasks(model: nn.Module, tokenizer: PreTrainedTokenizerBase, ask: Questions) -> dict[str, float]:

@@ -140,7 +140,8 @@ class Session:
             processes=self.where.processes,
             flops=needs.measured_flops(self.where.device, self._dtype),
             steps=self.args.steps,
-            tasks=self.ask.names,
+            # Attacks and similarities take little beside these.
+            tasks={"tasks": self.ask.names, "variations": ["gsm8k"] * len(evaluate.VARIATIONS)}.get(table.measured, []),
             limit=self.ask.limit,
         )
         self._say(f"{key} on {data}: {table.what}, {len(table.rows)} rows. {said}")

@@ -207,7 +207,7 @@ def finetune(
             with torch.autocast(where.device.type, torch.bfloat16, enabled=low):
                 loss = micro_loss(method, row, batch, mean_tokens) / len(batches)
             loss.backward()
-            total += float(loss.detach())
+            total += float(_mean_over_processes(loss.detach(), where))
         if protocol.clip:
             nn.utils.clip_grad_norm_(parameters, protocol.clip)
         optimizer.step()
@@ -228,10 +228,14 @@ def finetune(
 
 
 def _mean_tokens(counts: list[int], where: Place) -> float:
-    total = torch.tensor([sum(counts), len(counts)], dtype=torch.float64, device=where.device)
+    own = torch.tensor(counts, dtype=torch.float64, device=where.device).mean()
+    return max(float(_mean_over_processes(own, where)), 1.0)  # every process has as many micro-batches
+
+
+def _mean_over_processes(value: Tensor, where: Place) -> Tensor:
     if where.processes > 1:
-        dist.all_reduce(total)
-    return max(float(total[0] / total[1]), 1.0)
+        dist.all_reduce(value)
+    return value / where.processes
 
 
 def _now(where: Place) -> float:

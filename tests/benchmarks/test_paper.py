@@ -200,6 +200,7 @@ def test_needs_of_a_known_model() -> None:
     assert needed(SFT, VANILLA).evaluation == pytest.approx(2 * said.evaluation)
     assert needed(SFT, steps=1).training == pytest.approx(said.training * 16 / 480)
     assert needed(SFT, limit=10, tasks=["asdiv"]).evaluation == pytest.approx(2 * said.parameters * 600 / 1e12)
+    assert needed(SFT, tasks=[]).evaluation == 0
     assert said.memory - needed(SFT, processes=2).memory == said.parameters
     assert "h of evaluation" in str(said)
     assert "time unknown" in str(needed(SFT, flops=None))

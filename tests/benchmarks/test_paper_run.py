@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -220,3 +223,27 @@ def test_hidden_states_under_noise(tiny: str) -> None:
     assert mean(0.0) == pytest.approx(1.0, abs=1e-5)
     assert mean(0.0) > mean(0.05) > mean(5.0)
     assert not model.get_input_embeddings()._forward_hooks
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_does(tiny: str, folder: Path, tmp_path: Path) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    written(pairs, [{**PAIR, "output": "4 " * (1 + i)} for i in range(6)])
+    base = ["--train", str(pairs), "--only-rows", "SFT", "LfU"]
+    base += ["--examples", "6", "--steps", "3", "--switch", "accumulate=2", "lr=0.1", "warmup=0"]
+    one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
+    calls = {
+        out: [*command(tiny, folder, out, "figure6"), *base, f"batch_size={size}"] for out, size in ((one, 2), (two, 1))
+    }
+    assert main(calls[one]) == 0
+    benchmarks = Path(__file__).resolve().parents[2] / "benchmarks"
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "paper.run"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(benchmarks.parent), *sys.path])}
+    ran = subprocess.run([*start, *calls[two]], cwd=benchmarks, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    (sft, lfu), (sft_of_two, lfu_of_two) = records(one), records(two)
+    assert sft["first_loss"] != sft["final_loss"]
+    for loss in ("first_loss", "final_loss"):
+        assert sft_of_two[loss] == pytest.approx(sft[loss], rel=1e-4)
+    # l_cons is a mean over the tokens of a process, and these are not equally many.
+    assert lfu_of_two["first_loss"] == pytest.approx(lfu["first_loss"], rel=1e-3)
