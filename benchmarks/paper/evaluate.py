@@ -28,7 +28,8 @@ VARIATIONS = (
     "### Instruction:\n{{question}}\n\n### Response:\n",
     "Problem: {{question}}\nAnswer:",
 )
-NOISE = 5.0  # NEFTune's strength (Figure 6)
+# Figure 6: NEFTune's strength, and how many texts of the training set (the paper does not say which ones).
+NOISE, TEXTS = 5.0, 200
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,7 @@ _TRUTHFUL = (
 _ARC = choices(QUESTION, "{{choices.text}}", "{{choices.label.index(answerKey)}}")
 TASKS: dict[str, dict[str, Any]] = {
     "gsm8k": number(QUESTION),
-    "mathqa": choices("{{query}}", "choices", "gold"),
+    "mathqa": choices("{{query.strip()}}", "choices", "gold"),
     "asdiv": likely("{{Body}}\nQuestion:{{Question}}\nAnswer:", "{{Answer.split(' (')[0]}}"),
     "mmlu": choices(
         "{{question.strip()}}\n" + "".join(f"{x}. {{{{choices[{i}]}}}}\n" for i, x in enumerate(LETTERS)) + "Answer:",

@@ -215,7 +215,8 @@ class Session:
         elif table.measured == "variations":
             scores = evaluate.prompt_variations(model, self.tokenizer, self.ask)
         else:
-            scores = evaluate.similarity_under_noise(model, self.tokenizer, examples[: self.ask.limit], protocol)
+            texts = examples[: self.ask.limit or evaluate.TEXTS]
+            scores = evaluate.similarity_under_noise(model, self.tokenizer, texts, protocol)
         return {
             **figures,
             "scores": scores,

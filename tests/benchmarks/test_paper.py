@@ -157,6 +157,12 @@ def test_local_prompt_of_truthfulqa_is_the_harness_s() -> None:
     assert ours == theirs
 
 
+def test_the_space_that_ends_mathqa_s_local_questions_is_left_out() -> None:
+    jinja2 = pytest.importorskip("jinja2")
+    text = jinja2.Template(local_tasks.TASKS["mathqa"]["doc_to_text"]).render(query="Which?\nAnswer: ")
+    assert text == "Which?\nAnswer:"  # the harness puts a space of its own before the answers
+
+
 def test_truthfulqa_counts_the_probability_of_right_answers() -> None:
     score = local_tasks.TASKS["truthfulqa_mc2"]["process_results"]
     doc = {"mc2_targets": {"labels": [1, 0, 1]}}

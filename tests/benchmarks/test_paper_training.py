@@ -308,7 +308,7 @@ def test_the_published_lora_step_by_hand(direction: Any) -> None:
     mask = own["labels"] != IGNORED
     terms = [(a.detach()[mask] - b[mask]).square().mean() for a, b in zip(clean, perturbed, strict=True)]
     expected = token_loss(model, own) + 5.0 * torch.stack(terms).mean()
-    assert float(loss.detach()) == pytest.approx(float(expected), rel=1e-9)
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-9)
     same(found, gradients(expected, model))
 
 
@@ -321,7 +321,7 @@ def test_sam_is_the_loss_at_the_moved_weights() -> None:
     logits = torch.func.functional_call(model, moved, (), {k: own[k] for k in ("input_ids", "attention_mask")}).logits
     labels = own["labels"][:, 1:].flatten()
     expected = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels, ignore_index=IGNORED)
-    assert float(method(model, own, token_loss)) == pytest.approx(float(expected), rel=1e-6)
+    assert float(method(model, own, token_loss).detach()) == pytest.approx(float(expected.detach()), rel=1e-6)
 
 
 # ---------------------------------------------------------------------- the published steering procedure
@@ -362,7 +362,7 @@ def test_published_steering_by_hand() -> None:
     mask = own["labels"][:2, :6] != IGNORED  # both batches have two samples and six positions
     terms = [(a[:2, :6][mask] - b[mask]).square().mean() for a, b in zip(clean, fixed, strict=True)]
     expected = token_loss(model, own) + 0.5 * torch.stack(terms).mean()
-    assert float(loss.detach()) == pytest.approx(float(expected), rel=1e-9)
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-9)
     same(found, gradients(expected, model))
 
 
