@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,12 @@ def alpaca(instruction: str, response: str, context: str = "", *, section: bool 
     if context and section:
         return Example(WITH_INPUT.format(instruction=instruction, input=context), response)
     return Example(PLAIN.format(instruction=f"{instruction}\n{context}" if context else instruction), response)
+
+
+def last_number(text: str) -> str:
+    """The last number of a text, as GSM8K's answers end with it; empty if there is none."""
+    found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
+    return found[-1].replace(",", "") if found else ""
 
 
 def local_rows(file: Path) -> list[dict[str, Any]]:

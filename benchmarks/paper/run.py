@@ -7,7 +7,6 @@ Weights come from the hub or from a folder. Training runs on one device or, unde
 from __future__ import annotations
 
 import argparse
-import re
 import subprocess
 import sys
 import time
@@ -23,7 +22,7 @@ from transformers import AutoTokenizer
 
 from paper import evaluate, needs, store
 from paper.attack import Attack, attack_data, before_and_after
-from paper.data import MissingData, encoded, training_examples
+from paper.data import MissingData, encoded, last_number, training_examples
 from paper.report import page
 from paper.settings import INSTRUCT, MODELS, PROTOCOLS, Model, Protocol, switched
 from paper.tables import GROUPS, TABLES, Row, Table, with_sft_grid
@@ -184,6 +183,8 @@ class Session:
             if self.where.rank == 0:
                 store.append(self.args.out, found)
                 self._say(f"{time.strftime('%H:%M:%S')} {_line(found)}")
+            if self.where.processes > 1:
+                torch.distributed.barrier()  # the others would otherwise look for this run before it is written
         return {**found["scores"], **{k: found[k] for k in ("ms_per_step", "ms_sd") if k in found}}
 
     def _train(
@@ -192,6 +193,7 @@ class Session:
         started = time.perf_counter()
         model = adapted(self.source, protocol, self.where, self._dtype)
         figures: dict[str, float] = {}
+        texts = examples[: self.ask.limit or evaluate.TEXTS]
         if row.method == "sdft":
             with model.disable_adapter():
                 examples, figures["rewritten"] = self_distilled(
@@ -215,7 +217,6 @@ class Session:
         elif table.measured == "variations":
             scores = evaluate.prompt_variations(model, self.tokenizer, self.ask)
         else:
-            texts = examples[: self.ask.limit or evaluate.TEXTS]
             scores = evaluate.similarity_under_noise(model, self.tokenizer, texts, protocol)
         return {
             **figures,
@@ -237,12 +238,6 @@ def _line(record: store.Record) -> str:
         trained = f"{record['steps']} steps, loss {record['first_loss']:.3f} -> {record['final_loss']:.3f}, "
     scores = ", ".join(f"{name} {value:.1f}" for name, value in record["scores"].items())
     return f"{record['label']}: {trained}{record['seconds']:.0f} s; {scores}"
-
-
-def last_number(text: str) -> str:
-    """The last number of a text, as GSM8K's answers end with it; empty if there is none."""
-    found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
-    return found[-1].replace(",", "") if found else ""
 
 
 def _commit() -> str:

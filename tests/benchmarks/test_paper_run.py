@@ -14,10 +14,10 @@ import pytest
 import torch
 from demo_skills import Example
 from paper.attack import STAND_IN, attack_data, complies, success_rate
-from paper.data import MissingData, training_examples
+from paper.data import MissingData, last_number, training_examples
 from paper.evaluate import similarity_under_noise
 from paper.local_tasks import FILES
-from paper.run import last_number, main
+from paper.run import main
 from paper.settings import Protocol
 from paper.store import records
 from paper.tables import TABLES
