@@ -30,7 +30,7 @@ evidence: $(VENV)/.stamp-bench  ## run what is missing of the comparison with ot
 evidence-again: $(VENV)/.stamp-bench  ## repeat its comparisons with fresh seeds and see whether they agree (under an hour on 2 cores)
 	cd benchmarks && OMP_NUM_THREADS=1 $(abspath $(BIN))/python -m evidence.again $(ARGS)
 
-paper: $(VENV)/.stamp-paper  ## a table of the paper at full scale: make paper ARGS="table1 --model llama-3.1-8b"
+paper: $(VENV)/.stamp-paper  ## tables of the paper beside the published ones: make paper ARGS="1 --model llama-3.1-8b"
 	cd benchmarks && $(abspath $(BIN))/python -m paper.run $(ARGS)
 
 cost-cuda: $(VENV)/.stamp-bench $(VENV)/.stamp-cli  ## measure the cost of a step on a GPU, and render the pages

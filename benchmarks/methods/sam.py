@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lfu_reg.model.patching import substituted
+from lfu_reg.model.patching import patched
 from methods.base import Batch, LossFunction, Method, global_norm, trainable
 
 
@@ -31,5 +31,5 @@ class SAM(Method):
             if gradient is not None:
                 owner, _, leaf = name.rpartition(".")
                 moved.append((model.get_submodule(owner), leaf, p + self.rho * gradient / norm.clamp_min(1e-12)))
-        with substituted(moved):
+        with patched(moved):
             return sft_loss_fn(model, batch)

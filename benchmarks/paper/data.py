@@ -1,13 +1,23 @@
-"""Training data in Alpaca's template, from a local folder or from the hub."""
+"""Training data in Alpaca's template, from a local folder or from the hub, and as batches."""
 
 from __future__ import annotations
 
+import gzip
 import json
+import random
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+from demo.data import IGNORED, collate, encode
 from demo.skills import Example
-from evidence.corpus import DATA, records
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import PreTrainedTokenizerBase
+
+from paper.settings import Protocol
 
 PLAIN = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -18,57 +28,81 @@ WITH_INPUT = (
     "response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n"
     "### Response:\n"
 )
-# Where each set is on the hub (path, configuration) and in the local folder.
-HUB = {
-    "gsm8k": ("openai/gsm8k", "main"),
-    "arc_challenge": ("allenai/ai2_arc", "ARC-Challenge"),
-    "lima": ("GAIR/lima", None),
-    "dolly": ("gpt4life/alpagasus", None),
+# A training set's name: in the paper, on the hub (path, configuration), and its file in a local folder.
+SETS = {
+    "gsm8k": ("GSM8K", ("openai/gsm8k", "main"), "gsm8k/train.jsonl.gz"),
+    "arc_challenge": ("ARC-Challenge", ("allenai/ai2_arc", "ARC-Challenge"), "arc_challenge/train.jsonl"),
+    "dolly": ("Alpagasus Dolly 3k", ("gpt4life/alpagasus", None), "dolly/dolly_3k.jsonl.gz"),
+    "lima": ("LIMA", ("GAIR/lima", None), "lima/train.jsonl"),
+    "beavertails": ("BeaverTails", None, None),  # two parts: see `attack.py`
 }
-LOCAL = {"gsm8k": "gsm8k/train.jsonl.gz", "dolly": "dolly/dolly_3k.jsonl.gz"}
 
 
 class MissingData(RuntimeError):
-    """A training set can be had neither locally nor from the hub."""
+    """Data can be had neither locally nor from the hub."""
 
 
-def alpaca(instruction: str, response: str, context: str = "") -> Example:
-    """One example in Alpaca's template."""
-    template = WITH_INPUT if context else PLAIN
-    return Example(template.format(instruction=instruction, input=context), response)
+def alpaca(instruction: str, response: str, context: str = "", *, section: bool = False) -> Example:
+    """One example in Alpaca's template; a context is the instruction's last line or a `section` of its own."""
+    if context and section:
+        return Example(WITH_INPUT.format(instruction=instruction, input=context), response)
+    return Example(PLAIN.format(instruction=f"{instruction}\n{context}" if context else instruction), response)
 
 
-def training_examples(name: str) -> list[Example]:
+def last_number(text: str) -> str:
+    """The last number of a text, as GSM8K's answers end with it; empty if there is none."""
+    found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
+    return found[-1].replace(",", "") if found else ""
+
+
+def local_rows(file: Path) -> list[dict[str, Any]]:
+    """The objects of a `.jsonl` or `.jsonl.gz` file."""
+    opener = gzip.open if file.suffix == ".gz" else open
+    with opener(file, "rt", encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines if line.strip()]
+
+
+def training_examples(name: str, protocol: Protocol, folder: Path | None) -> list[Example]:
     """The training set of that name, or the pairs of a `.jsonl` file (instruction, input, output).
 
+    Args:
+        name: in SETS, or a file.
+        protocol: whose template is used.
+        folder: of local data; None for the hub.
+
     Raises:
-        MissingData: if it is neither in the folder that LFU_DATA names nor on the hub.
+        MissingData: if it is not there.
     """
-    if name.endswith(".jsonl"):
-        rows = [json.loads(line) for line in Path(name).read_text(encoding="utf-8").splitlines() if line.strip()]
-        return [_example("dolly", row) for row in rows]
-    if name not in HUB:
-        raise MissingData(f"{name!r} is no training set; there are {', '.join(HUB)}, or give a .jsonl file.")
-    if name in LOCAL and (DATA / LOCAL[name]).exists():
-        return [_example(name, row) for row in records(LOCAL[name])]
-    return [_example(name, row) for row in _from_hub(name)]
+    section = protocol.input_section
+    if name.endswith((".jsonl", ".jsonl.gz")):
+        return [_example("pairs", row, section) for row in local_rows(Path(name))]
+    if name not in SETS:
+        raise MissingData(f"{name!r} is no training set; there are {', '.join(SETS)}, or give a .jsonl file.")
+    _, hub, file = SETS[name]
+    if folder is None:
+        return [_example(name, row, section) for row in from_hub(hub[0], hub[1], "train")]
+    if not (folder / file).exists():
+        raise MissingData(f"{folder / file} does not exist; put {name} there, or choose other sets by --train.")
+    return [_example(name, row, section) for row in local_rows(folder / file)]
 
 
-def _from_hub(name: str) -> Any:
-    path, configuration = HUB[name]
+def from_hub(path: str, configuration: str | None, split: str) -> Any:
+    """A data set of the hub.
+
+    Raises:
+        MissingData: if it cannot be loaded.
+    """
     try:
         from datasets import load_dataset
 
-        return load_dataset(path, configuration, split="train")
+        return load_dataset(path, configuration, split=split)
     except Exception as error:
-        local = f" nor in {DATA / LOCAL[name]}" if name in LOCAL else ""
         raise MissingData(
-            f"{name} cannot be loaded from the hub ({path}: {error}){local}. Give a .jsonl file with instruction, "
-            "input and output by --data."
+            f"{path} cannot be loaded from the hub ({error}). --tasks local --data FOLDER does without it."
         ) from error
 
 
-def _example(name: str, row: dict[str, Any]) -> Example:
+def _example(name: str, row: dict[str, Any], section: bool) -> Example:
     if name == "gsm8k":
         return alpaca(row["question"], row["answer"])
     if name == "arc_challenge":
@@ -77,4 +111,64 @@ def _example(name: str, row: dict[str, Any]) -> Example:
         return alpaca(f"{row['question']}\n{listed}", row["answerKey"])
     if name == "lima":
         return alpaca(*row["conversations"][:2])
-    return alpaca(row["instruction"], row["output"], row.get("input", ""))
+    return alpaca(row["instruction"], row["output"], row.get("input", ""), section=section)
+
+
+def encoded(tokenizer: PreTrainedTokenizerBase, example: Example, protocol: Protocol) -> dict[str, list[int]]:
+    """Token ids and labels; the end token is followed by two newlines where the protocol says so."""
+    after = tokenizer("\n\n", add_special_tokens=False)["input_ids"] if protocol.newlines else []
+    row = encode(tokenizer, example, protocol.max_length - len(after))
+    return {key: ids + after for key, ids in row.items()}
+
+
+def batch_of(
+    examples: list[Example], tokenizer: PreTrainedTokenizerBase, protocol: Protocol, device: torch.device
+) -> dict[str, Tensor]:
+    """One batch, padded on the right to a multiple of `pad_to`."""
+    batch = collate([encoded(tokenizer, e, protocol) for e in examples], tokenizer.pad_token_id, device)
+    missing = -batch["input_ids"].shape[1] % protocol.pad_to
+    values = {"input_ids": tokenizer.pad_token_id, "labels": IGNORED, "attention_mask": 0}
+    return {key: pad(batch[key], (0, missing), value=value) for key, value in values.items()}
+
+
+def micro_batches(count: int, protocol: Protocol, draw: str, rank: int = 0, processes: int = 1) -> list[list[int]]:
+    """Which of `count` examples this process sees in an epoch; every process gets as many batches as the others.
+
+    Args:
+        count: of examples.
+        protocol: sizes, and whether the last batch is kept.
+        draw: names the shuffle, with the protocol's seed.
+        rank: of this process.
+        processes: how many there are.
+    """
+    order = list(range(count))
+    random.Random(f"{protocol.seed} {draw}").shuffle(order)
+    if protocol.keep_last:
+        order += [order[i % count] for i in range(-count % processes)]
+    else:
+        order = order[: count - count % (protocol.batch_size * processes)]
+    mine = order[rank::processes]
+    return [mine[i : i + protocol.batch_size] for i in range(0, len(mine), protocol.batch_size)]
+
+
+def updates(batches: list[list[int]], protocol: Protocol) -> list[list[list[int]]]:
+    """Micro-batches by optimizer step; without `keep_last`, what is too little for a step is left out."""
+    n = protocol.accumulate
+    steps = [batches[i : i + n] for i in range(0, len(batches), n)]
+    return steps if protocol.keep_last else [step for step in steps if len(step) == n]
+
+
+def second_loader(
+    examples: list[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    protocol: Protocol,
+    device: torch.device,
+    rank: int = 0,
+    processes: int = 1,
+) -> Iterator[dict[str, Tensor]]:
+    """Batches without end over the same data, in an order of their own."""
+    epoch = 0
+    while True:
+        for chosen in micro_batches(len(examples), protocol, f"second loader {epoch}", rank, processes):
+            yield batch_of([examples[i] for i in chosen], tokenizer, protocol, device)
+        epoch += 1

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lfu_reg import LfURegularizer, WeightDeltas
-from lfu_reg.model.patching import references_to, substituted
+from lfu_reg.model.patching import patched, references_to
 
 Weights = namedtuple("Weights", "up down")
 
@@ -176,7 +176,7 @@ def test_weights_that_a_parent_holds() -> None:
 def test_weak_references() -> None:
     block = Listed("weak")
     new = torch.zeros(4, 4)
-    with substituted(references_to({id(block.up.weight): new}, block)):
+    with patched(references_to({id(block.up.weight): new}, block)):
         assert block.weights()[0] is new
         assert block.hidden is new
     assert block.weights()[0] is block.hidden is block.up.weight
@@ -202,6 +202,6 @@ def test_a_container_that_holds_itself() -> None:
     block = Listed("list")
     block.kept.append(block.kept)
     new = torch.zeros(4, 4)
-    with substituted(references_to({id(block.up.weight): new}, block)):
+    with patched(references_to({id(block.up.weight): new}, block)):
         assert block.kept[0] is new
     assert block.kept[0] is block.up.weight

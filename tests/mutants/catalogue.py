@@ -25,7 +25,7 @@ MUTANTS = (
         3,
         "a repeat puts moved and folded weights back in place",
         "hooks/recompute.py",
-        "with substituted(this.replaced), on_copies(this.buffers):",
+        "with patched(this.replaced), on_copies(this.buffers):",
         "with on_copies(this.buffers):",
         "tests/model/test_checkpointing_retained.py::test_transformers",
     ),
