@@ -48,6 +48,11 @@ def saves_elsewhere() -> bool:
     return top is not None and not getattr(top[0], "__module__", "").startswith("torch.")
 
 
+def repeats_stop_early() -> bool:
+    """Whether a region that runs again stops once it has what the backward needs."""
+    return bool(getattr(torch.utils.checkpoint, "_enable_checkpoint_early_stop", True))
+
+
 @contextmanager
 def noted() -> Iterator[list[str]]:
     """A list that is filled if this thread enters a non-reentrant checkpoint in the block."""

@@ -76,6 +76,11 @@ class RandomState:
             numpy=numpy.random.get_state() if numpy is not None else None,
         )
 
+    def torch_has_drawn(self) -> bool:
+        """Whether one of torch's generators has gone on since."""
+        moved = any(not torch.equal(was, torch.get_device_module(at).get_rng_state(at)) for at, was in self.devices)
+        return moved or not torch.equal(self.cpu, torch.get_rng_state())
+
     def restore(self) -> None:
         """Put every generator back to this state."""
         torch.set_rng_state(self.cpu)

@@ -82,6 +82,7 @@ class Passes:
         self._shared: SharedBackward | None = None
         self._changes: Changes | None = None
         self._failure: str | None = None
+        self._runs_whole = False
 
     @contextmanager
     def running(self, generators: Generators) -> Iterator[None]:
@@ -129,6 +130,9 @@ class Passes:
             hooks.recording(),
         ):
             loss = sft.first(attached.devices(), check_value=self._progress.step == 0)
+        # A region that runs again to its end has to have run to its end, with all of its graph.
+        self._runs_whole = bool(checkpointed) and not checkpoints.repeats_stop_early()
+        # Without what stands in the place of forward methods for the pass: it is not to be put back after pass 2.
         self._changes = changes = watch.changes()
         attached.writers = (attached.writers or set()) | changes.writers
         # Loops return a dummy loss for an empty batch, zero times the sum of all parameters.
@@ -180,9 +184,11 @@ class Passes:
         attached, in_lockstep = self._attached, self.engine.in_lockstep
         if self._failure is not None and not in_lockstep:
             raise PlainSFT(self.total())
+        if samples is not None and self._sft.has_drawn():  # a smaller batch draws others: dropout would be compared
+            raise ValueError(checks.CANNOT_DIVIDE.format(number=len(samples)))
         answers = [] if self._shared is None else attached.reused.answers(self._shared.start, samples)
         with self._auxiliary.shards_moved(), ExitStack() as stack:
-            quiet = attached.tail_may_be_quiet and not self.engine.is_sharded
+            quiet = attached.tail_may_be_quiet and not self.engine.is_sharded and not self._runs_whole
             try:
                 perturbed = self._run_second(stack, samples, answers, quiet)
             except Exception:
@@ -230,7 +236,7 @@ class Passes:
 
     def _run_second(self, stack: ExitStack, samples: Tensor | None, answers: list[Patch], quiet: bool) -> ForwardPass:
         attached, record, settings = self._attached, self.clean.record, self._settings
-        may_leave = settings.leave_early and not self.engine.is_sharded
+        may_leave = settings.leave_early and not self.engine.is_sharded and not self._runs_whole
         perturbed = ForwardPass(
             self._sft.tokens.select(samples),
             apply=True,
@@ -252,7 +258,7 @@ class Passes:
         """Whether pass 2 repeated pass 1; warns if not."""
         clean, moved = self.clean.record, self._auxiliary.moves_weights
         failure = self._failure or differing(clean.entries, perturbed.record.entries, samples, moved=moved)
-        if failure is not None and samples is not None:
+        if samples is not None and (failure is not None or perturbed.record.batch_size != len(samples)):
             raise ValueError(checks.CANNOT_DIVIDE.format(number=len(samples)))
         if failure is None:
             self._attached.check_perturbed(perturbed, self.clean, samples)
@@ -265,7 +271,7 @@ class Passes:
     def _share(self, loss: Tensor, leaves: list[Tensor], changes: Changes) -> list[Tensor]:
         """Let both passes share what no perturbation reaches, where that is exact; gives all leaves."""
         attached, clean = self._attached, self.clean
-        cut = None if self._strategy.keeps_graph else attached.reused.cut(changes)
+        cut = None if self._strategy.keeps_graph else attached.reused.cut(changes, clean.record.states)
         # A site that fired more often is shared with another layer, perhaps below the cut.
         if cut is not None and all(clean.record.fired[name] <= 1 for name in attached.sites):
             shared = shared_backward(loss, cut, clean.anchor)

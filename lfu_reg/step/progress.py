@@ -61,7 +61,7 @@ class Progress:
     def did_repeat(self, repeated: bool) -> None:
         """Note whether pass 2 repeated pass 1 at this step."""
         self._wait = 0 if repeated else min(2 * self._wait + 1, LONGEST_WAIT)
-        self._resume_at = self.step + 1 + self._wait
+        self._resume_at = 0 if repeated else self.step + 1 + self._wait
         self.unrepeatable_steps += not repeated
 
     def state_dict(self) -> dict[str, Any]:

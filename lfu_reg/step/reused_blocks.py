@@ -10,7 +10,7 @@ state of the last one, from which a gradient is taken: see `shared_backward.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from lfu_reg.hooks.forward_pass import ForwardPass
+from lfu_reg.hooks.forward_pass import ForwardPass, State
 from lfu_reg.hooks.gated_hook import Hook
 from lfu_reg.model import outputs
 from lfu_reg.model.checkpoints import can_tell_who_saves, saves_elsewhere
@@ -115,11 +115,12 @@ class ReusedBlocks:
         hidden = outputs.get(output, path)
         self._answers[name] = Answer(output, path, hidden._version, RandomState.capture(self._devices()))
 
-    def cut(self, changes: Changes) -> Tensor | None:
+    def cut(self, changes: Changes, states: Iterable[State]) -> Tensor | None:
         """Hidden state at which the reused part of pass 1's graph ends; None where nothing can be reused.
 
         Args:
             changes: what pass 1 changed in the model.
+            states: what pass 1 captured.
         """
         if self._refused or not self.blocks or list(self._answers) != list(self.blocks):
             return None
@@ -127,9 +128,13 @@ class ReusedBlocks:
         # would not fire, or see the sum of both terms' gradients.
         if changes.weights or changes.in_containers_of(self.inside) or self._are_hooked():
             return None
-        last = list(self._answers.values())[-1]
-        cut = last.hidden
-        if cut._version != last.version or cut._backward_hooks or cut.retains_grad:
+        # The model may write over what a block returned, or what a tap has put on its memory, and so into the answer.
+        if any(answer.hidden._version != answer.version for answer in self._answers.values()):
+            return None
+        if any(state.watch is None or state.watch.was_written for state in states if state.name in self.blocks):
+            return None
+        cut = list(self._answers.values())[-1].hidden
+        if cut._backward_hooks or cut.retains_grad:
             return None
         # Whether later blocks use what these have put in a cache is seen in the graph, where there is one.
         return None if self._sees_a_cache and not cut.requires_grad else cut
@@ -138,7 +143,7 @@ class ReusedBlocks:
         """Forward methods for pass 2: no block runs, and the last one returns `start`."""
         last = list(self.blocks)[-1]
         return [
-            (block, "forward", _Answering(self._answers[name], start if name == last else None, samples))
+            (block, "forward", _Answering(block.forward, self._answers[name], start if name == last else None, samples))
             for name, block in self.blocks.items()
         ]
 
@@ -158,10 +163,12 @@ class ReusedBlocks:
 class _Answering:
     """Stands in the place of a block's forward method."""
 
-    def __init__(self, answer: Answer, start: Tensor | None, samples: Tensor | None) -> None:
-        self._answer, self._start, self._samples = answer, start, samples
+    def __init__(self, own: Any, answer: Answer, start: Tensor | None, samples: Tensor | None) -> None:
+        self._own, self._answer, self._start, self._samples = own, answer, start, samples
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():  # another call (a reference, a draft) than the one that was recorded
+            return self._own(*args, **kwargs)
         answer = self._answer
         answer.random_state.restore()
         output = _detached(answer.output, self._samples)
@@ -204,7 +211,7 @@ def _below(model: nn.Module, layers: Collection[str], sites: Collection[str] | N
             continue
         first = min(n for n in number.values() if n is not None)
         acts_in_first = [name for name, n in number.items() if n == first]
-        behind = acts_in_first == [stack[first]] and stack[first] in sites
+        behind = acts_in_first == [stack[first]] and stack[first] in sites and stack[first] in layers
         return stack[: first + behind]
     return []
 

@@ -78,6 +78,10 @@ class SFTLoss:
         self._random_start, self._check_value = RandomState.capture(devices), check_value
         return checks.check_loss(call_loss_function(self._function, self.model, self._given), first=check_value)
 
+    def has_drawn(self) -> bool:
+        """Whether pass 1 drew random numbers from torch."""
+        return self._random_start.torch_has_drawn()
+
     def again(self, batch: Any) -> Tensor:
         """The loss of this batch, with the random draws of pass 1."""
         with repeating():
@@ -196,6 +200,11 @@ def select_samples(value: Any, samples: Tensor, batch_size: int, name: str = "")
         for key, entry in part.items():
             result[key] = entry
         return result
-    if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(select_samples(v, samples, batch_size, n) for n, v in value._asdict().items()))
+    if isinstance(value, (tuple, list)):
         return type(value)(select_samples(entry, samples, batch_size, name) for entry in value)
+    if any(isinstance(entry, Tensor) for entry in getattr(value, "__dict__", {}).values()):
+        for key, entry in vars(value).items():  # of a copy
+            vars(value)[key] = select_samples(entry, samples, batch_size, key)
     return value

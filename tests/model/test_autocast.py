@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from lfu_reg import LfURegularizer, LfUWarning
 from lfu_reg.auxiliaries.ascent import ascend, gradient_norm
-from lfu_reg.hooks.forward_pass import Pass
+from lfu_reg.hooks.forward_pass import ForwardPass
 from lfu_reg.model.tokens import TokenMasks
-from lfu_reg.step.float16 import FIRST_SCALE, GROWTH_INTERVAL, LossScale
+from lfu_reg.step.float16 import FIRST_SCALE, GROWTH_INTERVAL, LossScale, LossScales
 from lfu_reg.step.gradients import Released, Retained
 from tests.support.cases import Loss, seeded
 from tests.support.compare import assert_same_gradients, gradients_of, mismatch
@@ -185,15 +185,15 @@ def test_what_the_taps_collect_is_finite_too(strategy: str) -> None:
         reg(model, long, loss)
         assert torch.isfinite(reg.metrics["ascent_grad_norm"])
         assert float(flat(reg.perturbation).norm()) == pytest.approx(0.05, rel=1e-3)
-        assert reg._scales.clean.value < FIRST_SCALE
+        assert reg._progress.scales.clean.value < FIRST_SCALE
 
 
 def test_the_sum_of_both_passes_has_room() -> None:
     """Each gradient fits into float16 when scaled, and their sum does not."""
     leaf = torch.ones(3, dtype=torch.float16, requires_grad=True)
-    strategy = Released()
+    strategy = Released(auxiliary("weights"), LossScales(), [])
     terms = [(leaf.float() * 0.9).sum() for _ in range(2)]
-    strategy.backward_clean(terms[0], [leaf], Pass(TokenMasks({})), auxiliary("weights"))
+    strategy.backward_clean(terms[0], [leaf], ForwardPass(TokenMasks({})), None)
     strategy.backward_perturbed(terms[1])
     strategy.total().backward()
     assert leaf.grad is not None
@@ -216,7 +216,7 @@ def test_an_overflow_is_tried_again_with_less(name: str, strategy: str) -> None:
     model, factor = model_in(), 300.0
     _, want = step(copy.deepcopy(model), name, loss_in(None, factor), strategy=strategy, lam=100.0)
     reg, got = step(model, name, loss_in(torch.float16, factor), strategy=strategy, lam=100.0)
-    assert reg._scales.clean.value < FIRST_SCALE
+    assert reg._progress.scales.clean.value < FIRST_SCALE
     assert_same_gradients(got, want, FLOAT16)
     reference, _ = step(model_in(), name, loss_in(None, factor), strategy=strategy, lam=100.0)
     norms = [float(r.metrics["ascent_grad_norm"]) for r in (reg, reference)]
@@ -255,7 +255,7 @@ def test_what_cannot_be_represented_reaches_the_scaler(strategy: str) -> None:
     scaler.update()
     assert scaler.get_scale() == 2.0**15
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
-    assert reg._scales.clean.value == FIRST_SCALE / 2, "one hopeless step halves the scale once"
+    assert reg._progress.scales.clean.value == FIRST_SCALE / 2, "one hopeless step halves the scale once"
 
     infinite = False
     optimizer.zero_grad()
@@ -327,11 +327,11 @@ def test_nothing_is_read_or_repeated_without_float16(dtype: torch.dtype | None) 
     reg = LfURegularizer(model, "lora", alpha=0.05, lam=0.5)
     for seed in range(2):
         reg(model, TINY.batch(seed), loss_in(dtype))
-    assert reg._scales.clean.good_steps == reg._scales.perturbed.good_steps == 0
+    assert reg._progress.scales.clean.good_steps == reg._progress.scales.perturbed.good_steps == 0
     half = model_in(torch.bfloat16)
     reg = LfURegularizer(half, "lora", alpha=0.05, lam=0.5)
     reg(half, TINY.batch(), loss_in(None))
-    assert reg._scales.clean.good_steps == 0
+    assert reg._progress.scales.clean.good_steps == 0
 
 
 # ------------------------------------------------------------------ the ascent step
@@ -488,15 +488,15 @@ def test_the_step_inside_of_the_callers_autocast(name: str, dtype: torch.dtype) 
 def test_the_scales_are_resumed() -> None:
     model = islands()
     reg = LfURegularizer(model, "steering", layers=["0"])
-    reg._scales.clean.value, reg._scales.perturbed.good_steps = 64.0, 7
+    reg._progress.scales.clean.value, reg._progress.scales.perturbed.good_steps = 64.0, 7
     state = reg.state_dict()
     reg.remove()
     resumed = LfURegularizer(model, "steering", layers=["0"])
     resumed.load_state_dict(state)
-    assert resumed._scales.clean.value == 64.0
-    assert resumed._scales.perturbed.good_steps == 7
+    assert resumed._progress.scales.clean.value == 64.0
+    assert resumed._progress.scales.perturbed.good_steps == 7
     resumed.load_state_dict({"step": 3, "seed": 1})  # of an older version
-    assert resumed._scales.clean.value == 2.0**16
+    assert resumed._progress.scales.clean.value == 2.0**16
 
 
 def test_float16_that_the_step_cannot_scale_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

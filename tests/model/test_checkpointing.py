@@ -26,6 +26,7 @@ from tests.support.checkpointed import (
 from tests.support.compare import assert_same_gradients, gradients_of
 from tests.support.harness import auxiliary
 from tests.support.models import BERT, GPT2, LLAMA, PEFT, T5, TINY
+from tests.support.snapshots import Snapshot
 
 AUXILIARIES = ("lora", "steering", "weights", "random")
 
@@ -73,29 +74,50 @@ WAYS = (CheckpointedLM, GroupedLM, NestedLM, InnerLM)
 
 
 @pytest.mark.parametrize("early_stop", [True, False], ids=["early-stop", "no-early-stop"])
-@pytest.mark.parametrize("strategy", ["released", "retained"])
 @pytest.mark.parametrize("make", WAYS)
 @pytest.mark.parametrize("name", AUXILIARIES)
-def test_ways_to_checkpoint(name: str, make: type[nn.Module], strategy: str, early_stop: bool) -> None:
+def test_ways_to_checkpoint(name: str, make: type[nn.Module], early_stop: bool) -> None:
     """Hooks inside, outside and in the middle of regions; the last of them leaves pass 2 inside of one."""
     with set_checkpoint_early_stop(early_stop):
-        _, got = gradients(seeded(make), TINY, name, strategy=strategy)
-    _, want = gradients(seeded(PlainLM), TINY, name, strategy=strategy)
+        _, got = gradients(seeded(make), TINY, name)
+    _, want = gradients(seeded(PlainLM), TINY, name)
     assert_same_gradients(got, want)
 
 
-@pytest.mark.parametrize("strategy", ["released", "retained"])
 @pytest.mark.parametrize("name", AUXILIARIES)
-def test_transformers_that_checkpoint_the_call(name: str, strategy: str) -> None:
+def test_transformers_that_checkpoint_the_call(name: str) -> None:
     """Older versions checkpoint a layer's `__call__`, with its hooks in it, newer ones its `forward`."""
-    _, got = gradients(call_checkpointed(LLAMA.make()), LLAMA, name, strategy=strategy)
-    _, want = gradients(LLAMA.make(), LLAMA, name, strategy=strategy)
+    _, got = gradients(call_checkpointed(LLAMA.make()), LLAMA, name)
+    _, want = gradients(LLAMA.make(), LLAMA, name)
     assert_same_gradients(got, want)
 
 
-@pytest.mark.parametrize("strategy", ["released", "retained"])
+@pytest.mark.parametrize("options", [{"strategy": "retained"}, {"stop_gradient": "none"}], ids=str)
+@pytest.mark.parametrize("make", WAYS)
+def test_retained_graphs_refuse_checkpoints(make: type[nn.Module], options: dict[str, Any]) -> None:
+    """The caller's backward would repeat them without the perturbation. Nothing is left behind, and without it goes."""
+    model = seeded(make)
+    before = Snapshot.of(model)
+    with LfURegularizer(model, "steering", **options) as reg:
+        with pytest.raises(RuntimeError, match=r"Activation checkpointing does not go with .*strategy='retained'.*off"):
+            reg(model, TINY.batch(), TINY.loss)
+        before.check(model)
+
+
+def test_a_graph_from_outside_refuses_checkpoints() -> None:
+    """It has to be retained, whatever the strategy says."""
+    model = seeded(CheckpointedLM)
+    scale = torch.ones((), dtype=torch.float64, requires_grad=True)
+    batch = {**TINY.batch(), "scale": scale * 2}
+    with (
+        LfURegularizer(model, "steering") as reg,
+        pytest.raises(RuntimeError, match="compute it inside of sft_loss_fn"),
+    ):
+        reg(model, batch, lambda m, b: TINY.loss(m, b) * b["scale"])
+
+
 @pytest.mark.parametrize("name", AUXILIARIES)
-def test_bfloat16_autocast(name: str, strategy: str) -> None:
+def test_bfloat16_autocast(name: str) -> None:
     """A repeat runs in the autocast of the pass: bit for bit the gradients without checkpoints."""
 
     class Autocast:
@@ -109,21 +131,20 @@ def test_bfloat16_autocast(name: str, strategy: str) -> None:
     found = []
     for make in (CheckpointedLM, PlainLM):
         model = seeded(make).float()
-        # So that no prefix is shared: one backward for two sums in another order.
-        model.blocks[0].register_forward_hook(lambda *call: None)
-        found.append(gradients(model, cast(Case, Autocast()), name, strategy=strategy)[1])
+        # So that no block is reused: one backward for two sums in another order.
+        model.blocks[0].norm.register_forward_hook(lambda *call: None)
+        found.append(gradients(model, cast(Case, Autocast()), name)[1])
     for key, gradient in found[0].items():
         assert torch.equal(gradient, found[1][key]), key
 
 
-@pytest.mark.parametrize("strategy", ["released", "retained"])
 @pytest.mark.parametrize("name", ["steering", "weights"])
-def test_batch_norm_counts_one_step(name: str, strategy: str) -> None:
+def test_batch_norm_counts_one_step(name: str) -> None:
     """Blocks run up to four times; the statistics are those of one forward."""
     found = []
     for make in (GroupedLM, PlainLM):
         model = seeded(lambda make=make: make(batch_norm=True))
-        _, got = gradients(model, TINY, name, strategy=strategy)
+        _, got = gradients(model, TINY, name)
         found.append((got, dict(model.named_buffers())))
     assert_same_gradients(found[0][0], found[1][0])
     for key, buffer in found[0][1].items():

@@ -264,7 +264,7 @@ def test_a_mixed_batch_after_others() -> None:
 @pytest.mark.parametrize("kind", CONTEXTS)
 @pytest.mark.parametrize("name", AUXILIARIES)
 def test_calls_that_hook_pefts_layers(kind: str, name: str) -> None:
-    """Pass 2 replays the outermost call, to its end: left early, PEFT would leave its hooks on the model."""
+    """Pass 2 runs the call to its end: left early, PEFT would leave its hooks on the model."""
     make, loss = CONTEXTS[kind]
     model = make()
     reg = attached(model, name)
@@ -279,7 +279,7 @@ def test_calls_that_hook_pefts_layers(kind: str, name: str) -> None:
 
 
 def test_a_mixed_batch_among_plain_ones() -> None:
-    """The replay that was right for plain batches would leave the adapters' names out, unchecked at this step."""
+    """The adapters' names are in the second call as well."""
     model = two_adapters()
     reg = attached(model, "steering")
     for _ in range(3):

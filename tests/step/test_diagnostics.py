@@ -206,9 +206,10 @@ def test_no_number_is_read_on_the_way() -> None:
     assert read == []
 
 
-def test_a_forward_that_cannot_be_repeated_is_told_once_and_not_checked_at_every_step() -> None:
+def test_a_forward_that_does_not_repeat_is_told_once_and_tried_again_ever_more_rarely() -> None:
+    """Its steps are plain SFT."""
     model = TINY.make()
-    own = torch.Generator().manual_seed(3)  # no generator that a replay could put back
+    own = torch.Generator().manual_seed(3)  # no generator that could be put back
 
     def noise(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
         return output + 0.1 * torch.randn(output.shape, generator=own, dtype=output.dtype)
@@ -220,14 +221,28 @@ def test_a_forward_that_cannot_be_repeated_is_told_once_and_not_checked_at_every
         calls.append(1)
         return TINY.loss(model, batch)
 
-    with LfURegularizer(model, "steering", alpha=1e-3) as reg:
+    with LfURegularizer(model, "steering", alpha=0.05) as reg:
+        own.manual_seed(3)
         first = warnings_of(reg, model, steps=1, loss=counted)
         assert len(first) == 1
-        assert "cannot be repeated" in first[0]
-        calls.clear()
-        assert warnings_of(reg, model, steps=3, loss=counted) == []
-    handle.remove()
-    assert len(calls) == 3 * 2  # pass 1, and pass 2 by the loss function
+        assert "plain SFT" in first[0]
+        assert "the input of blocks.0's call 1 differs" in first[0]
+        got = {name: p.grad.clone() for name, p in model.named_parameters()}
+        model.zero_grad()
+        own.manual_seed(3)
+        TINY.loss(model, TINY.batch(0)).backward()
+        assert all(torch.equal(p.grad, got[name]) for name, p in model.named_parameters())
+        often = [len(calls)]
+        for _ in range(14):
+            calls.clear()
+            assert warnings_of(reg, model, steps=1, loss=counted) == []
+            often.append(len(calls))
+        assert [step for step, number in enumerate(often) if number == 2] == [0, 2, 6, 14]
+        assert reg.metrics["unrepeatable_steps"] == 4
+        handle.remove()
+        for _ in range(20):
+            reg(model, TINY.batch(), TINY.loss)
+        assert "consistency_loss" in reg.metrics, "it repeats by now"
 
 
 @pytest.mark.parametrize("where", ["before a step", "in a step", "at the figures"])

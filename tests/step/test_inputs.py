@@ -23,7 +23,6 @@ from tests.support.refusals import says
 
 AUXILIARIES = ("lora", "steering", "weights")
 FINDS_PACKED_ROWS = importlib.util.find_spec("transformers.masking_utils") is not None
-NO_MASK = "Every position counts"
 
 
 def outcome(model: nn.Module, name: str, batch: Any, loss: Any = LLAMA.loss, **options: Any) -> tuple[float, Any]:
@@ -136,15 +135,12 @@ def vars_of(batch: Any) -> dict[str, Tensor]:
 
 
 def test_a_tuple_of_padded_tensors_has_no_names_to_go_by() -> None:
-    """Padding would count, unsaid: the model was called with a mask, which shows that there is some."""
+    """A token mask of the user's says which tensor it is."""
 
     def loss(model: Any, batch: tuple[Tensor, ...]) -> Tensor:
         return next_token_loss(model(input_ids=batch[0], attention_mask=batch[1]).logits, batch[2])
 
     batch = tuple(llm_batch().values())
-    with pytest.warns(match=NO_MASK) as told:
-        outcome(LLAMA.make(), "steering", batch, loss)
-    assert "token_mask" in str(told[0].message)
     got = outcome(LLAMA.make(), "steering", batch, loss, token_mask=lambda b: b[2] != -100)
     same(got, outcome(LLAMA.make(), "steering", llm_batch()))
 
@@ -216,7 +212,7 @@ def test_a_cache_in_any_container_is_refused(kind: str) -> None:
 @pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("name", AUXILIARIES)
 def test_use_cache(name: str, use_cache: bool) -> None:
-    """A cache that the model makes for itself is made anew by the replay."""
+    """A cache that the model makes for itself is made anew in pass 2."""
 
     def loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
         out = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=use_cache)
@@ -227,7 +223,7 @@ def test_use_cache(name: str, use_cache: bool) -> None:
 
 
 def test_a_cache_that_the_loss_function_makes() -> None:
-    """Replaying the call would attend to pass 1's keys: the loss function runs again instead."""
+    """Each call of the function makes its own, so no pass attends to another one's keys."""
     calls: list[int] = []
 
     def loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
@@ -237,8 +233,8 @@ def test_a_cache_that_the_loss_function_makes() -> None:
         return next_token_loss(out.logits, batch["labels"])
 
     same(outcome(LLAMA.make(), "lora", llm_batch(), loss), outcome(LLAMA.make(), "lora", llm_batch()), 1e-9)
-    assert len(calls) == 3  # pass 1, the check of the first step, pass 2
-    # Also at a step whose replay is not checked, because the one before it could be repeated.
+    assert len(calls) == 2
+    # Also at a later step.
     model, plain = LLAMA.make(), LLAMA.make()
     found = []
     for one, second in ((model, loss), (plain, LLAMA.loss)):
@@ -302,7 +298,7 @@ def test_output_hidden_states_in_the_loss(name: str, case: Case, strategy: str) 
 
 @pytest.mark.parametrize("name", AUXILIARIES)
 def test_the_routers_loss(name: str) -> None:
-    """It is part of the SFT loss, and counted once; pass 2 replays the trunk, which does not compute it."""
+    """It is part of the SFT loss, and counted once."""
 
     def loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
         out = model(

@@ -1,4 +1,4 @@
-"""The graft hands over gradients as a backward of the sum would have, whatever is upstream of it."""
+"""The returned loss hands over gradients as a backward of the sum would have, whatever is upstream of it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lfu_reg.step.returned_loss import graft
+from lfu_reg.step.returned_loss import returned_loss
 
 
 def leaves() -> list[Tensor]:
@@ -19,7 +19,9 @@ def leaves() -> list[Tensor]:
 def test_gradients_times_what_is_upstream(upstream: float, scale: float, dtype: torch.dtype) -> None:
     a, b, none = (leaf.detach().to(dtype).requires_grad_() for leaf in leaves())
     gradients = torch.randn(3, 2, dtype=dtype), torch.randn(3, 2, dtype=dtype)
-    (graft(torch.tensor(2.0), [(a, gradients[0]), (b, gradients[1]), (none, None)], scale) * upstream).backward()
+    (
+        returned_loss(torch.tensor(2.0), [(a, gradients[0]), (b, gradients[1]), (none, None)], scale) * upstream
+    ).backward()
     assert none.grad is None
     for leaf, gradient in zip((a, b), gradients, strict=True):
         assert leaf.grad is not None
@@ -30,7 +32,7 @@ def test_leaves_that_share_a_gradient_each_get_their_own() -> None:
     a, b, _ = leaves()
     shared = list(torch.autograd.grad((a + b).square().sum(), (a, b)))
     pairs = list(zip((a, b), shared, strict=True))
-    loss = graft(torch.tensor(1.0), pairs)
+    loss = returned_loss(torch.tensor(1.0), pairs)
     expected = shared[0].clone()
     del pairs, shared
     loss.backward()
@@ -44,7 +46,7 @@ def test_gradients_that_somebody_holds_on_to_stay_theirs() -> None:
     a, *_ = leaves()
     held = torch.randn(3, 2)
     before = held.clone()
-    graft(torch.tensor(1.0), [(a, held)]).backward()
+    returned_loss(torch.tensor(1.0), [(a, held)]).backward()
     assert a.grad is not None
     a.grad.zero_()
     torch.testing.assert_close(held, before)

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lfu_reg import LfURegularizer, RandomDirections, SteeringVectors
-from lfu_reg.model.graph import take_part
-from lfu_reg.step import chain
-from lfu_reg.step.shared_backward import shared_prefix
+from lfu_reg.hooks.taps import Gate, tap
+from lfu_reg.model import checkpoints
+from lfu_reg.step.shared_backward import shared_backward
 from tests.support.cases import Batch, Case, next_token_loss, seeded
 from tests.support.checkpointed import CheckpointedLM, GroupedLM, PlainLM
 from tests.support.compare import assert_same_gradients, gradients_of
@@ -34,26 +34,33 @@ RUNS = {
 }
 LAYERS: dict[str, Any] = {"two": [1, 2], "inner": r".*\.[23]\.mlp"}
 ALPHA = 0.005
-SHARES = chain._innermost_hooks is not None
+# One forward, and what its backward repeats: a region is repeated for what is above the cut, and for what is below.
+RUNS_CHECKPOINTED = {CheckpointedLM: 2, GroupedLM: 3}
+SHARES = checkpoints.can_tell_who_saves()
 shares = pytest.mark.skipif(not SHARES, reason="this torch does not tell what is around a layer: nothing is shared")
 
 
 @contextmanager
 def runs(model: nn.Module, kind: type | tuple[type, ...]) -> Iterator[Counter[str]]:
-    """How often modules of a kind run in the block, by name."""
+    """How often the forward methods of modules of a kind run in the block, by name."""
     counts: Counter[str] = Counter()
-    handles = [
-        module.register_forward_pre_hook(lambda m, a, name=name: counts.update([name]))
-        for name, module in model.named_modules()
-        if isinstance(module, kind)
-    ]
-    yield counts
-    for handle in handles:
-        handle.remove()
+    counted = {name: module for name, module in model.named_modules() if isinstance(module, kind)}
+    for name, module in counted.items():
+
+        def forward(*args: Any, name: str = name, own: Any = module.forward, **kwargs: Any) -> Any:
+            counts.update([name])
+            return own(*args, **kwargs)
+
+        module.forward = forward  # type: ignore[method-assign]
+    try:
+        yield counts
+    finally:
+        for module in counted.values():
+            del module.forward
 
 
 def settled(model: nn.Module, case: Case, name: Any, **options: Any) -> LfURegularizer:
-    """A regularizer after its first step, which checks the way it takes."""
+    """A regularizer after its first step, which learns what the model writes to."""
     reg = LfURegularizer(model, auxiliary(name) if isinstance(name, str) else name, alpha=ALPHA, lam=0.7, **options)
     reg(model, case.batch(), case.loss)
     return reg
@@ -81,16 +88,18 @@ def is_shared(model: nn.Module, case: Case, name: Any, loss: Any = None, **optio
 @shares
 @pytest.mark.parametrize("case", [LLAMA, PEFT], ids=lambda c: c.name)
 @pytest.mark.parametrize("name", ["steering", "lora"])
+@pytest.mark.parametrize("left", [True, False], ids=["left early", "to its end"])
 @pytest.mark.parametrize("layers", RUNS)
-def test_blocks_below_the_first_perturbed_one_run_once(layers: str, name: str, case: Case) -> None:
+def test_blocks_below_the_first_perturbed_one_run_once(layers: str, left: bool, name: str, case: Case) -> None:
+    """Where the loss function goes on after the model's call, it is run to its end, with the blocks that are left."""
+    loss_function = (lambda model, batch: model(**batch).loss) if left else case.loss
     model = case.make()
     reg = settled(model, case, name, layers=LAYERS.get(layers, layers))
     with runs(model, type(blocks_of(model, case)[0])) as counts:
-        loss = reg(model, case.batch(), case.loss)
+        loss = reg(model, case.batch(), loss_function)
     got = [counts[block] for block in case.layers]
     expected = RUNS[layers][name]
-    # Where nothing is saved, pass 2 is left after the last chosen layer all the same.
-    assert got == expected + [1] * (4 - len(expected))
+    assert got == expected + [1 if left else 2] * (4 - len(expected))
     loss.backward()
 
 
@@ -101,16 +110,17 @@ def test_their_backward_runs_once(name: str) -> None:
     reg = settled(model, LLAMA, name, layers="late")
     arrivals: Counter[str] = Counter()
 
-    def watch(number: int) -> Any:
-        def on_output(module: nn.Module, args: Any, output: Tensor) -> None:
+    def watched(number: int, forward: Any) -> Any:
+        def run(*args: Any) -> Tensor:
+            output = forward(*args)
             output.register_hook(lambda grad: arrivals.update([number]))
+            return output
 
-        return on_output
+        return run
 
-    handles = [block.mlp.down_proj.register_forward_hook(watch(i)) for i, block in enumerate(model.model.layers)]
+    for number, block in enumerate(model.model.layers):  # not by forward hooks, which would have to fire twice
+        block.mlp.down_proj.forward = watched(number, block.mlp.down_proj.forward)
     reg(model, LLAMA.batch(), LLAMA.loss).backward()
-    for handle in handles:
-        handle.remove()
     shared = 3 if name == "steering" else 2
     assert [arrivals[i] for i in range(4)] == [1] * shared + [2] * (4 - shared)
 
@@ -124,6 +134,9 @@ def test_gradients_are_the_oracles(layers: str, name: str, case: Case) -> None:
         pytest.skip("nothing before this layer is trained")
     run_pair(case, name, reg_options={"layers": chosen}).check()
     model = case.make()
+    if case is FROZEN:  # whose layers would fill a cache that no graph tells of
+        assert model.config.use_cache
+        model.config.use_cache = False
     if SHARES and (layers != "all" or name == "steering"):
         assert is_shared(model, case, name, layers=chosen)
 
@@ -145,7 +158,7 @@ def test_options(name: str, options: dict[str, Any]) -> None:
 @shares
 @pytest.mark.parametrize("name", ["steering", "lora"])
 def test_layers_of_several_kinds(name: str) -> None:
-    """Each kind has a mask of its own. That these come from no hidden state is seen at the second step."""
+    """Each kind has a mask of its own, which the model makes in both passes."""
     gradients = {}
     for strategy in ("released", "retained"):
         model = GEMMA.make()
@@ -158,7 +171,7 @@ def test_layers_of_several_kinds(name: str) -> None:
                 with runs(model, type(first)) as counts:
                     reg(model, GEMMA.batch(seed), GEMMA.loss).backward()
                 shared.append(counts[GEMMA.layers[0]] == 1)
-        assert shared == [False, False, *[strategy == "released"] * 2]
+        assert shared == [strategy == "released"] * 4
         gradients[strategy] = gradients_of(model)
     assert_same_gradients(gradients["released"], gradients["retained"])
     run_pair(GEMMA, name, reg_options={"layers": "late"}).check()
@@ -220,13 +233,6 @@ class SkipLM(PlainLM):
         return super().body(hidden) + hidden
 
 
-class MixedLM(PlainLM):
-    """Something happens between the blocks."""
-
-    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        return block(hidden * 1.5)
-
-
 class ShuffledLM(PlainLM):
     """Blocks run in another order than the one that they are kept in."""
 
@@ -234,6 +240,43 @@ class ShuffledLM(PlainLM):
         for number in (0, 2, 1):
             hidden = self.blocks[number](hidden)
         return self.norm(hidden.flatten(0, 1)).view_as(hidden)
+
+
+class InPlaceLM(PlainLM):
+    """The loop writes into what a block returned."""
+
+    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        return block(hidden).mul_(1.1)
+
+
+REFUSED = {
+    "skip connection": lm_case(SkipLM),
+    "another order": lm_case(ShuffledLM),
+    "written in place": lm_case(InPlaceLM),
+    "tied weights in training": lm_case(lambda: PlainLM(tied=True)),
+    "tied Llama": TIED,
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+@pytest.mark.parametrize("name", ["steering", "lora"])
+def test_refused(name: str, reason: str) -> None:
+    """LoRA acts inside of the first chosen layer: in another order, what is below has run before it all the same."""
+    case = REFUSED[reason]
+    assert is_shared(case.make(), case, name, layers=[1, 2]) == (reason == "another order" and name == "lora")
+    run_pair(case, name, reg_options={"layers": [1, 2]}).check()
+    if reason == "written in place":
+        run_pair(case, name).check()
+
+
+# ------------------------------------------------------------- where the model's own loop does more than call blocks
+
+
+class MixedLM(PlainLM):
+    """Something happens between the blocks."""
+
+    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        return block(hidden * 1.5)
 
 
 class MemoryBlock(nn.Module):
@@ -248,7 +291,7 @@ class MemoryBlock(nn.Module):
 
 
 class MemoryLM(PlainLM):
-    """Hidden states reach later blocks past the chain, detached: only a perturbed comparison can tell."""
+    """Hidden states reach later blocks past the ones between, detached."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -262,62 +305,15 @@ class MemoryLM(PlainLM):
         return self.norm(hidden.flatten(0, 1)).view_as(hidden)
 
 
-class InPlaceLM(PlainLM):
-    """The loop writes into what a block returned."""
-
-    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        return block(hidden).mul_(1.1)
+SHARED = {"operations between blocks": lm_case(MixedLM), "memory of earlier states": lm_case(MemoryLM)}
 
 
-class CountingLM(PlainLM):
-    """Blocks need a context that the model's forward sets up."""
-
-    inside = False
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        self.inside = True
-        try:
-            return super().forward(input_ids)
-        finally:
-            self.inside = False
-
-
-class ContextBlock(nn.Module):
-    def __init__(self, inner: nn.Module, owner: list[CountingLM], otherwise: float | None) -> None:
-        super().__init__()
-        self.inner, self.owner, self.otherwise = inner, owner, otherwise
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        if self.owner[0].inside:
-            return self.inner(hidden)
-        if self.otherwise is None:
-            raise RuntimeError("called outside of the model")
-        return self.inner(hidden) * self.otherwise
-
-
-def context_lm(otherwise: float | None = None) -> nn.Module:
-    model = CountingLM()
-    model.blocks = nn.ModuleList(ContextBlock(block, [model], otherwise) for block in model.blocks)
-    return model
-
-
-REFUSED = {
-    "skip connection": lm_case(SkipLM),
-    "operations between blocks": lm_case(MixedLM),
-    "another order": lm_case(ShuffledLM),
-    "memory of earlier states": lm_case(MemoryLM),
-    "written in place": lm_case(InPlaceLM),
-    "layers that are others when called alone": lm_case(lambda: context_lm(0.9)),
-    "tied weights in training": lm_case(lambda: PlainLM(tied=True)),
-    "tied Llama": TIED,
-}
-
-
-@pytest.mark.parametrize("reason", REFUSED)
+@shares
+@pytest.mark.parametrize("reason", SHARED)
 @pytest.mark.parametrize("name", ["steering", "lora"])
-def test_refused(name: str, reason: str) -> None:
-    case = REFUSED[reason]
-    assert not is_shared(case.make(), case, name, layers=[1, 2])
+def test_the_loop_runs_in_both_passes(name: str, reason: str) -> None:
+    case = SHARED[reason]
+    assert is_shared(case.make(), case, name, layers=[1, 2])
     run_pair(case, name, reg_options={"layers": [1, 2]}).check()
 
 
@@ -326,9 +322,9 @@ def test_refused(name: str, reason: str) -> None:
 @pytest.mark.parametrize("name", ["steering", "lora"])
 @pytest.mark.parametrize("layers", [[1, 2], [2]], ids=str)
 def test_layers_checkpointed_by_the_models_loop(layers: list[int], name: str, make: Any) -> None:
-    """Called alone they would keep their activations."""
+    """They answer inside of their checkpoints, too, and are repeated for the backward of pass 1 alone."""
     model, plain = seeded(make), seeded(PlainLM)
-    assert runs_of_first(model, lm_case(make), name, layers=layers) == 4  # both passes, repeated for their backward
+    assert runs_of_first(model, lm_case(make), name, layers=layers) == RUNS_CHECKPOINTED[make]
     assert is_shared(plain, lm_case(PlainLM), name, layers=layers)
     for twin in (model, plain):
         with LfURegularizer(twin, name, alpha=0.05, lam=0.7, layers=layers, seed=1) as reg:
@@ -338,27 +334,31 @@ def test_layers_checkpointed_by_the_models_loop(layers: list[int], name: str, ma
 
 def test_where_torch_does_not_tell_what_is_around_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     """As torch 2.6: a checkpoint around the layers would go unnoticed, so nothing is shared with or without one."""
-    monkeypatch.setattr(chain, "_innermost_hooks", None)
+    monkeypatch.setattr(checkpoints, "_innermost_hooks", None)
     for make in (CheckpointedLM, PlainLM):
         case = lm_case(make)
         assert not is_shared(case.make(), case, "steering", layers=[1, 2])
     run_pair(lm_case(PlainLM), "steering", reg_options={"layers": [1, 2]}).check()
 
 
-def test_layers_that_cannot_be_called_alone() -> None:
-    """The trial of the way fails with the model's own error, and the longer way is taken without a word."""
-    case = Case("context", context_lm, TINY.batch, TINY.loss, TINY.mask, TINY.layers, 6)
-    model = case.make()
-    assert not is_shared(model, case, "steering")
-
-
 @shares
 def test_another_ones_hook_on_the_output() -> None:
+    """Hooks on the blocks themselves fire in both passes; those inside of them would not."""
     model = LLAMA.make()
-    assert is_shared(model, LLAMA, "steering")
     model.model.layers[0].register_forward_hook(lambda m, a, out: out * 1.1)
-    assert not is_shared(model, LLAMA, "steering")
-    run_pair(LLAMA, "lora", reg_options={"layers": "late"}).check()
+    assert is_shared(model, LLAMA, "steering", layers="late")
+    inside = LLAMA.make()
+    inside.model.layers[0].mlp.register_forward_hook(lambda m, a, out: out * 1.1)
+    assert not is_shared(inside, LLAMA, "steering", layers="late")
+    for hooked in (model, inside):
+        for name in ("steering", "lora"):
+            found = []
+            for strategy in ("released", "retained"):
+                hooked.zero_grad()
+                with LfURegularizer(hooked, name, alpha=0.05, lam=0.7, layers="late", strategy=strategy, seed=1) as reg:
+                    reg(hooked, LLAMA.batch(), LLAMA.loss).backward()
+                found.append({n: p.grad.clone() for n, p in hooked.named_parameters()})
+            assert_same_gradients(*found)
 
 
 def test_a_model_called_twice() -> None:
@@ -430,7 +430,7 @@ class CallCheckpointedLM(PlainLM):
 @shares
 @pytest.mark.parametrize("name", ["steering", "lora"])
 def test_layers_that_checkpoint_their_own_call(name: str) -> None:
-    """A call of ours is checkpointed, too; of others that might be so, nobody knows."""
+    """Whether or not the layer says so."""
     model, plain = seeded(CallCheckpointedLM), seeded(PlainLM)
     assert runs_of_first(model, lm_case(CallCheckpointedLM), name, layers=[1, 2]) == 2  # repeated for its backward
     for twin in (model, plain):
@@ -439,7 +439,7 @@ def test_layers_that_checkpoint_their_own_call(name: str) -> None:
     assert_same_gradients(gradients_of(model), gradients_of(plain))
     for block in model.blocks:
         block.gradient_checkpointing = False
-    assert runs_of_first(model, lm_case(CallCheckpointedLM), name, layers=[1, 2]) == 4
+    assert runs_of_first(model, lm_case(CallCheckpointedLM), name, layers=[1, 2]) == 2
 
 
 @shares
@@ -450,7 +450,21 @@ def test_a_call_without_gradients_before_the_one_that_counts() -> None:
         return LLAMA.loss(model, batch) + base
 
     case = Case("base", LLAMA.make, LLAMA.batch, loss, LLAMA.mask, LLAMA.layers, 28)
-    assert runs_of_first(case.make(), case, "steering", layers="late") == 2  # once without gradients
+    assert runs_of_first(case.make(), case, "steering", layers="late") == 3  # twice without gradients
+    run_pair(case, "steering", reg_options={"layers": "late"}).check()
+
+
+def test_a_draft_without_gradients_that_the_call_builds_on() -> None:
+    """Its blocks run in pass 2 as well: what they returned in the call that counts is no answer to it."""
+
+    def loss(model: Any, batch: Batch) -> Tensor:
+        with torch.no_grad():
+            draft = model(input_ids=batch["input_ids"].flip(0), attention_mask=batch["attention_mask"]).logits
+        hidden = model.get_input_embeddings()(batch["input_ids"]) + draft.mean(-1, keepdim=True)
+        logits = model(inputs_embeds=hidden, attention_mask=batch["attention_mask"]).logits
+        return next_token_loss(logits, batch["labels"])
+
+    case = Case("draft", LLAMA.make, LLAMA.batch, loss, LLAMA.mask, LLAMA.layers, 28)
     run_pair(case, "steering", reg_options={"layers": "late"}).check()
 
 
@@ -458,9 +472,9 @@ def test_a_call_without_gradients_before_the_one_that_counts() -> None:
 def test_the_prefix_waits_only_for_trained_weights(trained: bool) -> None:
     """The anchor, by which hidden states below every trained weight are in a graph, is none of them."""
     anchor, weight, other = (torch.ones((), requires_grad=True) for _ in range(3))
-    cut = take_part(torch.ones(2), anchor)
+    cut = tap(torch.ones(2), anchor, Gate(), lambda gradient: ())
     cut = cut * weight if trained else cut
-    prefix = shared_prefix((cut * other).sum(), cut, anchor)
+    prefix = shared_backward((cut * other).sum(), cut, anchor)
     assert prefix is not None
     assert [id(leaf) for leaf in prefix.below] == [id(weight)] * trained
     assert prefix.start.requires_grad == trained
@@ -468,7 +482,7 @@ def test_the_prefix_waits_only_for_trained_weights(trained: bool) -> None:
 
 @shares
 def test_a_cache_made_by_the_model() -> None:
-    """transformers hands a new cache to its layers, which pass 1 fills; in pass 2 they get none."""
+    """transformers hands a new cache to its layers, which those that answer do not fill in pass 2."""
     model = LLAMA.make()
     assert model.config.use_cache
     assert is_shared(model, LLAMA, "steering", layers="late")
@@ -485,7 +499,7 @@ def test_saved_tensor_hooks_around_the_step() -> None:
 
 @shares
 def test_embeddings_from_outside() -> None:
-    """The loss function computes them with gradients, so it would have to run again, if it were not for the chain."""
+    """The loss function computes them with gradients, in both passes."""
     asked: list[int] = []
 
     def loss(model: Any, batch: Batch) -> Tensor:
@@ -498,7 +512,7 @@ def test_embeddings_from_outside() -> None:
     reg = settled(case.make(), case, "steering")
     asked.clear()
     reg(reg._attached.model, case.batch(), loss)
-    assert len(asked) == 1
+    assert len(asked) == 2
     run_pair(case, "steering").check()
 
 
@@ -516,7 +530,7 @@ def test_an_exception_in_the_prefixs_backward_leaves_everything() -> None:
 
 @shares
 def test_a_model_that_changes_its_way() -> None:
-    """Refused in one step, shared again in the next; gradients are right in both."""
+    """Blocks that are checkpointed in one step, and not in the next."""
     model = seeded(PlainLM)
     case = lm_case(PlainLM)
     reg = settled(model, case, "steering")
@@ -528,5 +542,5 @@ def test_a_model_that_changes_its_way() -> None:
             model.run = plain
         with runs(model, type(model.blocks[0])) as counts:
             loss = reg(model, case.batch(), case.loss)
-        assert counts["blocks.0"] == (4 if mixed else 1)  # two forwards, each repeated for its backward
+        assert counts["blocks.0"] == (2 if mixed else 1)
         loss.backward()

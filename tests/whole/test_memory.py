@@ -122,7 +122,7 @@ def test_nothing_lives_after_backward(name: str, strategy: str) -> None:
         handle.remove()
 
 
-@pytest.mark.parametrize("way", ["trunk", "loss function"])
+@pytest.mark.parametrize("way", ["ids", "embeddings"])
 @pytest.mark.parametrize("name", AUXILIARIES)
 def test_the_batch_goes_with_the_step_and_the_model_with_remove(name: str, way: str) -> None:
     """Also where the user keeps the regularizer, for its metrics."""
@@ -134,7 +134,7 @@ def test_the_batch_goes_with_the_step_and_the_model_with_remove(name: str, way: 
 
     reg = LfURegularizer(model, make_auxiliary(name))
     inputs, modules = weakref.ref(batch["input_ids"]), weakref.WeakSet(model.modules())
-    reg(model, batch, LLAMA.loss if way == "trunk" else by_embeddings).backward()
+    reg(model, batch, LLAMA.loss if way == "ids" else by_embeddings).backward()
     del batch
     gc.collect()
     assert inputs() is None, "the step's inputs live on"
