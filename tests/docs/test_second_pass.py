@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lfu_reg import LfURegularizer, LfUWarning
 from tests.support.cases import plain_loss, token_batch
+from tests.support.models import LLAMA
 from tests.support.plain_models import TinyLM
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -110,6 +111,26 @@ def test_code_behind_the_last_layer(leave_early: Any, runs: int) -> None:
     with LfURegularizer(model, "steering", leave_early=leave_early) as reg:
         reg(model, token_batch(), loss_fn)
     assert graphs == [True, False][:runs]
+
+
+@pytest.mark.parametrize("does_more", [False, True])
+def test_a_loss_that_the_model_returns(does_more: bool) -> None:
+    """Pass 2 leaves transformers' code after the last layer, and a function that only returns; no other one."""
+    model, norms, noted = LLAMA.make(), [], {}
+
+    def returns(model: Any, batch: Any) -> Tensor:
+        loss: Tensor = model(**batch).loss
+        return loss
+
+    def notes(model: Any, batch: Any) -> Tensor:
+        loss: Tensor = model(**batch).loss
+        noted["loss"] = loss
+        return loss
+
+    model.model.norm.register_forward_pre_hook(lambda *call: norms.append(1))
+    with LfURegularizer(model, "steering") as reg:
+        reg(model, LLAMA.batch(), notes if does_more else returns)
+    assert len(norms) == (2 if does_more else 1)
 
 
 def test_what_a_module_counts_is_put_back() -> None:
