@@ -170,6 +170,8 @@ class ModelHooks:
         if self._recording:
             fwd.record.fired[name] += 1
             fwd.record.compiled |= compiled
+        if name not in self.captured and has_acted(module):
+            return None  # the adapter of PEFT has added the component
         path = outputs.locate(output) if name else outputs.locate_logits(output)
         if path is None:
             raise ValueError(
@@ -187,8 +189,6 @@ class ModelHooks:
         return None if changed is y else outputs.replace(output, path, changed, (*args, *kwargs.values()))
 
     def _at_site(self, call: Call, fwd: ForwardPass) -> Tensor:
-        if has_acted(call.module):
-            return call.y
         with without_autocast(call.y.device.type):
             if fwd.apply:
                 return self._auxiliary.apply_at(call)

@@ -1,190 +1,237 @@
-"""What a forward changes in the modules of a model: buffers, counters, notes that they keep for each other.
+"""What a forward changes in a model, so that pass 2 can start where pass 1 did and leave no trace.
 
-Pass 2 is to start where pass 1 started, and what pass 1 has left is to be there after the step, as if only it had run.
-Values are compared by identity and by version, so that a forward that changes nothing costs one walk over the modules.
+Looked at are buffers, frozen weights, and what modules note in their attributes, in containers among these and in plain
+objects such as a config: counters, flags, lists, generators. Values are compared by identity and by version, so that a
+forward that changes nothing costs little more than a copy of some small tables.
 """
 
 from __future__ import annotations
 
 import operator
+import sys
 from collections import OrderedDict, deque
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lfu_reg.model.patching import ABSENT
+ABSENT: Any = object()
 
 _CONTAINERS = (list, dict, OrderedDict, set, deque)
-# Tables of a module whose entries are looked at one by one, or are no state of a forward.
-_TABLES = frozenset(("_buffers", "_parameters", "_modules"))
-# Larger containers are data, not notes.
-_LARGEST = 1024
-# Larger buffers of whole numbers are packed weights, which no forward writes to.
-_PACKED = 2**24
-
-Place = tuple[dict[str, Any], str]
-
-
-class _Snapshot:
-    """The values of all modules' attributes at one moment, and copies of the containers among them."""
-
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self.values: list[tuple[nn.Module, dict[str, Any]]] = []
-        self.contents: dict[int, tuple[Any, Any]] = {}
-        for module in modules:
-            inside = dict(vars(module))
-            self.values.append((module, inside))
-            for name, value in inside.items():
-                if _is_filled(name, value):
-                    self.contents[id(value)] = value, type(value)(value)
-                elif type(value) is torch.Generator:
-                    self.contents[id(value)] = value, value.get_state()
-
-    def put_back(self, but: Collection[nn.Module] = ()) -> None:
-        """Give every attribute the value that it had."""
-        for module, inside in self.values:
-            if module not in but and not _same(now := vars(module), inside):
-                for name in [name for name in now if name not in inside]:
-                    del now[name]
-                now.update(inside)
-
-    def restore(self) -> None:
-        """Give every attribute and every container back what it was."""
-        self.put_back()
-        for _, inside in self.values:
-            for name, value in inside.items():
-                if _is_filled(name, value) and id(value) not in self.contents:
-                    value.clear()
-        for container, content in self.contents.values():
-            _put(container, content)
+# Attributes that every module has are no notes of its own, but for buffers and hooks.
+_EVERYBODYS = frozenset(vars(nn.Module()))
+_TABLES = ("_buffers", "_forward_hooks", "_forward_pre_hooks")
+_LARGEST = 1024  # entries; larger containers are data
+_DEEPEST = 3  # containers in containers
+_PACKED = 2**24  # entries; larger buffers of whole numbers are packed weights
+_FOREIGN = ("torch", "accelerate", "deepspeed", "builtins", "threading", "_thread")
 
 
-class StateWatch:
-    """Tells what a forward pass changes.
+class Place(NamedTuple):
+    """Where a tensor is kept: a dictionary, a key of it."""
+
+    table: dict[Any, Any]
+    key: Any
+
+    @property
+    def identity(self) -> tuple[int, Any]:
+        """What tells it from other places."""
+        return id(self.table), self.key
+
+
+class ModuleState:
+    """Watches the forwards of a model.
 
     Args:
-        model: the model that is watched, from now on.
-        writers: modules that are known to write to their buffers, of which copies are made; None for all of them.
-        attributes: look at more than buffers. FSDP1 and ZeRO-3 keep what they know of a forward in attributes.
+        model: any module.
     """
 
-    def __init__(self, model: nn.Module, writers: Collection[nn.Module] | None, *, attributes: bool = True) -> None:
-        self._modules = list(model.modules())
-        self._with_attributes = self._modules if attributes else []
-        self._start = _Snapshot(self._with_attributes)
-        self._weights = self._versions_of_weights()
-        self._buffers: dict[tuple[int, str], tuple[Tensor, int, Tensor | None]] = {}
-        for module in self._modules:
-            for (table, name), tensor in _tensors_of(module):
-                copied = (writers is None or module in writers) and _is_small(tensor)
-                copy = tensor.detach().clone() if copied else None
-                self._buffers[id(table), name] = tensor, _version_of(tensor), copy
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._modules: list[nn.Module] = []
+        self._sizes: list[int] = []
+        self._followers: list[Place] = []  # frozen weights that forwards write to
+        self._written: set[tuple[int, Any]] | None = None  # to which forwards are known to write
+
+    def begin(self, *, attributes: bool = True) -> None:
+        """A forward is about to run.
+
+        Args:
+            attributes: look at more than tensors. FSDP1 and ZeRO-3 keep what they know of a forward in attributes.
+        """
+        if not self._modules or self._sizes != [len(module._modules) for module in self._modules]:
+            self._list()
+        tables = self._tables if attributes else []
+        self._start = [(table, _copy(table), owner) for table, owner in tables if table]
+        self._empty = [(table, owner) for table, owner in tables if not table]
+        self._versions = [weight._version for weight in self._weights]
+        self._before: dict[tuple[int, Any], tuple[Tensor, int, Tensor | None]] = {}
+        for place in self._places:
+            tensor = place.table.get(place.key)
+            if isinstance(tensor, Tensor) and not tensor.is_inference():
+                self._before[place.identity] = tensor, tensor._version, self._kept(place, tensor)
 
     def changes(self) -> Changes:
-        """What was changed since construction."""
-        places: list[tuple[Place, Tensor | None]] = []
-        writers: set[nn.Module] = set()
+        """What the forward has changed since `begin`."""
+        tensors = [(place, place.table.get(place.key)) for place in self._places]
+        written = {p.identity for p, t in tensors if self._is_written(p, t)}
+        # All of a module's buffers: batch norm writes to its statistics in native code, past the version counter.
+        tables = {table for table, _ in written}
+        buffers: list[tuple[Place, Tensor | None]] = []
         late: list[str] = []
+        for place, tensor in tensors:
+            if place.identity[0] in tables:
+                old, _, copy = self._before.get(place.identity, (None, 0, None))
+                buffers.append((place, copy if old is tensor else None))
+                in_place = place.identity in written and old is tensor
+                if in_place and copy is None and old is not None and not old.requires_grad:
+                    late.append(str(place.key))
+        late += self._written_weights()
+        self._written = (self._written or set()) | {place.identity for place, _ in buffers}
+        weights = any(w.requires_grad and w._version != v for w, v in zip(self._weights, self._versions, strict=True))
+        grown = [(table, type(table)(), owner) for table, owner in self._empty if table]
+        result = Changes([*self._start, *grown], buffers, late, weights=weights)
+        if result.brought_new_objects:  # these have contents of their own
+            self._modules = []
+        return result
+
+    def _written_weights(self) -> list[str]:
+        """Frozen weights that were written to for the first time (a teacher that follows), which are copied now on."""
+        if self._versions == [weight._version for weight in self._weights]:
+            return []
+        pairs = zip(self._weights, self._versions, strict=True)
+        frozen = {id(w) for w, version in pairs if not w.requires_grad and w._version != version}
+        known = {place.identity for place in self._places}
+        found: list[str] = []
         for module in self._modules:
-            found = list(_tensors_of(module))
-            # All of a module's: batch norm writes its running statistics in native code, past the version counter.
-            if not any(self._is_written(place, tensor) for place, tensor in found):
-                continue
-            writers.add(module)
-            for (table, name), tensor in found:
-                before, _, copy = self._buffers.get((id(table), name), (tensor, 0, None))
-                replaced = before is not tensor
-                places.append(((table, name), before if replaced else copy))
-                written = self._is_written((table, name), tensor)
-                if copy is None and written and not replaced and not tensor.requires_grad:
-                    late.append(f"{type(module).__name__}.{name}")
-        end = _Snapshot(self._with_attributes)
-        return Changes(self._start, end, places, writers, late, weights=self._weights != self._versions_of_weights())
+            for name, weight in module._parameters.items():
+                place = Place(module._parameters, name)
+                if id(weight) in frozen and place.identity not in known:
+                    self._places.append(place)
+                    self._followers.append(place)
+                    self._written = (self._written or set()) | {place.identity}
+                    found.append(name)
+        return found
 
-    def _is_written(self, place: Place, tensor: Tensor) -> bool:
-        before = self._buffers.get((id(place[0]), place[1]))
-        return before is None or before[0] is not tensor or before[1] != _version_of(tensor)
+    def _list(self) -> None:
+        """List the tables that a forward may change, and the places of tensors."""
+        self._modules = list(self._model.modules())
+        self._sizes = [len(module._modules) for module in self._modules]
+        found: dict[int, tuple[Any, nn.Module]] = {}
+        self._places = list(self._followers)
+        for module in self._modules:
+            inside = vars(module)
+            for table in (inside, *(inside[name] for name in _TABLES)):
+                found[id(table)] = table, module
+            for name, value in inside.items():
+                if name not in _EVERYBODYS:
+                    _collect(value, module, found, _DEEPEST)
+        self._tables = list(found.values())
+        for table, _ in self._tables:
+            if isinstance(table, dict):
+                names = [n for n, v in table.items() if isinstance(v, Tensor)]
+                self._places += [Place(table, name) for name in names]
+        parameters = (weight for module in self._modules for weight in module._parameters.values())
+        self._weights = [weight for weight in parameters if weight is not None and not weight.is_inference()]
 
-    def _versions_of_weights(self) -> int:
-        return versions_of(w for m in self._modules for w in m._parameters.values() if w is not None)
+    def _kept(self, place: Place, tensor: Tensor) -> Tensor | None:
+        """A copy to begin again from, of what is written to, or may be at a first step."""
+        if tensor.requires_grad or tensor.is_meta:
+            return None
+        if self._written is None:
+            large = tensor.numel() > _PACKED and not tensor.is_floating_point()
+            return None if large else tensor.detach().clone()
+        return tensor.detach().clone() if place.identity in self._written else None
+
+    def _is_written(self, place: Place, tensor: Any) -> bool:
+        before = self._before.get(place.identity)
+        if before is None or not isinstance(tensor, Tensor):
+            return isinstance(tensor, Tensor) != (before is not None)
+        return before[0] is not tensor or before[1] != tensor._version
 
 
 class Changes:
     """What pass 1 has changed, and how to begin again.
 
-    Attributes:
-        writers: modules that wrote to a buffer.
-        late: buffers that were written to for the first time, of which there is no copy to begin from.
+    Args:
+        start: tables with what was in them before, and the modules that they were found in.
+        buffers: tensors that were written to or replaced, with a copy of what was there where they were written to.
+        late: names of those that were written to for the first time, of which there is no copy to begin from.
         weights: whether a trained weight was written to.
     """
 
     def __init__(
         self,
-        start: _Snapshot,
-        end: _Snapshot,
+        start: list[tuple[Any, Any, nn.Module]],
         buffers: list[tuple[Place, Tensor | None]],
-        writers: set[nn.Module],
         late: list[str],
         *,
         weights: bool,
     ) -> None:
-        self._start, self._end = start, end
-        self._buffers, self.writers, self.late, self.weights = buffers, writers, late, weights
+        self.late, self.weights = late, weights
+        self._buffers, self._start = buffers, start
+        self._end = [(table, before if _holds(table, before) else _copy(table)) for table, before, _ in start]
+        self._changed = [
+            (table, before, after, owner)
+            for (table, before, owner), (_, after) in zip(start, self._end, strict=True)
+            if before is not after
+        ]
+
+    @property
+    def brought_new_objects(self) -> bool:
+        """Whether a tensor or a container is now where another value was."""
+        return any(
+            isinstance(value, (Tensor, *_CONTAINERS)) and before.get(name) is not value
+            for _, before, after, _ in self._changed
+            if isinstance(after, dict)
+            for name, value in after.items()
+        )
 
     def in_containers_of(self, modules: Collection[nn.Module]) -> bool:
         """Whether the pass changed what is in a list or a mapping of one of the modules."""
-        ends = {id(module): inside for module, inside in self._end.values}
-        for module, inside in self._start.values:
-            if module in modules:
-                for value in (*inside.values(), *ends[id(module)].values()):
-                    if type(value) in _CONTAINERS and not _unchanged(value, self._start, self._end):
-                        return True
-        return False
+        return any(owner in modules and table is not vars(owner) for table, _, _, owner in self._changed)
 
     @contextmanager
     def from_the_start(self, but: Collection[nn.Module] = ()) -> Iterator[None]:
-        """Let the modules be as they were before pass 1, and put back afterwards what it has left.
+        """Let the model be as it was before pass 1, and put back afterwards what that has left.
 
         Args:
             but: modules that do not run again, and stay as pass 1 left them.
         """
         try:
-            self._start.put_back(but)
-            for key, (container, content) in self._start.contents.items():
-                if not _equal(content, self._end.contents.get(key, (None, None))[1]):
-                    _put(container, content)
-            for key, (container, _) in self._end.contents.items():
-                if key not in self._start.contents and type(container) in _CONTAINERS:
-                    container.clear()
-            with self.on_copies(self._buffers):
+            for table, before, _, owner in self._changed:
+                if owner not in but:
+                    _put(table, before)
+            with self._standing_in(start=True):
                 yield
         finally:
-            self._end.restore()
+            for table, after in self._end:
+                _put(table, after)
+
+    def on_copies(self) -> AbstractContextManager[None]:
+        """Let copies of what pass 1 wrote to take its place, for forwards that a backward repeats.
+
+        Copies, and not values put back afterwards: a graph of pass 1 may have saved the tensors themselves.
+        """
+        return self._standing_in(start=False)
 
     @contextmanager
-    def on_copies(self, buffers: Iterable[tuple[Place, Tensor | None]] | None = None) -> Iterator[None]:
-        """Let copies of the buffers that pass 1 wrote to take their places, for forwards that a backward repeats.
-
-        Copies, and not values put back afterwards: a graph of pass 1 may have saved the buffers themselves.
-        """
-        kept: list[tuple[Place, Any]] = []
+    def _standing_in(self, *, start: bool) -> Iterator[None]:
+        kept = [(place, place.table.get(place.key, ABSENT)) for place, _ in self._buffers]
         try:
-            for (table, name), start in [(p, None) for p, _ in self._buffers] if buffers is None else buffers:
-                tensor = table.get(name, ABSENT)
-                kept.append(((table, name), tensor))
-                source = tensor if start is None else start
+            for (place, before), (_, now) in zip(self._buffers, kept, strict=True):
+                source = before if start and before is not None else now
                 if isinstance(source, Tensor) and not source.requires_grad:
-                    table[name] = source.detach().clone()
+                    place.table[place.key] = source.detach().clone()
             yield
         finally:
-            for (table, name), tensor in kept:
+            for place, tensor in kept:
                 if tensor is ABSENT:
-                    table.pop(name, None)
+                    place.table.pop(place.key, None)
                 else:
-                    table[name] = tensor
+                    place.table[place.key] = tensor
 
 
 def versions_of(weights: Iterable[Tensor]) -> int:
@@ -192,53 +239,58 @@ def versions_of(weights: Iterable[Tensor]) -> int:
     return sum(weight._version for weight in weights if weight.requires_grad and not weight.is_inference())
 
 
-def _tensors_of(module: nn.Module) -> Iterator[tuple[Place, Tensor]]:
-    """Buffers, and tensors that are plain attributes."""
-    inside = vars(module)
-    for table in (inside["_buffers"], inside):
-        for name, value in table.items():
-            if isinstance(value, Tensor):
-                yield (table, name), value
+def _collect(value: Any, owner: nn.Module, found: dict[int, tuple[Any, nn.Module]], depth: int) -> None:
+    """Note a container, a generator or a plain object's attributes, and what is in them."""
+    if id(value) in found or not depth or isinstance(value, (Tensor, nn.Module, type, str, int, float)):
+        return
+    if type(value) in _CONTAINERS:
+        if len(value) <= _LARGEST:
+            found[id(value)] = value, owner
+            for entry in value.values() if isinstance(value, dict) else value:
+                _collect(entry, owner, found, depth - 1)
+    elif isinstance(value, torch.Generator) or _is_numpy_generator(value):
+        found[id(value)] = value, owner
+    elif not callable(value) and not type(value).__module__.startswith(_FOREIGN):
+        attributes = getattr(value, "__dict__", None)
+        if type(attributes) is dict:
+            _collect(attributes, owner, found, depth)
 
 
-def _is_filled(name: str, value: Any) -> bool:
-    """Whether an attribute is a container with something in it, which a forward may change in place."""
-    return type(value) in _CONTAINERS and 0 < len(value) <= _LARGEST and name not in _TABLES
+def _is_numpy_generator(value: Any) -> bool:
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(value, numpy.random.Generator)
 
 
-def _is_small(tensor: Tensor) -> bool:
-    packed = tensor.numel() > _PACKED and not tensor.is_floating_point()
-    return not packed and not tensor.requires_grad and not tensor.is_meta
+def _copy(table: Any) -> Any:
+    if type(table) in _CONTAINERS:
+        return type(table)(table)
+    return table.get_state() if isinstance(table, torch.Generator) else table.bit_generator.state
 
 
-def _version_of(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+def _holds(table: Any, copy: Any) -> bool:
+    """Whether a table holds the same objects as a copy of it, or a generator is where it was."""
+    kind = type(table)
+    if kind is dict or kind is OrderedDict:
+        return len(table) == len(copy) and all(map(operator.is_, table.values(), copy.values())) and [*table] == [*copy]
+    if kind in _CONTAINERS:
+        return len(table) == len(copy) and (table == copy if kind is set else all(map(operator.is_, table, copy)))
+    if isinstance(table, torch.Generator):
+        return torch.equal(table.get_state(), copy)
+    return repr(table.bit_generator.state) == repr(copy)
 
 
-def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    return len(one) == len(other) and all(map(operator.is_, one.values(), other.values()))
-
-
-def _unchanged(container: Any, start: _Snapshot, end: _Snapshot) -> bool:
-    before, after = start.contents.get(id(container)), end.contents.get(id(container))
-    return _equal(() if before is None else before[1], () if after is None else after[1])
-
-
-def _equal(one: Any, other: Any) -> bool:
-    """Whether two containers hold the same objects, or two generators are at the same place."""
-    if isinstance(one, Tensor) or isinstance(other, Tensor):
-        return isinstance(one, Tensor) and isinstance(other, Tensor) and torch.equal(one, other)
-    if one is None or other is None or len(one) != len(other):
-        return False
-    if isinstance(one, dict) and isinstance(other, dict):
-        return all(map(operator.is_, one, other)) and all(map(operator.is_, one.values(), other.values()))
-    return all(map(operator.is_, one, other))
-
-
-def _put(container: Any, content: Any) -> None:
-    """Give a container the content that it had, in place: others may hold on to it."""
-    if isinstance(container, torch.Generator):
-        container.set_state(content)
-    elif not _equal(container, content):
-        container.clear()
-        (container.extend if isinstance(container, (list, deque)) else container.update)(content)
+def _put(table: Any, copy: Any) -> None:
+    """Give a table the content that it had, in place: others may hold on to it."""
+    if _holds(table, copy):
+        return
+    if type(table) is dict:
+        for name in [name for name in table if name not in copy]:
+            del table[name]
+        table.update(copy)
+    elif type(table) in _CONTAINERS:
+        table.clear()  # to have the order that it had
+        (table.update if isinstance(table, (set, dict)) else table.extend)(copy)
+    elif isinstance(table, torch.Generator):
+        table.set_state(copy)
+    else:
+        table.bit_generator.state = copy

@@ -20,6 +20,7 @@ from lfu_reg.hooks.forward_pass import ForwardPass, State
 from lfu_reg.hooks.model_hooks import ModelHooks
 from lfu_reg.hooks.targets import Targets
 from lfu_reg.model.layers import LayerChoice, choose_layers, is_preset
+from lfu_reg.model.module_state import ModuleState
 from lfu_reg.model.rng import devices_of
 from lfu_reg.model.tokens import COUNTED_BUT_IGNORED, ignored_but_counted
 from lfu_reg.step import checks
@@ -55,7 +56,7 @@ class AttachedModel:
         hooks: capture hidden states, and run the model with theta_aux in place.
         reused: blocks that answer pass 2 with what they returned in pass 1.
         wrappers: DDP's, around the model.
-        writers: modules that write to their buffers; None before the first step.
+        state: what forwards change in the model.
         has_run: whether a step has found its layers.
         tail_may_be_quiet: whether code behind the last layer has run without gradients so far.
 
@@ -96,7 +97,7 @@ class AttachedModel:
         self.sites = tuple(sites)
         self._coverage = Coverage(self.layers, sites, self._diagnostics)
         self._targets = Targets(model, [*chosen, *sites, *self.reused.blocks])
-        self.writers: set[nn.Module] | None = None
+        self.state = ModuleState(model)
         self.has_run, self.tail_may_be_quiet = False, True
         for module in (model, *chosen.values()):
             _attached[module] = weakref.ref(self)
@@ -128,7 +129,8 @@ class AttachedModel:
         self.reused.forget()
         self.reused.blocks, self.reused.inside = {}, set()
         self._targets.forget()
-        self._model, self.modules, self.writers = None, {}, None
+        self._model, self.modules = None, {}
+        del self.state
         self.hooks.forget()
 
     @property

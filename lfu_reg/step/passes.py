@@ -18,7 +18,7 @@ from lfu_reg.hooks.forward_pass import ForwardPass, State
 from lfu_reg.model import checkpoints
 from lfu_reg.model.compile import entrances, graphs_for_two_backwards
 from lfu_reg.model.graph import graph_of, now
-from lfu_reg.model.module_state import Changes, StateWatch
+from lfu_reg.model.module_state import Changes
 from lfu_reg.model.patching import Patch
 from lfu_reg.model.rng import random_state_kept
 from lfu_reg.step import checks
@@ -120,7 +120,8 @@ class Passes:
         reuse = not self._strategy.keeps_graph and not self.engine.in_lockstep
         attached.compare_with_loss(self._turn)
         attributes = not self.engine.is_sharded or self.engine.shards is not None
-        watch, since = StateWatch(attached.model, attached.writers, attributes=attributes), now()
+        attached.state.begin(attributes=attributes)
+        since = now()
         with (
             checkpoints.noted() as checkpointed,
             graphs_for_two_backwards(self._strategy.keeps_graph),
@@ -133,8 +134,7 @@ class Passes:
         # A region that runs again to its end has to have run to its end, with all of its graph.
         self._runs_whole = bool(checkpointed) and not checkpoints.repeats_stop_early()
         # Without what stands in the place of forward methods for the pass: it is not to be put back after pass 2.
-        self._changes = changes = watch.changes()
-        attached.writers = (attached.writers or set()) | changes.writers
+        self._changes = changes = attached.state.changes()
         # Loops return a dummy loss for an empty batch, zero times the sum of all parameters.
         if not clean.record.states and (attached.has_run or not bool(loss.detach())):
             raise PlainSFT(loss)

@@ -200,8 +200,8 @@ def select_samples(value: Any, samples: Tensor, batch_size: int, name: str = "")
         for key, entry in part.items():
             result[key] = entry
         return result
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(select_samples(v, samples, batch_size, n) for n, v in value._asdict().items()))
+    if isinstance(value, tuple) and (names := getattr(value, "_fields", None)):
+        return type(value)(*(select_samples(v, samples, batch_size, n) for n, v in zip(names, value, strict=True)))
     if isinstance(value, (tuple, list)):
         return type(value)(select_samples(entry, samples, batch_size, name) for entry in value)
     if any(isinstance(entry, Tensor) for entry in getattr(value, "__dict__", {}).values()):
