@@ -288,6 +288,20 @@ def test_code_after_the_layers_that_needs_a_graph(name: str) -> None:
     assert len(calls) == 2, "once that is known, it is not tried again"
 
 
+@pytest.mark.parametrize("name", ["lora", "steering", "weights"])
+def test_a_gradient_penalty(name: str) -> None:
+    """The components take part in the gradient of the gradient, which no tap on the way of the first one sees."""
+
+    def loss(m: Any, batch: Batch) -> Tensor:
+        hidden = m.embed(batch["input_ids"]).detach().requires_grad_()
+        value = TINY.loss(lambda ids: m.head(m.body(hidden)), batch)
+        (slope,) = torch.autograd.grad(value, hidden, create_graph=True)
+        return value + 100 * slope.square().sum()
+
+    case = Case("penalty", TINY.make, TINY.batch, loss, TINY.mask, TINY.layers, 6)
+    run_pair(case, name).check()
+
+
 def test_hooks_are_on_the_model_for_a_step_only() -> None:
     model = LLAMA.make()
     bare = Snapshot.of(model)
