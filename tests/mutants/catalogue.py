@@ -805,4 +805,20 @@ MUTANTS = (
         "crossed = False",
         "tests/step/test_second_pass.py::test_a_gradient_penalty",
     ),
+    Mutant(
+        13,
+        "a loss that goes past the DDP wrapper is refused",
+        "distributed/ddp.py",
+        "if waiting and ran() and not any(",
+        "if False and not any(",
+        "tests/distributed/test_ddp.py::test_ddp[check_the_unwrapped_module_is_refused]",
+    ),
+    Mutant(
+        33,
+        "the user's .grad is set aside for the step's own backwards",
+        "model/graph.py",
+        "            tensor.grad = None\n",
+        "            pass\n",
+        "tests/step/test_second_pass.py::test_a_backward_inside_of_a_backward",
+    ),
 )
