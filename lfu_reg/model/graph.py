@@ -150,7 +150,7 @@ def grad_set_aside(tensors: Iterable[Tensor]) -> Iterator[list[tuple[Tensor, Ten
     What the block's own backward has left in `.grad` is added to the list that is yielded, as it ends. An
     autograd.Function that calls `backward()` in its backward writes there.
     """
-    kept = [(tensor, tensor.grad) for tensor in tensors]
+    kept = list({id(tensor): (tensor, tensor.grad) for tensor in tensors}.values())  # each once
     written: list[tuple[Tensor, Tensor]] = []
     for tensor, gradient in kept:
         if gradient is not None:

@@ -16,7 +16,7 @@ from transformers import BatchEncoding
 
 from lfu_reg import LfURegularizer, LfUWarning
 from tests.support.cases import Batch, Case, seeded
-from tests.support.compare import gradients_of
+from tests.support.compare import assert_same_gradients, gradients_of
 from tests.support.harness import run_pair
 from tests.support.models import LLAMA, TINY
 from tests.support.plain_models import TinyLM
@@ -286,6 +286,69 @@ def test_code_after_the_layers_that_needs_a_graph(name: str) -> None:
     calls.clear()
     pair.reg(pair.model, TINY.batch(), loss)
     assert len(calls) == 2, "once that is known, it is not tried again"
+
+
+class Inner(torch.autograd.Function):
+    """Multiplies by a weight, whose gradient its backward writes to `.grad` by a `backward()` of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.x, ctx.weight = x.detach(), weight
+        return x.detach() * weight.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        with torch.enable_grad():
+            x = ctx.x.requires_grad_()
+            (x * ctx.weight).backward(grad)
+        return x.grad, None
+
+
+class InnerLM(TinyLM):
+    """The norm's weight takes part by a backward inside of a backward, or by the same operation in the graph."""
+
+    hidden_in_a_function = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(8))
+
+    def body(self, hidden: Tensor) -> Tensor:
+        hidden = Inner.apply(hidden, self.scale) if self.hidden_in_a_function else hidden * self.scale
+        return super().body(hidden)
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["with gradients before", "without"])
+@pytest.mark.parametrize("name", ["lora", "steering"])
+def test_a_backward_inside_of_a_backward(name: str, before: bool) -> None:
+    """What it writes to `.grad` is handed over with the rest, once, and what was there stays until then."""
+    found = []
+    for inside in (True, False):
+        model = seeded(InnerLM)
+        model.hidden_in_a_function = inside
+        if before:
+            model.scale.grad = torch.ones_like(model.scale)
+        with LfURegularizer(model, name, alpha=0.05, lam=0.7, seed=1) as reg:
+            loss = reg(model, TINY.batch(), TINY.loss)
+            assert (model.scale.grad is not None) == before
+            assert not before or model.scale.grad.tolist() == [1.0] * 8
+            loss.backward()
+        found.append(gradients_of(model))
+    assert_same_gradients(*found)
+
+
+@pytest.mark.parametrize("name", ["lora", "steering", "weights"])
+def test_a_gradient_penalty(name: str) -> None:
+    """The components take part in the gradient of the gradient, which no tap on the way of the first one sees."""
+
+    def loss(m: Any, batch: Batch) -> Tensor:
+        hidden = m.embed(batch["input_ids"]).detach().requires_grad_()
+        value = TINY.loss(lambda ids: m.head(m.body(hidden)), batch)
+        (slope,) = torch.autograd.grad(value, hidden, create_graph=True)
+        return value + 100 * slope.square().sum()
+
+    case = Case("penalty", TINY.make, TINY.batch, loss, TINY.mask, TINY.layers, 6)
+    run_pair(case, name).check()
 
 
 def test_hooks_are_on_the_model_for_a_step_only() -> None:

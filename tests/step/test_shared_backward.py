@@ -498,6 +498,24 @@ def test_saved_tensor_hooks_around_the_step() -> None:
 
 
 @shares
+def test_another_ones_saved_tensor_hooks() -> None:
+    """They expect what they have been given to be used once, and in order."""
+    model = LLAMA.make()
+    reg = settled(model, LLAMA, "steering", layers="late")
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.clone(), lambda packed: packed)
+    with runs(model, type(model.model.layers[0])) as counts, hooks:
+        reg(model, LLAMA.batch(), LLAMA.loss)
+    assert counts["model.layers.0"] == 2
+
+
+@shares
+def test_a_cache_that_no_graph_tells_of() -> None:
+    """Frozen layers fill it, and whether others read it is not to be seen."""
+    assert not is_shared(FROZEN.make(), FROZEN, "steering", layers=[0, 3])
+    run_pair(FROZEN, "steering", reg_options={"layers": [0, 3]}).check()
+
+
+@shares
 def test_embeddings_from_outside() -> None:
     """The loss function computes them with gradients, in both passes."""
     asked: list[int] = []
