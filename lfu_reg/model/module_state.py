@@ -76,7 +76,9 @@ class StateWatch:
         self._buffers: dict[tuple[int, str], tuple[Tensor, int, Tensor | None]] = {}
         for module in self._modules:
             for (table, name), tensor in _tensors_of(module):
-                copied = (writers is None or module in writers) and _is_small(tensor)
+                # Frozen weights are copied only where somebody is known to write to them, as to those of a teacher.
+                known = module in writers if writers is not None else table is not module._parameters
+                copied = known and _is_small(tensor)
                 copy = tensor.detach().clone() if copied else None
                 self._buffers[id(table), name] = tensor, _version_of(tensor), copy
 
@@ -195,11 +197,11 @@ def versions_of(weights: Iterable[Tensor]) -> int:
 
 
 def _tensors_of(module: nn.Module) -> Iterator[tuple[Place, Tensor]]:
-    """Buffers, and tensors that are plain attributes."""
+    """Buffers, tensors that are plain attributes, and frozen weights."""
     inside = vars(module)
-    for table in (inside["_buffers"], inside):
+    for table in (inside["_buffers"], inside, inside["_parameters"]):
         for name, value in table.items():
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor) and not (table is inside["_parameters"] and value.requires_grad):
                 yield (table, name), value
 
 
