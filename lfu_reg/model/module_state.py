@@ -88,7 +88,8 @@ class StateWatch:
         writers: set[nn.Module] = set()
         late: list[str] = []
         for module in self._modules:
-            found = list(_tensors_of(module))
+            weights = module._parameters  # those that were trained at the start are no state
+            found = [(p, t) for p, t in _tensors_of(module) if p[0] is not weights or (id(p[0]), p[1]) in self._buffers]
             # All of a module's: batch norm writes its running statistics in native code, past the version counter.
             if not any(self._is_written(place, tensor) for place, tensor in found):
                 continue
