@@ -71,7 +71,10 @@ def graph_of(loss: Tensor, since: int = 0, stop: tuple[Any, int] | None = None) 
         kind = type(node)
         name = names.get(kind) or names.setdefault(kind, kind.__name__)
         if name == "AccumulateGrad":
-            found.append(node.variable)
+            if (
+                node.variable.requires_grad
+            ):  # as in a backward: it may have been frozen since, by another adapter's turn
+                found.append(node.variable)
             continue
         if name == "CheckpointFunctionBackward":
             raise RuntimeError(REENTRANT)
