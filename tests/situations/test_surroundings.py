@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -411,3 +412,59 @@ def test_surroundings(world: type[World], layers: str) -> None:
     late = type(world.__name__, (world,), {"layers": chosen})
     kinds = ("steering", "lora") if world is Stacked else ("steering", "lora", "weights")
     assert_exact(late, kinds, layers="all" if layers == "all" else ["layers.2"])
+
+
+class FrozenAfterwards(World):
+    """A block is frozen after a call that has used it, and stays so until the next step."""
+
+    def loss(self, model: Any, batch: Any) -> Tensor:
+        model.requires_grad_(True)
+        loss = super().loss(model, batch)
+        model.layers[1].a.requires_grad_(False)
+        return loss + super().loss(model, {**batch, "x": batch["x"] + 1})
+
+
+def test_what_is_frozen_after_its_use_gets_no_gradient() -> None:
+    assert_exact(FrozenAfterwards, ("steering", "lora"))
+
+
+class Adapters(World):
+    """PEFT: adapters are chosen, both used, or switched off for a reference inside of the loss."""
+
+    stack = "base_model.model.layers"
+
+    def begin(self) -> None:
+        peft = pytest.importorskip("peft")
+        config = partial(peft.LoraConfig, r=2, target_modules=["a", "b"], init_lora_weights=False)
+        self.model = peft.get_peft_model(self.model, config(), adapter_name="one")
+        self.model.add_adapter("two", config())
+        self.model.double()
+
+    def own(self) -> dict[str, Tensor]:
+        return {n: p for n, p in self.model.named_parameters() if "lora_" in n}
+
+
+class OneAdapter(Adapters):
+    def loss(self, model: Any, batch: Any) -> Tensor:
+        model.set_adapter("two" if batch["step"] % 2 else "one")
+        return super().loss(model, batch)
+
+
+class BothAdapters(Adapters):
+    def loss(self, model: Any, batch: Any) -> Tensor:
+        model.set_adapter("two")
+        loss = super().loss(model, batch)
+        model.set_adapter("one")
+        return loss + super().loss(model, batch)
+
+
+class Reference(Adapters):
+    def loss(self, model: Any, batch: Any) -> Tensor:
+        with torch.no_grad(), model.disable_adapter():
+            reference = model(batch["x"])
+        return super().loss(model, batch) + (model(batch["x"]) - reference).square().mean()
+
+
+@pytest.mark.parametrize("world", [OneAdapter, BothAdapters, Reference])
+def test_adapters(world: type[World]) -> None:
+    assert_exact(world, ("steering",) if world is OneAdapter else ("steering", "weights"), steps=3)

@@ -157,14 +157,14 @@ def literal_step(
         return y + part if kind == "steering" else y + SCALE * (x @ a_matrices[name].T) @ part.T  # type: ignore[index]
 
     used, _, _ = _forward(moved, copy.copy(batch), seed, () if kind == "weights" else sites, edit)
-    leaves = moved.own() if kind == "weights" else dict(point)
+    leaves = {n: p for n, p in moved.own().items() if p.requires_grad} if kind == "weights" else dict(point)
     g = dict(zip(leaves, torch.autograd.grad(used, list(leaves.values()), allow_unused=True), strict=True))
     g = {n: torch.zeros_like(leaves[n]) if v is None else v.detach() for n, v in g.items()}
     norm = torch.sqrt(sum((v.square().sum() for v in g.values()), torch.zeros(())))
     delta = {n: ALPHA * v / norm for n, v in g.items()}
     if kind == "weights":
-        for name, weight in perturbed.own().items():
-            weight.data += delta[name]
+        for name in delta:
+            perturbed.own()[name].data += delta[name]
     point.clear()
     point.update(delta)
     _, again, _ = _forward(perturbed, copy.copy(batch), seed, () if kind == "weights" else sites, edit)
@@ -184,6 +184,7 @@ def literal_step(
 def _gradients(loss: Any, leaves: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
     if not loss.requires_grad:
         return dict.fromkeys(leaves)
+    leaves = {n: leaf for n, leaf in leaves.items() if leaf.requires_grad}
     return dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values()), allow_unused=True), strict=True))
 
 
