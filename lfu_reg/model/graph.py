@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge
 
 from lfu_reg.model.autocast import no_autocast
@@ -70,7 +71,10 @@ def graph_of(loss: Tensor, since: int = 0, stop: tuple[Any, int] | None = None) 
         kind = type(node)
         name = names.get(kind) or names.setdefault(kind, kind.__name__)
         if name == "AccumulateGrad":
-            found.append(node.variable)
+            if (
+                node.variable.requires_grad
+            ):  # as in a backward: it may have been frozen since, by another adapter's turn
+                found.append(node.variable)
             continue
         if name == "CheckpointFunctionBackward":
             raise RuntimeError(REENTRANT)
@@ -93,7 +97,8 @@ def leaves_above_and_below(loss: Tensor, cut: Tensor) -> tuple[list[Tensor], lis
     """The leaves that `loss` depends on other than through `cut`, and those that `cut` depends on.
 
     Returns:
-        The leaves; None where a part of the graph belongs to both, so that something flows around the cut.
+        The leaves; None where a part of the graph belongs to both, so that something flows around the cut, or where the
+        gradients below need not be linear in those at the cut.
     """
     if not cut.requires_grad:
         return leaves_of(loss), []
@@ -101,7 +106,10 @@ def leaves_above_and_below(loss: Tensor, cut: Tensor) -> tuple[list[Tensor], lis
         return None
     below = graph_of(cut)
     above = graph_of(loss, stop=(cut.grad_fn, cut.output_nr))
-    return None if below.nodes & above.nodes else (above.leaves, below.leaves)
+    # A function with a backward of its own need not be linear in what comes from above: it may clip, or normalise.
+    if below.nodes & above.nodes or any(isinstance(node, BackwardCFunction) for node in below.nodes):
+        return None
+    return above.leaves, below.leaves
 
 
 def gradients_of(

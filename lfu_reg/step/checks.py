@@ -16,6 +16,11 @@ NOTHING_TRAINABLE = (
     "or compute it under torch.no_grad(), and make sure that some parameters require gradients. Reentrant checkpoints "
     "cut the graph where no input requires a gradient: use_reentrant=False."
 )
+FREED = (
+    "sft_loss_fn takes a gradient itself, by backward() or torch.autograd.grad(), which frees the graph of hidden "
+    "states that the consistency term compares. Pass retain_graph=True there, or run that forward of the model under "
+    "torch.no_grad() or outside of sft_loss_fn."
+)
 CANNOT_DIVIDE = (
     "batch_fraction < 1 needs inputs whose tensors have the samples along their first dimension, and a model that "
     "draws no random numbers for each sample (dropout): a call on {number} samples did not give their hidden states. "

@@ -17,7 +17,7 @@ from lfu_reg.hooks.entries import differing
 from lfu_reg.hooks.forward_pass import ForwardPass, State
 from lfu_reg.model import checkpoints
 from lfu_reg.model.compile import entrances, graphs_for_two_backwards
-from lfu_reg.model.graph import graph_of, now
+from lfu_reg.model.graph import grad_set_aside, graph_of, now
 from lfu_reg.model.module_state import Changes
 from lfu_reg.model.patching import Patch
 from lfu_reg.model.rng import random_state_kept
@@ -211,7 +211,12 @@ class Passes:
         """Take d (lam * l_cons) / d theta."""
         if not consistency_term.requires_grad:
             self._diagnostics.warn_once("no gradient", NO_GRADIENT)
-        self._strategy.backward_perturbed(consistency_term)
+        try:
+            self._strategy.backward_perturbed(consistency_term)
+        except RuntimeError as error:
+            if "through the graph a second time" in str(error):
+                raise RuntimeError(checks.FREED) from error
+            raise
 
     def total(self) -> Tensor:
         """l_SFT + lam * l_cons, differentiable."""
@@ -231,6 +236,7 @@ class Passes:
             random_state_kept(attached.devices()),
             self._changes.from_the_start(inside),
             not_synchronising(self._sft.model, attached.model),
+            grad_set_aside(self._trained),  # the loss function may call `backward()`, which counts once
         ):
             yield
 

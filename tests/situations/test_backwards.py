@@ -1,0 +1,365 @@
+"""Whose backward is it: gradients that the loss takes itself, functions with their own backward, hooks on tensors."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lfu_reg import LfURegularizer
+from tests.support.literal import Block, Net, World, assert_equal, assert_exact, assert_plain
+
+
+class Penalty(World):
+    """A gradient penalty on the input."""
+
+    def loss(self, model: Any, batch: Any) -> Tensor:
+        x = batch["x"].clone().requires_grad_()
+        u = model(x)
+        (g,) = torch.autograd.grad(u.sum(), x, create_graph=True)
+        return (u - batch["y"]).square().mean() + (g.norm(dim=-1) - 1).square().mean()
+
+
+class HiddenPenalty(World):
+    """A gradient penalty on a hidden state that a hook has kept."""
+
+    def begin(self) -> None:
+        self.kept: list[Tensor] = []
+        self.model.layers[1].register_forward_hook(self.keep)
+
+    def keep(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        self.kept.append(output)
+
+    def loss(self, model: Any, batch: Any) -> Tensor:
+        loss = super().loss(model, batch)
+        (g,) = torch.autograd.grad(loss, self.kept.pop(), create_graph=True)
+        return loss + g.square().sum()
+
+
+class WeightPenalty(World):
+    """The norm of the loss's own gradient by weights (gradient regularization)."""
+
+    def loss(self, model: Any, batch: Any) -> Tensor:
+        loss = super().loss(model, batch)
+        g = torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
+        return loss + 0.1 * sum(x.square().sum() for x in g)
+
+
+class InputAttack(World):
+    """FGSM: the input moves along a gradient that is not differentiated."""
+
+    def loss(self, model: Any, batch: Any) -> Tensor:
+        x = batch["x"].clone().requires_grad_()
+        (g,) = torch.autograd.grad(World.loss(self, model, {**batch, "x": x}), x)
+        return World.loss(self, model, {**batch, "x": batch["x"] + 0.1 * g.sign()})
+
+
+class BackwardInside(InputAttack):
+    """The same with `backward`, whose gradients of weights the loss throws away."""
+
+    def loss(self, model: Any, batch: Any) -> Tensor:
+        x = batch["x"].clone().requires_grad_()
+        World.loss(self, model, {**batch, "x": x}).backward()
+        kept = x.grad.sign()
+        model.zero_grad()
+        return World.loss(self, model, {**batch, "x": batch["x"] + 0.1 * kept})
+
+
+class WeightAttack(World):
+    """Adversarial weight perturbation inside of the loss, in place and taken back."""
+
+    def loss(self, model: Any, batch: Any) -> Tensor:
+        weight = model.layers[1].a.weight
+        (g,) = torch.autograd.grad(World.loss(self, model, batch), weight)
+        model.layers[1].a._parameters["weight"] = weight + 0.1 * g / g.norm()
+        try:
+            return World.loss(self, model, batch)
+        finally:
+            model.layers[1].a._parameters["weight"] = weight
+
+
+class Reverse(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return -0.5 * g
+
+
+class Reversal(World):
+    """A domain head behind a gradient reversal on a hidden state."""
+
+    def begin(self) -> None:
+        self.head = nn.Linear(6, 1).double()
+
+    def trained(self) -> dict[str, Tensor]:
+        return {**super().trained(), **{f"head.{n}": p for n, p in self.head.named_parameters()}}
+
+    def loss(self, model: Any, batch: Any) -> Tensor:
+        kept: list[Tensor] = []
+        handle = model.layers[1].register_forward_hook(lambda m, i, o: kept.append(o))
+        loss = super().loss(model, batch)
+        handle.remove()
+        return loss + self.head(Reverse.apply(kept[0])).square().mean()
+
+
+class ReversalBetween(World):
+    """A reversal by a hook on the tensor that goes from one block to the next."""
+
+    def loss(self, model: Any, batch: Any) -> Tensor:
+        def reverse(module: nn.Module, args: Any, output: Tensor) -> None:
+            output.register_hook(lambda g: -0.3 * g)
+
+        handle = model.layers[1].register_forward_hook(reverse)
+        try:
+            return super().loss(model, batch)
+        finally:
+            handle.remove()
+
+
+class HookOnInput(World):
+    """A hook on the input of a block (gradient clipping at activations)."""
+
+    def begin(self) -> None:
+        self.model.layers[2].register_forward_pre_hook(self.clip)
+
+    def clip(self, module: nn.Module, args: Any) -> Any:
+        h = args[0] * 1
+        h.register_hook(lambda g: g.clamp(-0.01, 0.01))
+        return (h,)
+
+
+class HookOnFirstInput(HookOnInput):
+    def begin(self) -> None:
+        self.model.layers[0].register_forward_pre_hook(self.clip)
+
+
+class HookInsideFirst(HookOnInput):
+    def begin(self) -> None:
+        self.model.layers[0].b.register_forward_pre_hook(self.clip)
+
+
+class FullBackward(World):
+    """A module's backward hook scales what goes on."""
+
+    where = "layers.1"
+
+    def begin(self) -> None:
+        self.model.get_submodule(self.where).register_full_backward_hook(self.scale)
+
+    def scale(self, module: nn.Module, given: Any, out: Any) -> Any:
+        return tuple(None if g is None else 0.5 * g for g in given)
+
+
+class FullBackwardFirst(FullBackward):
+    where = "layers.0"
+
+
+class FullBackwardInner(FullBackward):
+    where = "layers.0.a"
+
+
+class FullBackwardPre(FullBackward):
+    def begin(self) -> None:
+        self.model.layers[0].register_full_backward_pre_hook(self.pre)
+
+    def pre(self, module: nn.Module, out: Any) -> Any:
+        return tuple(g.clamp(-0.01, 0.01) for g in out)
+
+
+class ClippingBlock(Block):
+    """A block whose backward is not linear."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        out = super().forward(h) * 1
+        if out.requires_grad:
+            out.register_hook(lambda g: g / (g.norm() + 1e-3))
+        return out
+
+
+class NonLinear(World):
+    class net(Net):
+        block = ClippingBlock
+
+
+class Clip(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g.clamp(-0.01, 0.01)
+
+
+class ClippedFunction(Block):
+    def forward(self, h: Tensor) -> Tensor:
+        return Clip.apply(super().forward(h))
+
+
+class NonLinearFunction(World):
+    class net(Net):
+        block = ClippedFunction
+
+
+class ClippedEmbedding(World):
+    """What lies below the first block clips its gradient."""
+
+    class net(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            h = Clip.apply(self.inp(x))
+            for layer in self.layers:
+                h = layer(h)
+            return self.out(torch.tanh(h))
+
+
+class Square(torch.autograd.Function):
+    """With a double backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return 2 * ctx.saved_tensors[0] * g
+
+
+class SquareBlock(Block):
+    def forward(self, h: Tensor) -> Tensor:
+        return h + self.b(Square.apply(torch.tanh(self.a(h))))
+
+
+class DoubleBackward(Penalty):
+    class net(Net):
+        block = SquareBlock
+
+
+class Retains(World):
+    """A hidden state's gradient is looked at after the loss's own backward."""
+
+    def loss(self, model: Any, batch: Any) -> Tensor:
+        kept: list[Tensor] = []
+
+        def keep(module: nn.Module, args: Any, output: Tensor) -> None:
+            output.retain_grad()
+            kept.append(output)
+
+        handle = model.layers[1].register_forward_hook(keep)
+        loss = super().loss(model, batch)
+        handle.remove()
+        loss.backward(retain_graph=True)
+        weight = kept[0].grad.abs().mean()
+        model.zero_grad()
+        return loss * (1 + weight)
+
+
+class PartialBackward(World):
+    """The loss calls `backward` on one part, as chunked losses do, and returns the other."""
+
+    keep = True
+
+    def loss(self, model: Any, batch: Any) -> Tensor:
+        model(batch["x"] + 1).square().mean().backward(retain_graph=self.keep)
+        return super().loss(model, batch)
+
+
+class LeafHook(World):
+    """A hook on a weight masks what is accumulated, at the caller's backward."""
+
+    def begin(self) -> None:
+        mask = torch.ones(6, 6).double()
+        mask[0] = 0
+        self.model.layers[1].a.weight.register_hook(lambda g: g * mask)
+
+
+class Force(World):
+    """Forces are gradients by the input, and the loss is of them alone."""
+
+    def loss(self, model: Any, batch: Any) -> Tensor:
+        x = batch["x"].clone().requires_grad_()
+        (g,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+        return (g - batch["y"][:, :3]).square().mean()
+
+
+class Laplace(World):
+    """PINN: second derivatives."""
+
+    def loss(self, model: Any, batch: Any) -> Tensor:
+        x = batch["x"].clone().requires_grad_()
+        u = model(x).sum(-1)
+        (g,) = torch.autograd.grad(u.sum(), x, create_graph=True)
+        second = sum(torch.autograd.grad(g[:, i].sum(), x, create_graph=True)[0][:, i] for i in range(3))
+        return (second - batch["y"][:, 0]).square().mean() + u.square().mean()
+
+
+FIRST_INPUT = pytest.param(
+    HookOnFirstInput,
+    marks=pytest.mark.xfail(strict=True, reason="a nonlinear hook on a tensor below the cut sees both terms' sum"),
+)
+SITUATIONS = [
+    Penalty, HiddenPenalty, WeightPenalty, Reversal, ReversalBetween,
+    HookOnInput, FIRST_INPUT, HookInsideFirst, FullBackward, FullBackwardFirst, FullBackwardInner,
+    FullBackwardPre, NonLinear, NonLinearFunction, ClippedEmbedding, DoubleBackward, Retains, Force, Laplace,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("layers", ["all", "late"])
+@pytest.mark.parametrize("world", SITUATIONS)
+def test_backwards(world: type[World], layers: str) -> None:
+    kept = world.layers
+
+    def chosen(self: World) -> dict[str, nn.Module]:
+        found = kept(self)
+        return found if layers == "all" else dict(list(found.items())[-1:])
+
+    late = type(world.__name__, (world,), {"layers": chosen})
+    assert_exact(late, layers="all" if layers == "all" else ["layers.2"])
+
+
+@pytest.mark.parametrize("world", [InputAttack, BackwardInside])
+def test_another_input_in_pass_two_is_plain_sft(world: type[World]) -> None:
+    assert_plain(world, "the input of the model's call 2 differs", ("steering", "lora", "weights"))
+
+
+@pytest.mark.parametrize("kind", ["steering", "lora", "weights"])
+def test_a_backward_inside_of_the_loss_counts_once(kind: str) -> None:
+    ours = PartialBackward()
+    alone = copy.deepcopy(ours)
+    with LfURegularizer(ours.model, kind, alpha=0.1) as reg:
+        reg(ours.model, ours.batch(0), ours.loss)
+    alone.loss(alone.model, alone.batch(0))
+    assert_equal(
+        "gradient of", {n: p.grad for n, p in ours.trained().items()}, {n: p.grad for n, p in alone.trained().items()}
+    )
+
+
+class Freed(PartialBackward):
+    keep = False
+
+
+@pytest.mark.parametrize("world", [Freed, WeightAttack])
+def test_a_graph_that_the_loss_frees_is_told_with_the_cure(world: type[World]) -> None:
+    ours = world()
+    with LfURegularizer(ours.model, "steering", alpha=0.1) as reg:
+        with pytest.raises(RuntimeError, match="retain_graph=True"):
+            reg(ours.model, ours.batch(0), ours.loss)
+        assert all(not m._forward_hooks for m in ours.model.modules())
+
+
+@pytest.mark.parametrize("kind", ["steering", "lora", "weights"])
+def test_hooks_on_weights_act_once_on_the_sum(kind: str) -> None:
+    ours, plain = LeafHook(), World()
+    plain.model.load_state_dict(ours.model.state_dict())
+    for world in (ours, plain):
+        with LfURegularizer(world.model, kind, alpha=0.1, seed=1) as reg:
+            reg(world.model, world.batch(0), world.loss).backward()
+    wanted = {n: p.grad for n, p in plain.trained().items()}
+    wanted["layers.1.a.weight"][0] = 0
+    assert_equal("gradient of", {n: p.grad for n, p in ours.trained().items()}, wanted)
