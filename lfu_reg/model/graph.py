@@ -22,6 +22,10 @@ REENTRANT = (
 )
 
 
+# Functions in Python whose backward hands the gradient on as it is.
+_LINEAR = ("_TapBackward",)
+
+
 @dataclass(frozen=True)
 class Graph:
     """What a walk down from a loss has found.
@@ -107,7 +111,8 @@ def leaves_above_and_below(loss: Tensor, cut: Tensor) -> tuple[list[Tensor], lis
     below = graph_of(cut)
     above = graph_of(loss, stop=(cut.grad_fn, cut.output_nr))
     # A function with a backward of its own need not be linear in what comes from above: it may clip, or normalise.
-    if below.nodes & above.nodes or any(isinstance(node, BackwardCFunction) for node in below.nodes):
+    own = (node for node in below.nodes if isinstance(node, BackwardCFunction))
+    if below.nodes & above.nodes or any(type(node).__name__ not in _LINEAR for node in own):
         return None
     return above.leaves, below.leaves
 

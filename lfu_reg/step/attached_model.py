@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -193,17 +194,21 @@ class AttachedModel:
             self._diagnostics.warn_once("no mask", message)
         self.has_run = True
 
-    def compare_with_loss(self, turn: int) -> None:
-        """Have the coming backward look whether the loss ignores positions that count, where that is due."""
-        wanted = self._diagnostics.is_due(turn) and not self._on_logits
-        self.hooks.last_gradient = self._look_at_gradient if wanted else None
+    def compare_with_loss(self, turn: int, batch: Iterable[Tensor]) -> None:
+        """Have the coming backward look, where that is due, whether the loss ignores positions that count."""
+        shapes = Counter(tuple(tensor.shape) for tensor in batch if tensor.dtype in (torch.int64, torch.int32))
+        # Inputs and targets of one shape; a classifier may well look at one position only.
+        targets = [shape for shape, number in shapes.items() if number > 1]
 
-    def _look_at_gradient(self, state: State, gradient: Tensor) -> None:
-        if gradient.dim() < 3 or state.tokens.index is not None:
-            return
-        ignored, counted = ignored_but_counted((gradient != 0).any(state.tokens.axis), None)
-        if 0 < ignored < counted:
-            self._diagnostics.warn_once("no mask", COUNTED_BUT_IGNORED.format(ignored=ignored, counted=counted))
+        def look(state: State, gradient: Tensor) -> None:
+            positions = (gradient != 0).any(state.tokens.axis)
+            if state.tokens.index is None and tuple(positions.shape) in targets:
+                ignored, counted = ignored_but_counted(positions, None)
+                if 0 < ignored < counted:
+                    self._diagnostics.warn_once("no mask", COUNTED_BUT_IGNORED.format(ignored=ignored, counted=counted))
+
+        wanted = targets and self._diagnostics.is_due(turn) and not self._on_logits
+        self.hooks.last_gradient = look if wanted else None
 
     def check_perturbed(self, perturbed: ForwardPass, clean: ForwardPass, samples: Tensor | None) -> None:
         """Look at pass 2: whether the same ran as in pass 1.

@@ -27,7 +27,7 @@ from lfu_reg.step.float16 import float16_in_play
 from lfu_reg.step.gradients import Retained, choose_strategy
 from lfu_reg.step.progress import Progress
 from lfu_reg.step.settings import Settings
-from lfu_reg.step.sft_loss import SFTLoss
+from lfu_reg.step.sft_loss import SFTLoss, tensors_in
 from lfu_reg.step.shared_backward import SharedBackward, shared_backward
 
 
@@ -118,7 +118,7 @@ class Passes:
             patches=list(self._auxiliary.pass1_patches()) if observe else [],
         )
         reuse = not self._strategy.keeps_graph and not self.engine.in_lockstep
-        attached.compare_with_loss(self._turn)
+        attached.compare_with_loss(self._turn, tensors_in(sft.batch))
         attributes = not self.engine.is_sharded or self.engine.shards is not None
         attached.state.begin(attributes=attributes)
         since = now()

@@ -260,12 +260,11 @@ class WrittenWeights(World):
             return self.out(self.layers[2](self.layers[1](h)))
 
 
-DEEP = pytest.mark.xfail(strict=True, reason="what is inside of a module's objects and nested containers is not kept")
 SITUATIONS = [
     ModelCounts, VectorQuantised, BatchNorm, Spectral, OwnGenerator, WrittenInPlace,
-    pytest.param(ConfigCounts, marks=DEEP), pytest.param(NestedCounts, marks=DEEP),
-    pytest.param(LateConfigCounts, marks=DEEP), pytest.param(LateNestedCounts, marks=DEEP),
-    pytest.param(LateTensorInDict, marks=DEEP), pytest.param(ModuleGenerator, marks=DEEP),
+    ConfigCounts, NestedCounts,
+    LateConfigCounts, LateNestedCounts,
+    LateTensorInDict, ModuleGenerator,
     pytest.param(WrittenWeights, marks=pytest.mark.xfail(strict=True, reason="pass 2 writes trained weights again")),
 ]  # fmt: skip
 
