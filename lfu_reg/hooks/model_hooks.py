@@ -83,10 +83,10 @@ class ModelHooks:
 
     @contextmanager
     def installed(self, *, stay: bool) -> Iterator[None]:
-        """Hooks are on the model for the block; with `stay` beyond it, until `remove()`."""
-        if stay != self._stay:
+        """Hooks are on the model for the block; with `stay` beyond it and from then on, until `remove()`."""
+        if stay and not self._stay:
             self.remove()
-            self._stay = stay
+            self._stay = True
         if not self._handles:
             self._register()
         try:

@@ -10,6 +10,7 @@ would go wrong without a word:
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
@@ -71,6 +72,13 @@ def entrances(model: nn.Module) -> dict[nn.Module, nn.Module]:
         elif vars(module).get("_compiled_call_impl") is not None:
             found.setdefault(module, module)
     return found
+
+
+def anything_is_compiled(model: nn.Module) -> bool:
+    """Whether a module of the model is compiled, or something else in this process that may call it, as a loss is."""
+    utilities: Any = sys.modules.get("torch._dynamo.utils")
+    frames = 0 if utilities is None else utilities.counters["frames"]["total"]
+    return frames > 0 or bool(entrances(model))
 
 
 def unwrapped(model: Any) -> Any:

@@ -16,7 +16,7 @@ from lfu_reg.distributed.ddp import not_synchronising
 from lfu_reg.hooks.entries import differing
 from lfu_reg.hooks.forward_pass import ForwardPass, State
 from lfu_reg.model import checkpoints
-from lfu_reg.model.compile import entrances, graphs_for_two_backwards
+from lfu_reg.model.compile import anything_is_compiled, entrances, graphs_for_two_backwards
 from lfu_reg.model.graph import grad_set_aside, graph_of, now
 from lfu_reg.model.module_state import Changes
 from lfu_reg.model.patching import Patch
@@ -88,12 +88,11 @@ class Passes:
     def running(self, generators: Generators) -> Iterator[None]:
         """Hooks are on the model for the block, and theta_aux starts at "no change"."""
         attached, auxiliary = self._attached, self._auxiliary
-        compiled = bool(entrances(self._sft.model))
         auxiliary.shards = self.engine.shards
-        auxiliary.may_fold = not self.engine.is_sharded and not compiled
+        auxiliary.may_fold = not self.engine.is_sharded and not entrances(self._sft.model)
         auxiliary.reset(generators)
         try:
-            with attached.hooks.installed(stay=compiled):
+            with attached.hooks.installed(stay=anything_is_compiled(self._sft.model)):
                 yield
         finally:
             attached.reused.forget()
@@ -118,7 +117,7 @@ class Passes:
             patches=list(self._auxiliary.pass1_patches()) if observe else [],
         )
         reuse = not self._strategy.keeps_graph and not self.engine.in_lockstep
-        attached.compare_with_loss(self._turn, tensors_in(sft.batch))
+        attached.compare_with_loss(self._turn, tensors_in(sft.batch) if self._settings.token_mask is None else ())
         attributes = not self.engine.is_sharded or self.engine.shards is not None
         attached.state.begin(attributes=attributes)
         since = now()

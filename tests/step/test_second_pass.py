@@ -126,7 +126,6 @@ BATCHES: dict[str, tuple[Callable[[Batch], Any], Callable[[Any], Batch]]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:All positions count")  # no mask is found in most of these
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("kind", BATCHES)
 def test_containers_are_copied_for_the_second_call(kind: str, strategy: str) -> None:
