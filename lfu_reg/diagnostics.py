@@ -36,6 +36,10 @@ UNREPEATABLE = (
     "generators and what the model's modules hold are put back for you. reg.is_second_pass tells your code which call "
     "it is in."
 )
+WRITTEN_FIRST = (
+    "This step is plain SFT: {}, and what was there before is lost. It is copied from the next step on, so nothing "
+    "needs to be done."
+)
 UNSCALED_FLOAT16 = (
     "float16 with sharded parameters: gradients are taken inside of the step, before a GradScaler multiplies the loss, "
     "and here the step cannot scale it itself, so small gradients are lost. Use bfloat16, or DistributedDataParallel."

@@ -10,15 +10,13 @@ return   l_SFT + lam * l_cons                    (Eq. 6), with these gradients
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lfu_reg.auxiliaries import Auxiliary, make_auxiliary
-from lfu_reg.diagnostics import EVAL_MODE, Diagnostics
+from lfu_reg.diagnostics import Diagnostics
 from lfu_reg.distances import DistanceChoice, make_distance
 from lfu_reg.distances.base import Reduction
 from lfu_reg.model.compile import failures_explained, unwrapped
@@ -29,16 +27,18 @@ from lfu_reg.step import checks, metrics
 from lfu_reg.step.ascent import Ascent
 from lfu_reg.step.attached_model import AttachedModel
 from lfu_reg.step.consistency import consistency, relative_distance
-from lfu_reg.step.passes import Passes, PlainSFT
+from lfu_reg.step.controls import Controls
+from lfu_reg.step.passes import Passes
 from lfu_reg.step.progress import Progress
+from lfu_reg.step.second_pass import PlainSFT
 from lfu_reg.step.settings import Schedule, Settings, StopGradient, StrategyName, value_at
-from lfu_reg.step.sft_loss import LossFunction, SFTLoss, is_repeating
+from lfu_reg.step.sft_loss import LossFunction, SFTLoss
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-class LfURegularizer:
+class LfURegularizer(Controls):
     """Keeps a model's hidden states consistent with those of its undesirable self, during supervised fine-tuning.
 
         reg = LfURegularizer(model)
@@ -109,24 +109,14 @@ class LfURegularizer:
         process_group: ProcessGroup | None = None,
     ) -> None:
         self.auxiliary, self.distance = make_auxiliary(auxiliary), make_distance(distance)
-        self.settings = Settings(
-            self.auxiliary.default_alpha if alpha is None else alpha,
-            self.auxiliary.default_lam if lam is None else lam,
-            reduction,
-            stop_gradient,
-            token_mask,
-            ignore_index,
-            ascent_steps,
-            every,
-            batch_fraction,
-            strategy,
-            leave_early,
-            sync_perturbation,
-        )
+        alpha = self.auxiliary.default_alpha if alpha is None else alpha
+        lam = self.auxiliary.default_lam if lam is None else lam
+        terms = (alpha, lam, reduction, stop_gradient, token_mask, ignore_index)
+        amounts = (ascent_steps, every, batch_fraction, strategy, leave_early, sync_perturbation)
+        self.settings = Settings(*terms, *amounts)
         check_seed(seed)
         model = unwrapped(model)
         checks.check_model(model)
-        self.metrics: Mapping[str, Any] = {}
         self._disabled, self._diagnostics, self._progress = False, Diagnostics(), Progress(seed)
         self._ascent = Ascent(self.auxiliary, self.settings, self._progress, process_group)
         self._attached = AttachedModel(model, layers, self.auxiliary, self.distance, self._diagnostics)
@@ -195,84 +185,12 @@ class LfURegularizer:
         reached = relative_distance(h, h_prime, samples) if self._diagnostics.is_due(turn) else None
         self._diagnostics.watch(turn, sft_loss, (lam * l_cons).detach(), gradient_norm, reached, alpha)
         progress.empty_steps += passes.clean.record.is_empty()
-        self.metrics = metrics.regularized_step(
-            loss=loss,
-            sft_loss=sft_loss,
-            consistency_loss=l_cons,
-            ascent_grad_norm=gradient_norm,
-            relative_distance=self.metrics.get("relative_distance") if reached is None else reached,
-            states=h,
-            distances=distances,
-            progress=progress,
-            alpha=alpha,
-            lam=lam,
-        )
+        terms = {
+            "loss": loss,
+            "sft_loss": sft_loss,
+            "consistency_loss": l_cons,
+            "ascent_grad_norm": gradient_norm,
+            "relative_distance": self.metrics.get("relative_distance") if reached is None else reached,
+        }
+        self.metrics = metrics.regularized_step(terms, h, distances, progress, alpha=alpha, lam=lam)
         return loss
-
-    def _is_active(self) -> bool:
-        if self._disabled or is_repeating() or not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
-            return False
-        if not (training := self._attached.model.training):
-            self._diagnostics.warn_once("eval mode", EVAL_MODE)
-        return training
-
-    @property
-    def is_second_pass(self) -> bool:
-        """Whether `sft_loss_fn` runs again at present: hooks and losses that count or collect may ask."""
-        return is_repeating()
-
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """Return the plain SFT loss for the block."""
-        before, self._disabled = self._disabled, True
-        try:
-            yield
-        finally:
-            self._disabled = before
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to continue bit for bit: step count, seed of all draws, scales of float16."""
-        return self._progress.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a `state_dict`."""
-        self._progress.load_state_dict(state)
-        self._ascent.forget()
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """Names of the hooked layers."""
-        return self._attached.layers
-
-    @property
-    def seed(self) -> int:
-        """The seed of all draws."""
-        return self._progress.seed
-
-    @property
-    def perturbation(self) -> dict[str, Any]:
-        """The last step's delta by name: steering d_l [hidden], LoRA (A [r, in], B [out, r]), weights delta [...]."""
-        return self.auxiliary.perturbation()
-
-    def remove(self) -> None:
-        """Let go of the model. Calling it again does nothing."""
-        self._attached.remove()
-        self._progress.same_step.remove()
-        self.auxiliary.shards = None
-        self.auxiliary.reset(torch.Generator)
-
-    def __enter__(self) -> LfURegularizer:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.remove()
-
-    def __repr__(self) -> str:
-        if self._attached.is_removed:
-            return "LfURegularizer(removed)"
-        chosen = ", ".join(f"{name}={value!r}" for name, value in vars(self.settings).items() if value is not None)
-        listed = "\n".join(f"    {name}" for name in self.layers)
-        return (
-            f"LfURegularizer({type(self._attached.model).__name__}, {self.auxiliary!r}, distance={self.distance!r}, "
-            f"{chosen}, seed={self.seed}, step={self._progress.step},\n  {len(self.layers)} layers:\n{listed}\n)"
-        )

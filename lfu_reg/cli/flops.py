@@ -207,7 +207,7 @@ def _without_values() -> ExitStack:
     """Stands in for the few places of the step that read values or the generators' states."""
     patches = ExitStack()
     for target, stand_in in (
-        ("lfu_reg.step.passes.differing", lambda *args, **kwargs: None),
+        ("lfu_reg.step.second_pass.differing", lambda *args, **kwargs: None),
         ("lfu_reg.diagnostics.Diagnostics.is_due", lambda *args: False),
         ("lfu_reg.model.rng.RandomState.capture", lambda *args: mock.Mock()),
         ("torch.Tensor.uniform_", lambda tensor, *args, **kwargs: tensor),

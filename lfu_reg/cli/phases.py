@@ -16,7 +16,7 @@ from lfu_reg.cli.timing import Clock
 from lfu_reg.cli.workloads import Workload
 from lfu_reg.step import passes
 from lfu_reg.step.consistency import consistency
-from lfu_reg.step.gradients import choose_strategy
+from lfu_reg.step.strategy_choice import choose_strategy
 
 PASSES = ("clean forward", "clean backward", "perturbed forward", "perturbed backward")
 BETWEEN = ("ascent", "distance", "returned loss", "bookkeeping")

@@ -16,50 +16,26 @@ import torch
 from torch import Tensor
 
 from lfu_reg.auxiliaries import Auxiliary
-from lfu_reg.distributed.engine import Engine
 from lfu_reg.distributed.fsdp2 import Shards
 from lfu_reg.hooks.forward_pass import ForwardPass
 from lfu_reg.model.graph import grad_set_aside, leaves_of
 from lfu_reg.step.float16 import LossScale, LossScales, float16_in_play
 from lfu_reg.step.returned_loss import returned_loss
-from lfu_reg.step.settings import Settings
 from lfu_reg.step.shared_backward import SharedBackward
-
-SHARDED_RELEASED = (
-    "strategy='released' takes gradients of parameters, which {engine} does not give. Use strategy='auto', or shard "
-    "the model with FSDP2 (torch.distributed.fsdp.fully_shard)."
-)
-SHARDED_WEIGHTS = (
-    "auxiliary={auxiliary!r} moves the weights, which {engine} has sharded, and here it would have to do so with a "
-    "retained graph. Shard the model with FSDP2 (torch.distributed.fsdp.fully_shard) and leave strategy='auto', "
-    "stop_gradient='clean' and gradient synchronisation on, or use auxiliary='lora' or 'steering'."
-)
 
 Pairs = Sequence[tuple[Tensor, "Tensor | None"]]
 
 
 class Strategy(Protocol):
-    """What a step asks of a strategy.
+    """What a step asks of a strategy."""
 
-    Attributes:
-        keeps_graph: whether the graphs of both passes outlive the step.
-        scales_float16: whether gradients that float16 would lose are taken of a scaled loss.
-    """
-
-    keeps_graph: bool
-    scales_float16: bool
+    keeps_graph: bool  # whether the graphs of both passes outlive the step
+    scales_float16: bool  # whether gradients that float16 would lose are taken of a scaled loss
 
     def backward_clean(
         self, sft_loss: Tensor, leaves: list[Tensor], clean: ForwardPass, shared: SharedBackward | None
     ) -> float:
-        """Take g, and d l_SFT / d theta if the graph is to be released; returns what g is multiplied by.
-
-        Args:
-            sft_loss: scalar with the graph of pass 1.
-            leaves: the leaves that it depends on.
-            clean: pass 1.
-            shared: the part of its graph whose backward waits for pass 2, if there is one.
-        """
+        """Take g, and d l_SFT / d theta if the graph is to be released; returns what g is multiplied by."""
 
     def backward_explicit(self, sft_loss: Tensor, fwd: ForwardPass) -> float:
         """Take g at the present theta_aux from a pass of its own, whose graph is freed; returns its factor."""
@@ -72,13 +48,7 @@ class Strategy(Protocol):
 
 
 class Released:
-    """Gradients are taken at once and handed over by the returned loss.
-
-    Args:
-        auxiliary: theta_aux, which collects g.
-        scales: for float16, remembered from step to step.
-        trained: parameters in whose `.grad` nothing of the step's own backwards may stay.
-    """
+    """Gradients are taken at once and handed over by the returned loss; nothing stays in the `.grad` of `trained`."""
 
     keeps_graph = False
     scales_float16 = True
@@ -152,13 +122,7 @@ class Released:
 
 
 class ReleasedShards(Released):
-    """The same under FSDP2. Nothing is scaled for float16: a repeated backward would have to be repeated on all ranks.
-
-    Args:
-        auxiliary: theta_aux, which collects g.
-        scales: for float16.
-        shards: the sharded parameters.
-    """
+    """The same under FSDP2, where nothing is scaled for float16: all ranks would have to repeat a backward."""
 
     scales_float16 = False
 
@@ -182,14 +146,7 @@ class ReleasedShards(Released):
 
 
 class Retained:
-    """The caller's backward runs through the graphs of both passes.
-
-    Args:
-        auxiliary: theta_aux, which collects g.
-        scales: for g in float16, remembered from step to step.
-        trained: parameters in whose `.grad` nothing of the step's own backwards may stay.
-        may_scale: False where ranks run in lockstep, and none may repeat a backward on its own.
-    """
+    """The caller's backward runs through the graphs of both passes. Ranks in lockstep may not repeat a backward."""
 
     keeps_graph = True
 
@@ -235,28 +192,6 @@ class Retained:
     def total(self) -> Tensor:
         """The plain sum."""
         return self._sft_loss + self._consistency_term.to(self._sft_loss.device)
-
-
-def choose_strategy(
-    settings: Settings, engine: Engine, auxiliary: Auxiliary, scales: LossScales, trained: Sequence[Tensor]
-) -> Strategy:
-    """The strategy of one step.
-
-    Raises:
-        ValueError: where the engine's sharded parameters rule out what was asked for.
-    """
-    retained = settings.strategy == "retained" or settings.stop_gradient != "clean"
-    if not engine.is_sharded:
-        return Retained(auxiliary, scales, trained) if retained else Released(auxiliary, scales, trained)
-    shards = engine.shards
-    if settings.strategy == "released" and shards is None:
-        raise ValueError(SHARDED_RELEASED.format(engine=engine.name))
-    # Only a retained graph brings FSDP2 to reduce what earlier backward passes have left unreduced.
-    if not retained and shards is not None and not shards.have_pending_gradients():
-        return ReleasedShards(auxiliary, scales, shards)
-    if auxiliary.moves_weights:
-        raise ValueError(SHARDED_WEIGHTS.format(auxiliary=auxiliary, engine=engine.name))
-    return Retained(auxiliary, scales, (), may_scale=False)
 
 
 def _down_to_components(

@@ -21,15 +21,7 @@ from lfu_reg.step.progress import Progress
 def plain_step(
     loss: Tensor, before: Mapping[str, Any], progress: Progress, *, alpha: float, lam: float
 ) -> dict[str, Any]:
-    """Of a step without the regularizer: one that `every` leaves out, or that lam = 0 does.
-
-    Args:
-        loss: l_SFT.
-        before: figures of the step before, of which the last relative distance stays.
-        progress: counts.
-        alpha: length of the ascent step.
-        lam: weight of the consistency term.
-    """
+    """Of a step that is plain SFT; the last relative distance stays."""
     kept = {key: before[key] for key in ("relative_distance",) if key in before}
     return {
         "loss": loss.detach(),
@@ -42,38 +34,17 @@ def plain_step(
 
 
 def regularized_step(
-    *,
-    loss: Tensor,
-    sft_loss: Tensor,
-    consistency_loss: Tensor,
-    ascent_grad_norm: Tensor,
-    relative_distance: Tensor | None,
+    terms: Mapping[str, Tensor | None],
     states: Sequence[State],
     distances: Tensor,
     progress: Progress,
+    *,
     alpha: float,
     lam: float,
 ) -> dict[str, Any]:
-    """Of a step with it.
-
-    Args:
-        loss: l_SFT + lam * l_cons.
-        sft_loss: l_SFT.
-        consistency_loss: l_cons.
-        ascent_grad_norm: ||g||.
-        relative_distance: when it was last measured.
-        states: K hidden states, in the order in which they were captured.
-        distances: of each of them to its perturbed twin [K].
-        progress: counts.
-        alpha: length of the ascent step.
-        lam: weight of the consistency term.
-    """
+    """Of a step with it: its terms, and the distance of each of the K states to its perturbed twin."""
     return {
-        "loss": loss.detach(),
-        "sft_loss": sft_loss.detach(),
-        "consistency_loss": consistency_loss.detach(),
-        "ascent_grad_norm": ascent_grad_norm,
-        "relative_distance": relative_distance,
+        **{name: None if value is None else value.detach() for name, value in terms.items()},
         **{f"distance/{label}": value for label, value in zip(_labels(states), distances, strict=True)},
         "empty_steps": progress.empty_steps,
         "unrepeatable_steps": progress.unrepeatable_steps,

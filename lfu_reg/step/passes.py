@@ -1,49 +1,36 @@
-"""One regularized step: its two passes through the model, and what the second one takes from the first."""
+"""One regularized step: its two passes through the model, and what the second one takes from the first.
+
+The second pass is in a file of its own, `second_pass.py`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextlib import contextmanager
 
-import torch
 from torch import Tensor
 
 from lfu_reg.auxiliaries import Auxiliary
 from lfu_reg.auxiliaries.base import Generators
-from lfu_reg.diagnostics import NO_GRADIENT, UNREPEATABLE, Diagnostics
-from lfu_reg.distributed.ddp import not_synchronising
-from lfu_reg.hooks.entries import differing
+from lfu_reg.diagnostics import NO_GRADIENT, Diagnostics
 from lfu_reg.hooks.forward_pass import ForwardPass, State
 from lfu_reg.model import checkpoints
 from lfu_reg.model.compile import anything_is_compiled, entrances, graphs_for_two_backwards
-from lfu_reg.model.graph import grad_set_aside, graph_of, now
+from lfu_reg.model.graph import graph_of, now
 from lfu_reg.model.module_state import Changes
-from lfu_reg.model.patching import Patch
-from lfu_reg.model.rng import random_state_kept
 from lfu_reg.step import checks
 from lfu_reg.step.attached_model import AttachedModel
 from lfu_reg.step.float16 import float16_in_play
-from lfu_reg.step.gradients import Retained, choose_strategy
+from lfu_reg.step.gradients import Retained
 from lfu_reg.step.progress import Progress
+from lfu_reg.step.second_pass import PlainSFT, SecondPass
 from lfu_reg.step.settings import Settings
 from lfu_reg.step.sft_loss import SFTLoss, tensors_in
-from lfu_reg.step.shared_backward import SharedBackward, shared_backward
+from lfu_reg.step.shared_backward import shared_backward
+from lfu_reg.step.strategy_choice import choose_strategy
 
 
-class PlainSFT(Exception):
-    """This step is plain SFT.
-
-    Args:
-        loss: l_SFT, with its gradients.
-    """
-
-    def __init__(self, loss: Tensor) -> None:
-        super().__init__()
-        self.loss = loss
-
-
-class Passes:
+class Passes(SecondPass):
     """The passes of one step.
 
     Args:
@@ -79,10 +66,6 @@ class Passes:
         self.engine = attached.engine_of(sft.model, first=progress.step == 0)
         self._trained = [p for p in sft.model.parameters() if p.requires_grad]
         self._strategy = choose_strategy(settings, self.engine, auxiliary, progress.scales, self._trained)
-        self._shared: SharedBackward | None = None
-        self._changes: Changes | None = None
-        self._failure: str | None = None
-        self._runs_whole = False
 
     @contextmanager
     def running(self, generators: Generators) -> Iterator[None]:
@@ -151,61 +134,6 @@ class Passes:
             self.scale = self._strategy.backward_clean(loss, leaves, clean, self._shared)
         return loss.detach(), clean.record.states
 
-    def gradient_here(self, batch: Any) -> float:
-        """Let the auxiliary collect g where it is now, from a pass that gives nothing else; returns its factor.
-
-        For an ascent along other data, for a further step from a moved theta_aux, and where pass 1 took gradients of
-        gradients, in which the components themselves take part.
-        """
-        auxiliary, hooks = self._auxiliary, self._attached.hooks
-        checks.check_batch(batch)
-        auxiliary.require_gradients(True)
-        fwd = ForwardPass(self._sft.tokens_of(batch), capture=None, apply=True, patches=list(auxiliary.pass2_patches()))
-        with auxiliary.shards_moved(), self._again(), hooks.run(fwd):
-            with hooks.recording():
-                loss = self._sft.again(batch)
-            scale = self._strategy.backward_explicit(loss, fwd)
-        auxiliary.require_gradients(False)
-        return scale
-
-    @contextmanager
-    def second(self, samples: Tensor | None) -> Iterator[list[State]]:
-        """Pass 2: the loss function is called again, with the components in place; gives the perturbed states.
-
-        The block is for its backward, which may repeat parts of the forward.
-
-        Args:
-            samples: the samples of the batch that it runs on, None for all.
-
-        Raises:
-            PlainSFT: if it is no repetition of pass 1.
-        """
-        attached, in_lockstep = self._attached, self.engine.in_lockstep
-        if self._failure is not None and not in_lockstep:
-            raise PlainSFT(self.total())
-        if samples is not None and self._sft.has_drawn():  # a smaller batch draws others: dropout would be compared
-            raise ValueError(checks.CANNOT_DIVIDE.format(number=len(samples)))
-        answers = [] if self._shared is None else attached.reused.answers(self._shared.start, samples)
-        with self._auxiliary.shards_moved(), ExitStack() as stack:
-            quiet = attached.tail_may_be_quiet and not self.engine.is_sharded and not self._runs_whole
-            try:
-                perturbed = self._run_second(stack, samples, answers, quiet)
-            except Exception:
-                if not answers and not quiet:
-                    raise
-                # Code around the blocks may need what only their running leaves behind, and code after them may take
-                # gradients of its own: from now on all of it runs as in pass 1.
-                attached.reused.refuse()
-                attached.tail_may_be_quiet = False
-                perturbed = self._run_second(stack, samples, [], False)
-            repeated = self._check_second(perturbed, samples)
-            if repeated:
-                yield perturbed.record.states
-            elif in_lockstep:  # other ranks go through its backward
-                self._strategy.backward_perturbed(_zero_of(perturbed))
-        if not repeated:
-            raise PlainSFT(self.total())
-
     def backward(self, consistency_term: Tensor) -> None:
         """Take d (lam * l_cons) / d theta."""
         if not consistency_term.requires_grad:
@@ -216,62 +144,6 @@ class Passes:
             if "through the graph a second time" in str(error):
                 raise RuntimeError(checks.FREED) from error
             raise
-
-    def total(self) -> Tensor:
-        """l_SFT + lam * l_cons, differentiable."""
-        assert self._changes is not None
-        with self._attached.hooks.run(self.clean), self._changes.on_copies():
-            return self._strategy.total()
-
-    # ------------------------------------------------------------------ parts of the above
-
-    @contextmanager
-    def _again(self, *, but_blocks: bool = False) -> Iterator[None]:
-        """The model as pass 1 found it, and as pass 1 left it afterwards."""
-        assert self._changes is not None
-        attached = self._attached
-        inside = attached.reused.inside if but_blocks else ()
-        with (
-            random_state_kept(attached.devices()),
-            self._changes.from_the_start(inside),
-            not_synchronising(self._sft.model, attached.model),
-            grad_set_aside(self._trained),  # the loss function may call `backward()`, which counts once
-        ):
-            yield
-
-    def _run_second(self, stack: ExitStack, samples: Tensor | None, answers: list[Patch], quiet: bool) -> ForwardPass:
-        attached, record, settings = self._attached, self.clean.record, self._settings
-        may_leave = settings.leave_early and not self.engine.is_sharded and not self._runs_whole
-        perturbed = ForwardPass(
-            self._sft.tokens.select(samples),
-            apply=True,
-            capture="attached",
-            patches=[*self._auxiliary.pass2_patches(), *answers],
-            leave="never" if not may_leave else "always" if settings.leave_early is True else "clear",
-            leave_after=len(record.states),
-            quiet_tail=quiet,
-        )
-        with ExitStack() as inner:
-            inner.enter_context(self._again(but_blocks=bool(answers)))
-            inner.enter_context(attached.hooks.run(perturbed))
-            with attached.hooks.recording():
-                self._sft.repeat(samples, record.batch_size)
-            stack.push(inner.pop_all())
-        return perturbed
-
-    def _check_second(self, perturbed: ForwardPass, samples: Tensor | None) -> bool:
-        """Whether pass 2 repeated pass 1; warns if not."""
-        clean, moved = self.clean.record, self._auxiliary.moves_weights
-        failure = self._failure or differing(clean.entries, perturbed.record.entries, samples, moved=moved)
-        if samples is not None and (failure is not None or perturbed.record.batch_size != len(samples)):
-            raise ValueError(checks.CANNOT_DIVIDE.format(number=len(samples)))
-        if failure is None:
-            self._attached.check_perturbed(perturbed, self.clean, samples)
-        else:
-            self._diagnostics.warn_once("not repeatable", UNREPEATABLE.format(failure))
-        if self._failure is None and not self.engine.in_lockstep:
-            self._progress.did_repeat(failure is None)
-        return failure is None
 
     def _share(self, loss: Tensor, leaves: list[Tensor], changes: Changes) -> list[Tensor]:
         """Let both passes share what no perturbation reaches, where that is exact; gives all leaves."""
@@ -300,8 +172,3 @@ class Passes:
     @property
     def _turn(self) -> int:
         return self._progress.step // self._settings.every
-
-
-def _zero_of(fwd: ForwardPass) -> Tensor:
-    """Zero, with the graph of a pass."""
-    return torch.stack([torch.nan_to_num(state.hidden.sum() * 0).float().cpu() for state in fwd.record.states]).sum()

@@ -1,0 +1,171 @@
+"""The loss function is called again, with the components in place, and checked to repeat what pass 1 did."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lfu_reg.auxiliaries import Auxiliary
+from lfu_reg.diagnostics import UNREPEATABLE, WRITTEN_FIRST, Diagnostics
+from lfu_reg.distributed.ddp import not_synchronising
+from lfu_reg.distributed.engine import Engine
+from lfu_reg.hooks.entries import differing
+from lfu_reg.hooks.forward_pass import ForwardPass, State
+from lfu_reg.model.graph import grad_set_aside
+from lfu_reg.model.module_state import Changes
+from lfu_reg.model.patching import Patch
+from lfu_reg.model.rng import random_state_kept
+from lfu_reg.step import checks
+from lfu_reg.step.attached_model import AttachedModel
+from lfu_reg.step.gradients import Strategy
+from lfu_reg.step.progress import Progress
+from lfu_reg.step.settings import Settings
+from lfu_reg.step.sft_loss import SFTLoss
+from lfu_reg.step.shared_backward import SharedBackward
+
+
+class PlainSFT(Exception):
+    """This step is plain SFT, whose loss this is, with its gradients."""
+
+    def __init__(self, loss: Tensor) -> None:
+        super().__init__()
+        self.loss = loss
+
+
+class SecondPass:
+    """What comes after pass 1 in a step; `Passes` sets all of this up."""
+
+    clean: ForwardPass
+    engine: Engine
+    _attached: AttachedModel
+    _auxiliary: Auxiliary
+    _sft: SFTLoss
+    _settings: Settings
+    _progress: Progress
+    _diagnostics: Diagnostics
+    _strategy: Strategy
+    _trained: list[Tensor]
+    _changes: Changes | None = None
+    _shared: SharedBackward | None = None
+    _failure: str | None = None  # why pass 2 cannot begin where pass 1 did
+    _runs_whole = False  # whether pass 2 has to run to its end, with all of its graph
+
+    def total(self) -> Tensor:
+        """l_SFT + lam * l_cons, differentiable."""
+        assert self._changes is not None
+        with self._attached.hooks.run(self.clean), self._changes.on_copies():
+            return self._strategy.total()
+
+    def gradient_here(self, batch: Any) -> float:
+        """Let the auxiliary collect g where it is now, from a pass that gives nothing else; returns its factor.
+
+        For an ascent along other data, for a further step from a moved theta_aux, and where pass 1 took gradients of
+        gradients, in which the components themselves take part.
+        """
+        auxiliary, hooks = self._auxiliary, self._attached.hooks
+        checks.check_batch(batch)
+        auxiliary.require_gradients(True)
+        fwd = ForwardPass(self._sft.tokens_of(batch), capture=None, apply=True, patches=list(auxiliary.pass2_patches()))
+        with auxiliary.shards_moved(), self._again(), hooks.run(fwd):
+            with hooks.recording():
+                loss = self._sft.again(batch)
+            scale = self._strategy.backward_explicit(loss, fwd)
+        auxiliary.require_gradients(False)
+        return scale
+
+    @contextmanager
+    def second(self, samples: Tensor | None) -> Iterator[list[State]]:
+        """Pass 2: the loss function is called again, with the components in place; gives the perturbed states.
+
+        The block is for its backward, which may repeat parts of the forward.
+
+        Args:
+            samples: the samples of the batch that it runs on, None for all.
+
+        Raises:
+            PlainSFT: if it is no repetition of pass 1.
+        """
+        attached, in_lockstep = self._attached, self.engine.in_lockstep
+        if self._failure is not None and not in_lockstep:
+            self._progress.unrepeatable_steps += 1
+            self._diagnostics.warn_once("for the first time", WRITTEN_FIRST.format(self._failure))
+            raise PlainSFT(self.total())
+        if samples is not None and self._sft.has_drawn():  # a smaller batch draws others: dropout would be compared
+            raise ValueError(checks.CANNOT_DIVIDE.format(number=len(samples)))
+        answers = [] if self._shared is None else attached.reused.answers(self._shared.start, samples)
+        with self._auxiliary.shards_moved(), ExitStack() as stack:
+            quiet = attached.tail_may_be_quiet and not self.engine.is_sharded and not self._runs_whole
+            try:
+                perturbed = self._run_second(stack, samples, answers, quiet)
+            except Exception:
+                if not answers and not quiet:
+                    raise
+                # Code around the blocks may need what only their running leaves behind, and code after them may take
+                # gradients of its own: from now on all of it runs as in pass 1.
+                attached.reused.refuse()
+                attached.tail_may_be_quiet = False
+                perturbed = self._run_second(stack, samples, [], False)
+            repeated = self._check_second(perturbed, samples)
+            if repeated:
+                yield perturbed.record.states
+            elif in_lockstep:  # other ranks go through its backward
+                self._strategy.backward_perturbed(_zero_of(perturbed))
+        if not repeated:
+            raise PlainSFT(self.total())
+
+    @contextmanager
+    def _again(self, *, but_blocks: bool = False) -> Iterator[None]:
+        """The model as pass 1 found it, and as pass 1 left it afterwards."""
+        assert self._changes is not None
+        attached = self._attached
+        inside = attached.reused.inside if but_blocks else ()
+        with (
+            random_state_kept(attached.devices()),
+            self._changes.from_the_start(inside),
+            not_synchronising(self._sft.model, attached.model),
+            grad_set_aside(self._trained),  # the loss function may call `backward()`, which counts once
+        ):
+            yield
+
+    def _run_second(self, stack: ExitStack, samples: Tensor | None, answers: list[Patch], quiet: bool) -> ForwardPass:
+        attached, record, settings = self._attached, self.clean.record, self._settings
+        may_leave = settings.leave_early and not self.engine.is_sharded and not self._runs_whole
+        perturbed = ForwardPass(
+            self._sft.tokens.select(samples),
+            apply=True,
+            capture="attached",
+            patches=[*self._auxiliary.pass2_patches(), *answers],
+            leave="never" if not may_leave else "always" if settings.leave_early is True else "clear",
+            leave_after=len(record.states),
+            quiet_tail=quiet,
+        )
+        with ExitStack() as inner:
+            inner.enter_context(self._again(but_blocks=bool(answers)))
+            inner.enter_context(attached.hooks.run(perturbed))
+            with attached.hooks.recording():
+                self._sft.repeat(samples, record.batch_size)
+            stack.push(inner.pop_all())
+        return perturbed
+
+    def _check_second(self, perturbed: ForwardPass, samples: Tensor | None) -> bool:
+        """Whether pass 2 repeated pass 1; warns if not."""
+        clean, moved = self.clean.record, self._auxiliary.moves_weights
+        failure = self._failure or differing(clean.entries, perturbed.record.entries, samples, moved=moved)
+        if samples is not None and (failure is not None or perturbed.record.batch_size != len(samples)):
+            raise ValueError(checks.CANNOT_DIVIDE.format(number=len(samples)))
+        if failure is None:
+            self._attached.check_perturbed(perturbed, self.clean, samples)
+        else:
+            self._diagnostics.warn_once("not repeatable", UNREPEATABLE.format(failure))
+        if self._failure is None and not self.engine.in_lockstep:
+            self._progress.did_repeat(failure is None)
+        return failure is None
+
+
+def _zero_of(fwd: ForwardPass) -> Tensor:
+    """Zero, with the graph of a pass."""
+    return torch.stack([torch.nan_to_num(state.hidden.sum() * 0).float().cpu() for state in fwd.record.states]).sum()
