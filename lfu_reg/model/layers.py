@@ -6,6 +6,7 @@ experts or sub-layers inside a block. Names decide nothing. A model without bloc
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -185,10 +186,9 @@ def _by_position(choice: object, stacks: list[list[str]], blocks: list[str], mod
 
 
 def _third(stack: list[str], third: int) -> list[str]:
-    """The paper's thirds; every third has at least one layer, also of a stack of one or two."""
-    n = len(stack)
-    first, last = third * n // 3, (third + 1) * n // 3
-    return stack[first : max(last, first + 1)]
+    """The paper's thirds, the larger ones first (11, 11 and 10 of 32); each has a layer, also of a stack of one."""
+    first, last = (math.ceil(part * len(stack) / 3) for part in (third, third + 1))
+    return stack[min(first, len(stack) - 1) : last]
 
 
 def _match(pattern: str, modules: dict[str, nn.Module], *, regex: bool = True) -> list[str]:
