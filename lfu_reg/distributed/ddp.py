@@ -38,16 +38,7 @@ class Wrappers:
 
     @contextmanager
     def must_run(self, model: nn.Module, attached: nn.Module, ran: Callable[[], bool]) -> Iterator[None]:
-        """For the block in which the loss is computed.
-
-        Args:
-            model: what the user trains, the attached module or a wrapper of it.
-            attached: the attached module.
-            ran: whether the attached module took part in the loss at all.
-
-        Raises:
-            ValueError: before, for a static graph; after, if the loss did not come through the wrapper.
-        """
+        """Raise for a static graph, and if the attached module ran in the block, but not through its wrapper."""
         if not (dist.is_available() and dist.is_initialized()):
             yield
             return

@@ -18,11 +18,6 @@ from lfu_reg.model.autocast import no_autocast
 from lfu_reg.model.graph import hooks_quiet
 
 
-def units_of(model: nn.Module) -> list[Any]:
-    """The modules of `model` that `fully_shard` was applied to, the outermost first."""
-    return units_among(model.modules())
-
-
 def units_among(modules: Iterable[nn.Module]) -> list[Any]:
     """Those of the modules that `fully_shard` was applied to."""
     if not torch.distributed.is_available():
@@ -33,12 +28,7 @@ def units_among(modules: Iterable[nn.Module]) -> list[Any]:
 
 
 class Shards:
-    """The sharded parameters of a model.
-
-    Args:
-        units: modules that `fully_shard` was applied to.
-        layers: modules whose outputs a loss may be computed from directly.
-    """
+    """The sharded parameters in FSDP units; losses may be computed from the outputs of `layers` inside of them."""
 
     def __init__(self, units: Sequence[Any], layers: Iterable[nn.Module] = ()) -> None:
         self._units = units
@@ -74,18 +64,9 @@ class Shards:
         )
 
     def gradients_of(self, loss: Tensor, leaves: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """Reduced gradients of `loss`, by a backward pass that frees its graph.
-
-        They are reduced whether or not the user has switched that off to accumulate: sharded ones cannot be
-        accumulated otherwise.
-
-        Args:
-            loss: scalar.
-            leaves: those of its graph; gathered copies of shards among them.
-
-        Returns:
-            Every shard and every other leaf that got a gradient, with it.
-        """
+        """Every shard and leaf that got a gradient, with it, reduced over ranks; frees the graph of `loss`."""
+        # They are reduced whether or not the user has switched that off to accumulate: sharded ones cannot be
+        # accumulated otherwise. Gathered copies of shards are among the leaves.
         copies = {id(getattr(p, "_unsharded_param", None)) for group in self._groups for p in group.fsdp_params}
         shards = self.parameters()
         wanted = [*shards, *(leaf for leaf in leaves if id(leaf) not in copies)]
@@ -117,11 +98,9 @@ class Shards:
 
     @contextmanager
     def _entered(self, loss: Tensor) -> Iterator[None]:
-        """Prepare units around the layers when the backward of `loss` starts.
-
-        FSDP does so when the gradient of a unit's output arrives. Pass 2's loss comes from the layers inside, and the
-        outputs of the units around them play no part in it.
-        """
+        """Prepare units around the layers when the backward of `loss` starts."""
+        # FSDP does so when the gradient of a unit's output arrives. Pass 2's loss comes from the layers inside, and the
+        # outputs of the units around them play no part in it.
 
         def enter(gradient: Tensor) -> None:
             for state in self._around:
