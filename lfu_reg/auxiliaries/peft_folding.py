@@ -29,21 +29,12 @@ from lfu_reg.model.peft import PlainLoRA, acting_adapter
 
 
 class Fold:
-    """Stands in the place of a PEFT layer's forward method during one pass.
-
-    Args:
-        site: the layer.
-        adapter: its adapter.
-        components: gives A' [rank, in] and B' [out, rank] of the pass. Asked at the first call only, so blocks that are
-            repeated for a backward later on (activation checkpointing) get the tensors of their own pass.
-        scale: s.
-
-    Attributes:
-        acted: whether the delta was in what the layer's last call returned.
-    """
+    """Stands in the place of a PEFT layer's forward method during one pass."""
 
     def __init__(self, site: nn.Module, adapter: PlainLoRA, components: Callable[[], Components], scale: float) -> None:
-        self.site, self.acted = site, False
+        self.site, self.acted = site, False  # acted: whether the delta was in what the last call returned
+        # Asked for A' and B' at the first call only, so blocks that are repeated for a backward later on (activation
+        # checkpointing) get the tensors of their own pass.
         self._adapter, self._components, self._scale = adapter, components, scale
         self._weights: tuple[Tensor, Tensor] | None = None
         self._run = _runner()

@@ -90,11 +90,7 @@ def graphs_for_two_backwards(wanted: bool) -> Iterator[None]:
 
 @contextmanager
 def failures_explained() -> Iterator[None]:
-    """Turn errors of torch.compile that a step causes into ones that name the cure.
-
-    Raises:
-        RuntimeError: for fullgraph=True, and for a graph that cannot be retained.
-    """
+    """Turn errors of torch.compile that a step causes into ones that name the cure."""
     try:
         yield
     except Exception as error:

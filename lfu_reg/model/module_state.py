@@ -42,11 +42,7 @@ class Place(NamedTuple):
 
 
 class ModuleState:
-    """Watches the forwards of a model.
-
-    Args:
-        model: any module.
-    """
+    """Watches the forwards of a model."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -56,11 +52,7 @@ class ModuleState:
         self._written: set[tuple[int, Any]] | None = None  # to which forwards are known to write
 
     def begin(self, *, attributes: bool = True) -> None:
-        """A forward is about to run.
-
-        Args:
-            attributes: look at more than tensors. FSDP1 and ZeRO-3 keep what they know of a forward in attributes.
-        """
+        """A forward is about to run; FSDP1 and ZeRO-3 keep what they know of it in `attributes`, which are theirs."""
         if not self._modules or self._sizes != [len(module._modules) for module in self._modules]:
             self._list()
         tables = self._tables if attributes else []
@@ -153,22 +145,17 @@ class ModuleState:
 
 
 class Changes:
-    """What pass 1 has changed, and how to begin again.
-
-    Args:
-        start: tables with what was in them before, and the modules that they were found in.
-        buffers: tensors that were written to or replaced, with a copy of what was there where they were written to.
-        late: names of those that were written to for the first time, of which there is no copy to begin from.
-        weights: whether a trained weight was written to.
-    """
+    """What pass 1 has changed, and how to begin again."""
 
     def __init__(
         self,
-        start: list[tuple[Any, Any, nn.Module]],
-        buffers: list[tuple[Place, Tensor | None]],
-        late: list[str],
+        start: list[tuple[Any, Any, nn.Module]],  # tables, what was in them, and the modules that they belong to
+        buffers: list[
+            tuple[Place, Tensor | None]
+        ],  # tensors that were written to or replaced, with copies to begin from
+        late: list[str],  # names of those that were written to for the first time, of which there is no copy
         *,
-        weights: bool,
+        weights: bool,  # whether a trained weight was written to
     ) -> None:
         self.late, self.weights = late, weights
         self._buffers, self._start = buffers, start
@@ -195,11 +182,7 @@ class Changes:
 
     @contextmanager
     def from_the_start(self, but: Collection[nn.Module] = ()) -> Iterator[None]:
-        """Let the model be as it was before pass 1, and put back afterwards what that has left.
-
-        Args:
-            but: modules that do not run again, and stay as pass 1 left them.
-        """
+        """Let the model be as before pass 1 in the block, `but` for modules that do not run again; then as after it."""
         try:
             for table, before, _, owner in self._changed:
                 if owner not in but:
@@ -211,10 +194,8 @@ class Changes:
                 _put(table, after)
 
     def on_copies(self) -> AbstractContextManager[None]:
-        """Let copies of what pass 1 wrote to take its place, for forwards that a backward repeats.
-
-        Copies, and not values put back afterwards: a graph of pass 1 may have saved the tensors themselves.
-        """
+        """Let copies of what pass 1 wrote to take its place, for forwards that a backward repeats."""
+        # Copies, and not values put back afterwards: a graph of pass 1 may have saved the tensors themselves.
         return self._standing_in(start=False)
 
     @contextmanager

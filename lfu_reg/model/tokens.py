@@ -24,10 +24,7 @@ COUNTED_BUT_IGNORED = (
 
 
 def rows(hidden: Tensor, axis: int = -1, index: Tensor | None = None) -> Tensor:
-    """`hidden` as [positions, hidden], all rows or those that `index` selects.
-
-    Without an index it is a view, for contiguous tensors whose hidden axis is the last.
-    """
+    """`hidden` as [positions, hidden], all rows (a view where possible) or those that `index` selects."""
     if axis not in (-1, hidden.dim() - 1):
         hidden = hidden.movedim(axis, -1)
     flat = hidden.reshape(-1, hidden.shape[-1])
@@ -35,22 +32,7 @@ def rows(hidden: Tensor, axis: int = -1, index: Tensor | None = None) -> Tensor:
 
 
 class TokenMasks:
-    """The masks that a batch offers, matched to hidden states by shape.
-
-    Args:
-        batch: the user's batch; entries `labels`, `attention_mask`, `decoder_attention_mask` are looked at if it has
-            them. Of a tuple or list, as (inputs, targets), the second one are the labels if they are integers.
-        token_mask: overrides them: a tensor shaped like the token dimensions (nonzero counts), or a callable of the
-            batch.
-        virtual_tokens: gives the number of positions that the model puts in front of the batch's own (PEFT's prompt
-            tuning). It is asked where no mask fits as it is; they are then added to it as PEFT adds them: attended to,
-            but not a label, nor chosen by the user.
-        ignore_index: the label that the loss ignores, as in torch's cross entropy. Token labels below zero are ignored
-            anyway.
-
-    Raises:
-        TypeError: if `token_mask` gives something else than a tensor.
-    """
+    """The masks that a batch offers, matched to hidden states by shape; a `token_mask` overrides them."""
 
     def __init__(
         self,
@@ -70,6 +52,7 @@ class TokenMasks:
                     "returns one."
                 )
             self.given = given != 0
+        # Of a tuple or list, as (inputs, targets), the second entry are the labels if they are integers.
         labels = _entry(batch, "labels")
         self._by_position = labels is None
         self._labels = _counted_labels(_second(batch) if labels is None else labels, ignore_index)
@@ -82,18 +65,7 @@ class TokenMasks:
     def match(
         self, hidden: Tensor, axis: int, *, encoder: bool, decoder: bool = False
     ) -> tuple[Tensor | None, Tensor | None]:
-        """The positions of a hidden state that count.
-
-        Args:
-            hidden: the hidden state.
-            axis: its hidden axis.
-            encoder: whether it is one of the encoder's of a sequence-to-sequence model.
-            decoder: whether it is one of the decoder's of such a model.
-
-        Returns:
-            Boolean mask over the token dimensions (the shape without `axis`), and the same as row numbers of
-            `rows(hidden, axis)`, int64 [N]; both None where every position counts.
-        """
+        """The positions that count as a mask (the shape without `axis`), and as row numbers; None and None for all."""
         dims = list(hidden.shape)
         del dims[axis]
         key = (tuple(dims), hidden.device, encoder, decoder)
@@ -139,6 +111,7 @@ class TokenMasks:
         own = own[1:] if encoder else [(self._labels, False), *own]
         masks = [(mask, counted) for mask, counted in ((self.given, False), *own) if mask is not None]
         # Asking for virtual tokens is a walk over all modules, so it is done only where the masks alone do not fit.
+        # They are added as PEFT adds them: attended to, but not a label, nor chosen by the user.
         for virtual_tokens in (_none, self._virtual) if masks else ():
             virtual = virtual_tokens()
             for candidate, counted in masks:
@@ -156,17 +129,8 @@ class TokenMasks:
 
 
 def ignored_but_counted(has_gradient: Tensor, mask: Tensor | None) -> tuple[int, int]:
-    """How many positions count although the loss ignores them. Waits for the device.
-
-    Args:
-        has_gradient: boolean over positions, [batch, tokens] or any shape that ends in tokens: whether the gradient of
-            the loss with respect to the hidden state there is nonzero. What it says holds for the last layer only, and
-            where nothing behind it mixes tokens.
-        mask: the positions that count, of the same shape; None where all do.
-
-    Returns:
-        Number of positions that count and that the loss ignores, and number of those that count.
-    """
+    """How many positions count although the loss has no gradient there, and how many count. Waits for the device."""
+    # That holds for the hidden state of the last layer, where nothing behind it mixes tokens.
     used = has_gradient.clone()
     # A label at the position itself (labels are not shifted), or that of the next token, predicted from here.
     used[..., 1:] |= has_gradient[..., :-1]
