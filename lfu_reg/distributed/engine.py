@@ -45,17 +45,18 @@ def engine_of(model: nn.Module, attached: nn.Module, layers: Iterable[nn.Module]
             break
     if not (dist.is_available() and dist.is_initialized()):
         return Engine()
+    everybody = dist.group.WORLD
+    assert everybody is not None
     modules = list(model.modules())  # one walk for all that follows: it is taken at every step
     for module in modules:
         if type(module).__name__ == "FullyShardedDataParallel":
-            groups = _given([getattr(module, "process_group", dist.group.WORLD)])
-            return Engine("FSDP1", groups=groups, in_lockstep=True)
+            return Engine("FSDP1", groups=(getattr(module, "process_group", everybody),), in_lockstep=True)
     if units := units_among(modules):
         shards = Shards(units, layers)
-        return Engine("FSDP2", shards, _mesh_groups(shards), in_lockstep=True)
+        return Engine("FSDP2", shards, shards.process_groups(), in_lockstep=True)
     for parameter in (p for module in modules for p in module._parameters.values()):
         if hasattr(parameter, "ds_id"):
-            return Engine("ZeRO-3", groups=_given([dist.group.WORLD]), in_lockstep=True)
+            return Engine("ZeRO-3", groups=(everybody,), in_lockstep=True)
         if type(parameter).__name__ == "DTensor":
             return Engine("DTensor", in_lockstep=True)
     for ddp in wrappers_of(model, attached):
@@ -68,12 +69,3 @@ def _forward_communicates(ddp: Any) -> bool:
         return False  # ranks that have run out of batches take no part in collectives of ours
     broadcasts = ddp.broadcast_buffers and any(True for _ in ddp.module.buffers())
     return broadcasts or any(isinstance(module, nn.SyncBatchNorm) for module in ddp.modules())
-
-
-def _mesh_groups(shards: Shards) -> tuple[ProcessGroup, ...]:
-    meshes = shards.meshes()
-    return tuple(meshes[0].get_group(dimension) for dimension in range(meshes[0].ndim)) if meshes else ()
-
-
-def _given(groups: Iterable[ProcessGroup | None]) -> tuple[ProcessGroup, ...]:
-    return tuple(group for group in groups if group is not None)

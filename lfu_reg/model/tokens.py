@@ -7,6 +7,8 @@ of one model may differ in layout (time first, flattened, channels first) and in
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -55,7 +57,9 @@ class TokenMasks:
         # Of a tuple or list, as (inputs, targets), the second entry are the labels if they are integers.
         labels = _entry(batch, "labels")
         self._by_position = labels is None
-        self._labels = _counted_labels(_second(batch) if labels is None else labels, ignore_index)
+        if labels is None and isinstance(batch, (tuple, list)) and len(batch) > 1 and isinstance(batch[1], Tensor):
+            labels = batch[1]
+        self._labels = _counted_labels(labels, ignore_index)
         self._attention = _unpadded(_entry(batch, "attention_mask"))
         self._decoder_attention = _unpadded(_entry(batch, "decoder_attention_mask"))
         self._virtual = virtual_tokens or _none
@@ -84,9 +88,8 @@ class TokenMasks:
         """The masks of the given samples (numbers along the batch dimension) only; None is all of them."""
         if chosen is None:
             return self
-        part = object.__new__(TokenMasks)
-        part._cache, part._virtual, part.matched_given, part.matched = {}, self._virtual, False, False
-        part._by_position = self._by_position
+        part = copy.copy(self)
+        part._cache, part.matched_given, part.matched = {}, False, False
         for name in ("given", "_labels", "_attention", "_decoder_attention"):
             mask = getattr(self, name)
             if mask is not None and len(mask) <= int(chosen[-1]):
@@ -162,24 +165,14 @@ def _fit(mask: Tensor, dims: tuple[int, ...]) -> Tensor | None:
             return mask.reshape(*shape, *[1] * (len(dims) - 2)).expand(dims)
         if len(dims) > 2 and dims[-2:] == shape:  # [streams, batch, tokens]
             return mask.expand(dims)
-        if len(dims) <= 2 and _numel(dims) == mask.numel() and 1 in (len(dims), *dims):  # flattened or packed
+        if len(dims) <= 2 and math.prod(dims) == mask.numel() and 1 in (len(dims), *dims):  # flattened or packed
             return mask.reshape(dims)
     return None
-
-
-def _numel(dims: tuple[int, ...]) -> int:
-    return int(torch.Size(dims).numel())
 
 
 def _entry(batch: Any, name: str) -> Tensor | None:
     value = batch.get(name) if isinstance(batch, Mapping) else getattr(batch, name, None)
     return value if isinstance(value, Tensor) else None
-
-
-def _second(batch: Any) -> Tensor | None:
-    if isinstance(batch, (tuple, list)) and len(batch) > 1 and isinstance(batch[1], Tensor):
-        return batch[1]
-    return None
 
 
 def _counted_labels(labels: Tensor | None, ignore_index: int) -> Tensor | None:
