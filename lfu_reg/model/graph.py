@@ -91,11 +91,7 @@ def leaves_above_and_below(loss: Tensor, cut: Tensor) -> tuple[list[Tensor], lis
 
 
 def gradients_of(
-    loss: Tensor,
-    wanted: Sequence[Tensor | GradientEdge],
-    upstream: Tensor | None = None,
-    *,
-    keep_graph: bool = False,
+    loss: Tensor, wanted: Sequence[Tensor | GradientEdge], upstream: Tensor | None = None, *, keep_graph: bool = False
 ) -> tuple[Tensor | None, ...]:
     """Gradients of `loss`, times the scalar `upstream`, for leaves or edges of its graph; None where there is none."""
     with hooks_quiet([leaf for leaf in wanted if isinstance(leaf, Tensor)]), no_autocast():
