@@ -70,12 +70,8 @@ class Diagnostics:
             warnings.warn(message, LfUWarning, stacklevel=_levels_to_the_user())
 
     def is_due(self, turn: int) -> bool:
-        """Whether a step is one at which values are looked at: the first one watched in a new period.
-
-        Args:
-            turn: number of the step among those that `every` leaves. It follows from the step's number alone, so
-                resumed runs look where uninterrupted ones do (and at their first step).
-        """
+        """Whether values are looked at: at the first step watched in a period; `turn` counts the steps with LfU."""
+        # The step's number decides, so resumed runs look where uninterrupted ones do (and at their first step).
         # Not `(turn + 1) % LOOK_EVERY == 0`: the regularizer may be off (lam = 0) at that very step.
         return self._period != (turn + 1) // LOOK_EVERY
 
@@ -88,16 +84,7 @@ class Diagnostics:
         relative_distance: Tensor | None,
         alpha: float,
     ) -> None:
-        """Take note of one step, and look at the last ones when it is due.
-
-        Args:
-            turn: see `is_due`.
-            sft_loss: l_SFT.
-            weighted: lam * l_cons.
-            gradient_norm: ||g||.
-            relative_distance: ||h' - h|| / ||h|| over all layers, where it was measured.
-            alpha: length of the ascent step.
-        """
+        """Take note of one step, and look at the last ones when it is due."""
         self._window.append((sft_loss, weighted, gradient_norm))
         if not self.is_due(turn):
             return

@@ -32,12 +32,7 @@ _BY_NAME: dict[str, Callable[[], Auxiliary]] = {
 
 
 def make_auxiliary(auxiliary: str | Auxiliary) -> Auxiliary:
-    """The auxiliary of that name, or the given object itself.
-
-    Raises:
-        ValueError: for an unknown name.
-        TypeError: for anything else, such as a class instead of an object.
-    """
+    """The auxiliary of that name, or the given object itself."""
     if isinstance(auxiliary, Auxiliary):
         return auxiliary
     if isinstance(auxiliary, str):

@@ -15,14 +15,7 @@ from lfu_reg.model.multi_tensor import multiplied, portions, zero_unless
 
 
 def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
-    """||g||_2 over all tensors together, in at least float32, without a device synchronisation.
-
-    Args:
-        gradients: tensors of any shape, real or complex, at least one.
-
-    Returns:
-        Real scalar on the device of the first tensor.
-    """
+    """||g||_2 over all tensors together, a real scalar in at least float32, without a device synchronisation."""
     device = gradients[0].device
     norms = _norms([_real(gradient) for gradient in gradients])
     # The norm of sharded gradients is the root of a sum over ranks, which one all-reduce takes for all of them.
@@ -36,18 +29,7 @@ def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
 def ascend(
     gradients: Sequence[Tensor], alpha: float, *, per_group: Sequence[int] | None = None, norm: Tensor | None = None
 ) -> list[Tensor]:
-    """The step alpha * g / ||g||_2; zero where the norm is zero or not finite.
-
-    Args:
-        gradients: g, one tensor per component.
-        alpha: step length, the norm of what is returned.
-        per_group: group number of each tensor; then every group gets a step of length alpha of its own
-            (per-layer normalisation). None is one global norm, as in the paper.
-        norm: the global norm, `gradient_norm(gradients)`, where it is known already.
-
-    Returns:
-        One tensor per gradient, same shapes.
-    """
+    """The step alpha * g / ||g||_2, of all gradients or of each group; zero where the norm is zero or not finite."""
     if per_group is None:
         return _normalised(gradients, alpha, gradient_norm(gradients) if norm is None else norm)
     step: list[Tensor] = [gradients[0]] * len(gradients)

@@ -92,7 +92,6 @@ class Auxiliary(ABC):
         moves_weights: whether the components are the model's own parameters.
         acts_at_sites: whether the components change nothing but what the sites return.
         shards: FSDP2's sharded parameters during a step, None without FSDP2; set by the regularizer.
-        folds: whether there is something that `may_fold` allows.
         may_fold: whether modules run as they are written, neither sharded nor compiled; set by the regularizer.
     """
 
@@ -101,7 +100,6 @@ class Auxiliary(ABC):
     moves_weights = False
     acts_at_sites = False
     shards: Shards | None = None
-    folds = False
     may_fold = False
 
     @property

@@ -4,11 +4,8 @@
         x ──┤                       (+)──► y' = W x + s B A x
             └── A ──► z = A x ── B ─┘         A: [rank, in]   B: [out, rank]   s = lora_alpha / rank
 
-A is random, drawn anew at every step, and B starts at zero, so y' = y. Then dl/dA is exactly zero and dl/dB = s
-(dl/dy)^T z: the ascent moves B. With both at zero nothing would ever move.
-
-That is the general way: a tap on y in pass 1, and two thin products more in pass 2. Where a LoRA adapter is trained
-anyway, `peft_folding.py` widens it in both passes, without a tap.
+A is drawn anew at every step and B starts at zero, so y' = y, dl/dA = 0 and dl/dB = s (dl/dy)^T z: the ascent moves B.
+Where a LoRA adapter is trained anyway, `peft_folding.py` widens it instead, without a tap on y.
 """
 
 from __future__ import annotations
@@ -42,7 +39,6 @@ class LoRADeltas(OutputAuxiliary):
 
     default_alpha = 0.1
     default_lam = 5.0
-    folds = True
 
     def __init__(self, rank: int = 8, lora_alpha: float = 16, target_modules: TargetModules = "all-linear") -> None:
         super().__init__()

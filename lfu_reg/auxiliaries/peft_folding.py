@@ -4,13 +4,8 @@
         x ──┤                                        (+)──► y' = W x + p B A x + s B' A' x
             └── [A; A'] ── z ── [B, s/p B'] ── p ─────┘
 
-A, B and p are the adapter's, A', B' and s the delta's. Products of rank 16 take about the time of products of rank 8:
-it is x and y that have to be read. In pass 1 B' is a zero leaf, so the backward gives dl/dB' along with dl/dA and
-dl/dB, and there is nothing to tap; in pass 2 nothing is added to what PEFT's layer returns.
-
-The adapter's weights are replaced only while the layer itself runs: a penalty on the weights in the user's loss, or
-whoever else looks at them, sees what is trained. Each call decides for itself: one that the adapter takes no part in
-(`disable_adapter()`, a mixed batch) is left to taps and outputs.
+A, B and p are the adapter's, A', B' and s the delta's. Wider products cost little, as x and y have to be read anyway,
+and B' is a zero leaf of pass 1, so the backward gives dl/dB' without a tap.
 """
 
 from __future__ import annotations
@@ -29,21 +24,12 @@ from lfu_reg.model.peft import PlainLoRA, acting_adapter
 
 
 class Fold:
-    """Stands in the place of a PEFT layer's forward method during one pass.
-
-    Args:
-        site: the layer.
-        adapter: its adapter.
-        components: gives A' [rank, in] and B' [out, rank] of the pass. Asked at the first call only, so blocks that are
-            repeated for a backward later on (activation checkpointing) get the tensors of their own pass.
-        scale: s.
-
-    Attributes:
-        acted: whether the delta was in what the layer's last call returned.
-    """
+    """Stands in the place of a PEFT layer's forward method during one pass."""
 
     def __init__(self, site: nn.Module, adapter: PlainLoRA, components: Callable[[], Components], scale: float) -> None:
-        self.site, self.acted = site, False
+        self.site, self.acted = site, False  # acted: whether the delta was in what the last call returned
+        # Asked for A' and B' at the first call only, so blocks that are repeated for a backward later on (activation
+        # checkpointing) get the tensors of their own pass.
         self._adapter, self._components, self._scale = adapter, components, scale
         self._weights: tuple[Tensor, Tensor] | None = None
         self._run = _runner()
@@ -64,11 +50,13 @@ class Fold:
         # Hooks leave calls without gradients alone, and refuse transforms.
         if not torch.is_grad_enabled() or torch._C._functorch.peek_interpreter_stack() is not None:
             return forward(site, *args, **kwargs)
+        # A call that the adapter takes no part in (`disable_adapter()`, a mixed batch) is left to taps and outputs.
         if kwargs.get("adapter_names") is not None or acting_adapter(site) != adapter.name:
             return forward(site, *args, **kwargs)
         if self._weights is None:
             self._weights = self._widened(*self._components())
         down, up = self._weights
+        # For this call only: a penalty on the weights in the user's loss has to see what is trained.
         with patched([(adapter.down, "weight", down), (adapter.up, "weight", up)]):
             y = forward(site, *args, **kwargs)
         self.acted = True

@@ -40,21 +40,21 @@ def checked_sites(auxiliary: Auxiliary, model: nn.Module, layers: Mapping[str, n
 
 def check_components(owner: str, components: Any, name: str, y: Tensor) -> None:
     """Raise unless `components` are what `start` has to return for the site `name` with the output `y`."""
+
+    def wrong(returned: str, end: str = ".") -> str:
+        return f"{owner}.start returned {returned} for {name}; it has to return {_START}{end}"
+
     if not isinstance(components, tuple):
-        hint = " Put a comma behind the one tensor: (c,)." if isinstance(components, Tensor) else ""
-        raise TypeError(f"{owner}.start returned {describe(components)} for {name}; it has to return {_START}.{hint}")
+        comma = ". Put a comma behind the one tensor: (c,)." if isinstance(components, Tensor) else "."
+        raise TypeError(wrong(describe(components), comma))
     if not components:
-        raise ValueError(f"{owner}.start returned an empty tuple for {name}; it has to return {_START}.")
+        raise ValueError(wrong("an empty tuple"))
     for component in components:
         if not isinstance(component, Tensor):
-            raise TypeError(
-                f"{owner}.start returned a tuple with {describe(component)} for {name}; it has to return {_START}."
-            )
+            raise TypeError(wrong(f"a tuple with {describe(component)}"))
         if not component.is_floating_point():
-            raise TypeError(
-                f"{owner}.start returned {describe(component)} for {name}; it has to return {_START}, as components "
-                "are moved along a gradient. Make them with dtype=master_dtype(call.y)."
-            )
+            cure = ", as components are moved along a gradient. Make them with dtype=master_dtype(call.y)."
+            raise TypeError(wrong(describe(component), cure))
         if component.device != y.device:
             raise ValueError(
                 f"{owner}.start returned a tensor on {component.device} for {name}, whose output is on {y.device}; it "
@@ -115,26 +115,26 @@ def check_rule(owner: str, rule: Any, name: str) -> None:
 
 def check_gradients(owner: str, gradients: Any, name: str, like: Sequence[tuple[torch.Size, torch.device]]) -> None:
     """Raise unless `gradients` are what the rule of `gradient_rule` has to return for components `like` these."""
+
+    def wrong(returned: str) -> str:
+        shapes = ", ".join(f"{list(shape)} on {device}" for shape, device in like)
+        return (
+            f"The rule of {owner}.gradient_rule returned {returned} for {name}; it has to return a sequence with "
+            f"{_RULE} (here {shapes})."
+        )
+
     if not isinstance(gradients, Sequence):
         hint = " Put a comma behind the one tensor: (gradient,)." if isinstance(gradients, Tensor) else ""
-        raise TypeError(_wrong_gradients(owner, describe(gradients), name, like) + hint)
+        raise TypeError(wrong(describe(gradients)) + hint)
     if len(gradients) != len(like):
-        raise ValueError(_wrong_gradients(owner, f"{len(gradients)} entries", name, like))
+        raise ValueError(wrong(f"{len(gradients)} entries"))
     for gradient, (shape, device) in zip(gradients, like, strict=True):
         if gradient is None:
             continue
         if not isinstance(gradient, Tensor):
-            raise TypeError(_wrong_gradients(owner, f"an entry that is {describe(gradient)}", name, like))
+            raise TypeError(wrong(f"an entry that is {describe(gradient)}"))
         if gradient.shape != shape or gradient.device != device or not gradient.is_floating_point():
-            raise ValueError(_wrong_gradients(owner, f"{describe(gradient)} on {gradient.device}", name, like))
-
-
-def _wrong_gradients(owner: str, returned: str, name: str, like: Sequence[tuple[torch.Size, torch.device]]) -> str:
-    shapes = ", ".join(f"{list(shape)} on {device}" for shape, device in like)
-    return (
-        f"The rule of {owner}.gradient_rule returned {returned} for {name}; it has to return a sequence with {_RULE} "
-        f"(here {shapes})."
-    )
+            raise ValueError(wrong(f"{describe(gradient)} on {gradient.device}"))
 
 
 def check_direction(owner: str, direction: Any, gradients: Sequence[Tensor]) -> None:

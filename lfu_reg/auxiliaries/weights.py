@@ -3,9 +3,8 @@
 With PEFT these are the adapter's matrices, which is the authors' LoRA flavour; with all weights it is the ascent of SAM
 (Table 6b). g is the SFT gradient that pass 1 takes anyway.
 
-The weights are never moved: pass 2 runs with theta + delta put in the place of the parameters, and the parameters
-themselves are put back whatever happens. Under FSDP2, which gathers its own copies, the shards are moved instead, and
-their old values copied back; g is averaged over ranks there, as FSDP reduces it.
+The weights are never moved: pass 2 runs with theta + delta in the place of the parameters. Under FSDP2, which gathers
+its own copies, the shards are moved and copied back instead, and g is averaged over ranks, as FSDP reduces it.
 """
 
 from __future__ import annotations

@@ -35,12 +35,7 @@ _BY_NAME: dict[str, type[Distance]] = {
 
 
 def make_distance(distance: DistanceChoice) -> Distance:
-    """The distance of that name, the given object, or a wrapper around the given function.
-
-    Raises:
-        ValueError: for an unknown name, and for an object that measures something unknown.
-        TypeError: for anything that cannot be called.
-    """
+    """The distance of that name, the given object, or a wrapper around the given function."""
     if isinstance(distance, Distance):
         if distance.measures not in ("hidden_states", "logits"):
             name = type(distance).__name__

@@ -14,13 +14,7 @@ if TYPE_CHECKING:
 
 
 def all_agree(value: bool, groups: Sequence[ProcessGroup], device: torch.device) -> bool:
-    """Whether `value` is true on every rank; itself where there is no group.
-
-    Args:
-        value: this rank's opinion.
-        groups: the ranks to ask.
-        device: where the groups' backend works.
-    """
+    """Whether `value` is true on every rank; itself where there is no group."""
     for group in groups:
         flag = torch.tensor(int(value), dtype=torch.int32, device=device)
         dist.all_reduce(flag, dist.ReduceOp.MIN, group=group)
@@ -29,12 +23,7 @@ def all_agree(value: bool, groups: Sequence[ProcessGroup], device: torch.device)
 
 
 def averaged(tensors: Mapping[str, Tensor], groups: Sequence[ProcessGroup]) -> dict[str, Tensor]:
-    """The mean over ranks of every tensor, by one all-reduce per group, device and dtype.
-
-    Args:
-        tensors: the same names, shapes and order on every rank.
-        groups: the ranks.
-    """
+    """The mean over ranks of every tensor, by one all-reduce per group, device and dtype."""
     kinds: dict[tuple[torch.device, torch.dtype], list[str]] = {}
     for name, tensor in tensors.items():
         kinds.setdefault((tensor.device, tensor.dtype), []).append(name)

@@ -9,11 +9,13 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+from lfu_reg.model.patching import patched
 
 STATIC_GRAPH = (
     "DistributedDataParallel(static_graph=True) does not synchronise gradients when a gradient is taken through its "
@@ -38,16 +40,7 @@ class Wrappers:
 
     @contextmanager
     def must_run(self, model: nn.Module, attached: nn.Module, ran: Callable[[], bool]) -> Iterator[None]:
-        """For the block in which the loss is computed.
-
-        Args:
-            model: what the user trains, the attached module or a wrapper of it.
-            attached: the attached module.
-            ran: whether the attached module took part in the loss at all.
-
-        Raises:
-            ValueError: before, for a static graph; after, if the loss did not come through the wrapper.
-        """
+        """Raise for a static graph, and if the attached module ran in the block, but not through its wrapper."""
         if not (dist.is_available() and dist.is_initialized()):
             yield
             return
@@ -55,7 +48,9 @@ class Wrappers:
         if not self._known and not self._searched and dist.get_world_size() > 1:
             # Once: it takes some 0.1 s. The wrapper knows the model, but the model does not know the wrapper.
             self._searched = True
-            self._known.update(w for w in _all_wrappers() if any(module is attached for module in w.modules()))
+            # By type(), which runs no code of the objects looked at.
+            everywhere = [thing for thing in gc.get_objects() if issubclass(type(thing), DistributedDataParallel)]
+            self._known.update(w for w in everywhere if any(module is attached for module in w.modules()))
         if any(wrapper.static_graph for wrapper in self._known):
             raise ValueError(STATIC_GRAPH)
         waiting = [wrapper for wrapper in self._known if _will_synchronise(wrapper)]
@@ -71,18 +66,10 @@ class Wrappers:
                 wrapper.require_forward_param_sync = bool(wrapper.require_forward_param_sync)
 
 
-@contextmanager
-def not_synchronising(model: nn.Module, attached: nn.Module) -> Iterator[None]:
+def not_synchronising(model: nn.Module, attached: nn.Module) -> AbstractContextManager[None]:
     """Let the wrappers run their forward in the block without any preparation or communication for a backward."""
     names = ("require_backward_grad_sync", "require_forward_param_sync")
-    kept = [(wrapper, name, getattr(wrapper, name)) for wrapper in wrappers_of(model, attached) for name in names]
-    try:
-        for wrapper, name, _ in kept:
-            setattr(wrapper, name, False)
-        yield
-    finally:
-        for wrapper, name, value in kept:
-            setattr(wrapper, name, value)
+    return patched((vars(wrapper), name, False) for wrapper in wrappers_of(model, attached) for name in names)
 
 
 def wrappers_of(model: nn.Module, attached: nn.Module) -> list[DistributedDataParallel]:
@@ -100,8 +87,3 @@ def _will_synchronise(wrapper: DistributedDataParallel) -> bool:
     # The other two are modes in which its forward has nothing to prepare.
     elsewhere = any(getattr(wrapper, name, False) for name in ("_use_python_reducer", "_delay_all_reduce_all_params"))
     return bool(wrapper.require_backward_grad_sync) and not elsewhere
-
-
-def _all_wrappers() -> list[DistributedDataParallel]:
-    # By type(), which runs no code of the objects looked at.
-    return [thing for thing in gc.get_objects() if issubclass(type(thing), DistributedDataParallel)]

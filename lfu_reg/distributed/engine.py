@@ -23,43 +23,21 @@ DEEPSPEED = (
 
 @dataclass(frozen=True)
 class Engine:
-    """How a model is spread over processes.
+    """How a model is spread over processes."""
 
-    Attributes:
-        name: "FSDP2", "FSDP1", "ZeRO-3", "DTensor" (sharded otherwise), "DDP", or "none".
-        shards: of FSDP2.
-        units: FSDP modules, the outermost first.
-        groups: the ranks that the batches are spread over, one group per dimension of the mesh.
-        in_lockstep: whether forward passes communicate, so that every rank has to run the same number of them.
-    """
-
-    name: str = "none"
-    shards: Shards | None = None
-    units: tuple[nn.Module, ...] = ()
-    groups: tuple[ProcessGroup, ...] = ()
-    in_lockstep: bool = False
+    name: str = "none"  # or "FSDP2", "FSDP1", "ZeRO-3", "DTensor" (sharded otherwise), "DDP"
+    shards: Shards | None = None  # of FSDP2
+    groups: tuple[ProcessGroup, ...] = ()  # the ranks that batches are spread over, one per dimension of the mesh
+    in_lockstep: bool = False  # forward passes communicate, so every rank has to run the same number of them
 
     @property
     def is_sharded(self) -> bool:
         """Whether parameters are sharded, so that no gradients of leaves can be taken."""
         return self.name not in ("none", "DDP")
 
-    def can_start_at(self, module: nn.Module) -> bool:
-        """Whether a forward may begin at `module`: not inside of an FSDP unit, which gathers weights at its entry."""
-        return not any(module is not unit and any(m is module for m in unit.modules()) for unit in self.units)
-
 
 def engine_of(model: nn.Module, attached: nn.Module, layers: Iterable[nn.Module]) -> Engine:
-    """The engine of a model.
-
-    Args:
-        model: what the user trains, the attached module or a wrapper of it.
-        attached: the attached module.
-        layers: the chosen layers.
-
-    Raises:
-        ValueError: for a DeepSpeed engine.
-    """
+    """The engine of what the user trains: the attached module, or a wrapper of it."""
     for module in model.modules():  # the wrappers come first
         if any(kind.__name__ == "DeepSpeedEngine" for kind in type(module).__mro__):
             raise ValueError(DEEPSPEED)
@@ -67,23 +45,21 @@ def engine_of(model: nn.Module, attached: nn.Module, layers: Iterable[nn.Module]
             break
     if not (dist.is_available() and dist.is_initialized()):
         return Engine()
+    everybody = dist.group.WORLD
+    assert everybody is not None
     modules = list(model.modules())  # one walk for all that follows: it is taken at every step
-    old = tuple(module for module in modules if type(module).__name__ == "FullyShardedDataParallel")
-    if old:
-        groups = (getattr(old[0], "process_group", dist.group.WORLD),)
-        return Engine("FSDP1", units=old, groups=_given(groups), in_lockstep=True)
-    units = units_among(modules)
-    if units:
+    for module in modules:
+        if type(module).__name__ == "FullyShardedDataParallel":
+            return Engine("FSDP1", groups=(getattr(module, "process_group", everybody),), in_lockstep=True)
+    if units := units_among(modules):
         shards = Shards(units, layers)
-        return Engine("FSDP2", shards, tuple(units), _mesh_groups(shards), in_lockstep=True)
+        return Engine("FSDP2", shards, shards.process_groups(), in_lockstep=True)
     for parameter in (p for module in modules for p in module._parameters.values()):
         if hasattr(parameter, "ds_id"):
-            return Engine("ZeRO-3", groups=_given([dist.group.WORLD]), in_lockstep=True)
+            return Engine("ZeRO-3", groups=(everybody,), in_lockstep=True)
         if type(parameter).__name__ == "DTensor":
             return Engine("DTensor", in_lockstep=True)
-    wrappers = wrappers_of(model, attached)
-    if wrappers:
-        ddp = wrappers[0]
+    for ddp in wrappers_of(model, attached):
         return Engine("DDP", groups=(ddp.process_group,), in_lockstep=_forward_communicates(ddp))
     return Engine()
 
@@ -93,12 +69,3 @@ def _forward_communicates(ddp: Any) -> bool:
         return False  # ranks that have run out of batches take no part in collectives of ours
     broadcasts = ddp.broadcast_buffers and any(True for _ in ddp.module.buffers())
     return broadcasts or any(isinstance(module, nn.SyncBatchNorm) for module in ddp.modules())
-
-
-def _mesh_groups(shards: Shards) -> tuple[ProcessGroup, ...]:
-    meshes = shards.meshes()
-    return tuple(meshes[0].get_group(dimension) for dimension in range(meshes[0].ndim)) if meshes else ()
-
-
-def _given(groups: Iterable[ProcessGroup | None]) -> tuple[ProcessGroup, ...]:
-    return tuple(group for group in groups if group is not None)

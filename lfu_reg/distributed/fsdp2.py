@@ -8,19 +8,15 @@ taken, and the old `.grad` is put back. All that is read of FSDP's private state
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lfu_reg.model.autocast import no_autocast
-from lfu_reg.model.graph import hooks_quiet
-
-
-def units_of(model: nn.Module) -> list[Any]:
-    """The modules of `model` that `fully_shard` was applied to, the outermost first."""
-    return units_among(model.modules())
+from lfu_reg.model.graph import grad_set_aside, hooks_quiet
+from lfu_reg.model.patching import patched
 
 
 def units_among(modules: Iterable[nn.Module]) -> list[Any]:
@@ -33,12 +29,7 @@ def units_among(modules: Iterable[nn.Module]) -> list[Any]:
 
 
 class Shards:
-    """The sharded parameters of a model.
-
-    Args:
-        units: modules that `fully_shard` was applied to.
-        layers: modules whose outputs a loss may be computed from directly.
-    """
+    """The sharded parameters in FSDP units; losses may be computed from the outputs of `layers` inside of them."""
 
     def __init__(self, units: Sequence[Any], layers: Iterable[nn.Module] = ()) -> None:
         self._units = units
@@ -57,9 +48,10 @@ class Shards:
         shards = [parameter.sharded_param for group in self._groups for parameter in group.fsdp_params]
         return [shard for shard in shards if shard.requires_grad]
 
-    def meshes(self) -> list[Any]:
-        """The device meshes that parameters are sharded over."""
-        return [parameter.sharded_param.device_mesh for group in self._groups for parameter in group.fsdp_params[:1]]
+    def process_groups(self) -> tuple[Any, ...]:
+        """The ranks that parameters are sharded over, one group per dimension of the device mesh."""
+        meshes = [parameter.sharded_param.device_mesh for group in self._groups for parameter in group.fsdp_params[:1]]
+        return tuple(meshes[0].get_group(dimension) for dimension in range(meshes[0].ndim)) if meshes else ()
 
     def have_pending_gradients(self) -> bool:
         """Whether unreduced gradients of earlier backward passes (gradient sync off) wait for the next one."""
@@ -74,24 +66,15 @@ class Shards:
         )
 
     def gradients_of(self, loss: Tensor, leaves: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """Reduced gradients of `loss`, by a backward pass that frees its graph.
-
-        They are reduced whether or not the user has switched that off to accumulate: sharded ones cannot be
-        accumulated otherwise.
-
-        Args:
-            loss: scalar.
-            leaves: those of its graph; gathered copies of shards among them.
-
-        Returns:
-            Every shard and every other leaf that got a gradient, with it.
-        """
+        """Every shard and leaf that got a gradient, with it, reduced over ranks; frees the graph of `loss`."""
+        # They are reduced whether or not the user has switched that off to accumulate: sharded ones cannot be
+        # accumulated otherwise. Gathered copies of shards are among the leaves.
         copies = {id(getattr(p, "_unsharded_param", None)) for group in self._groups for p in group.fsdp_params}
-        shards = self.parameters()
-        wanted = [*shards, *(leaf for leaf in leaves if id(leaf) not in copies)]
-        with self._reducing(), self._entered(loss), _gradients_aside([*shards, *leaves]), no_autocast():
+        tensors = [*self.parameters(), *leaves]
+        aside = grad_set_aside(tensors)
+        with self._reducing(), self._entered(loss), hooks_quiet(tensors), aside as written, no_autocast():
             loss.backward()  # type: ignore[no-untyped-call]
-            return [(tensor, tensor.grad) for tensor in wanted if tensor.grad is not None]
+        return [(tensor, gradient) for tensor, gradient in written if id(tensor) not in copies]
 
     @contextmanager
     def moved(self, deltas: Sequence[tuple[Any, Any]]) -> Iterator[None]:
@@ -117,11 +100,9 @@ class Shards:
 
     @contextmanager
     def _entered(self, loss: Tensor) -> Iterator[None]:
-        """Prepare units around the layers when the backward of `loss` starts.
-
-        FSDP does so when the gradient of a unit's output arrives. Pass 2's loss comes from the layers inside, and the
-        outputs of the units around them play no part in it.
-        """
+        """Prepare units around the layers when the backward of `loss` starts."""
+        # FSDP does so when the gradient of a unit's output arrives. Pass 2's loss comes from the layers inside, and the
+        # outputs of the units around them play no part in it.
 
         def enter(gradient: Tensor) -> None:
             for state in self._around:
@@ -133,36 +114,14 @@ class Shards:
         finally:
             handle.remove()
 
-    @contextmanager
-    def _reducing(self) -> Iterator[None]:
+    def _reducing(self) -> AbstractContextManager[None]:
         """Reduce gradients in the block, and wait for them, whatever the user has set for accumulation."""
-        kept = [
-            (holder, name, getattr(holder, name))
+        return patched(
+            (vars(holder), name, True)
             for holder in (*self._groups, *(state._state_ctx for state in self._states))
             for name in ("reduce_grads", "all_reduce_grads", "is_last_backward")
             if hasattr(holder, name)
-        ]
-        try:
-            for holder, name, _ in kept:
-                setattr(holder, name, True)
-            yield
-        finally:
-            for holder, name, value in kept:
-                setattr(holder, name, value)
-
-
-@contextmanager
-def _gradients_aside(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """No `.grad` and no hooks on these tensors in the block; afterwards they have what they had before."""
-    kept = [(tensor, tensor.grad) for tensor in tensors]
-    with hooks_quiet(tensors):
-        try:
-            for tensor, _ in kept:
-                tensor.grad = None
-            yield
-        finally:
-            for tensor, gradient in kept:
-                tensor.grad = gradient
+        )
 
 
 def _groups(state: Any) -> list[Any]:

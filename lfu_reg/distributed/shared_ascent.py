@@ -31,11 +31,7 @@ DIFFERENT_SITES = (
 
 
 class SharedAscent:
-    """Averages g over ranks.
-
-    Args:
-        process_group: the ranks; None: those that the engine (DDP, FSDP) spreads batches over, else all.
-    """
+    """Averages g over the given ranks; where None are, over those of the engine (DDP, FSDP), else over all."""
 
     def __init__(self, process_group: ProcessGroup | None) -> None:
         self._given = process_group
@@ -43,16 +39,7 @@ class SharedAscent:
         self._known: str | None = None
 
     def begin(self, engine_groups: Sequence[ProcessGroup], seed: int, device: torch.device) -> int:
-        """Start a step; returns the seed that all ranks share.
-
-        Args:
-            engine_groups: the ranks that the engine spreads batches over.
-            seed: this rank's, which counts on the first rank only.
-            device: of the model.
-
-        Raises:
-            RuntimeError: if torch.distributed is not initialised.
-        """
+        """Start a step; returns the seed that all ranks share, which is the first rank's."""
         if not (dist.is_available() and dist.is_initialized()):
             raise RuntimeError(NOT_INITIALISED)
         fallback = [group for group in (dist.group.WORLD,) if group is not None]
@@ -67,16 +54,8 @@ class SharedAscent:
         self._known = None
 
     def __call__(self, gradients: Mapping[str, Tensor], *, scale: float = 1.0) -> dict[str, Tensor]:
-        """The mean over ranks of g.
-
-        Args:
-            gradients: g by name, multiplied by this rank's scale.
-            scale: see `float16.py`.
-
-        Raises:
-            RuntimeError: if ranks have gradients of different components: on every rank at the first step, later on
-                those where they changed.
-        """
+        """The mean over ranks of g, which every rank gives multiplied by a scale of its own."""
+        # Different components are noticed on every rank at the first step, and later on those ranks where they changed.
         here = hashlib.blake2b(
             repr([(name, tuple(g.shape), g.dtype) for name, g in gradients.items()]).encode(), digest_size=7
         ).hexdigest()

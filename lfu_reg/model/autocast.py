@@ -12,11 +12,9 @@ from torch import Tensor
 
 @contextmanager
 def no_autocast() -> Iterator[None]:
-    """No autocast for any device in the block.
-
-    The step takes its gradients inside of the caller's `with autocast():`, where a plain loop backpropagates outside
-    of it. Operations of the backward would be cast anew there, also those of parts that ran in full precision.
-    """
+    """No autocast for any device in the block."""
+    # The step backpropagates inside of the caller's `with autocast():`, where a plain loop does so outside of it: the
+    # backward of parts that ran in full precision would be cast, too.
     types = ["cpu", "cuda"]
     if torch.accelerator.is_available() and (device := torch.accelerator.current_accelerator()) is not None:
         types.append(device.type)

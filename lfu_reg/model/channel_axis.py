@@ -23,12 +23,10 @@ _MOST = 200
 
 
 def channels_first(layer: nn.Module) -> Callable[[Tensor], bool]:
-    """A test of whether an output of `layer` is [batch, hidden, ...] instead of [..., hidden].
-
-    Sizes decide where they can: those of the layer's convolutions, linear maps and norms. Where both readings fit (as
-    many tokens as channels) or neither does, the graph tells which operation made the output; where there is no graph,
-    the layer's more frequent kind of module decides.
-    """
+    """A test of whether an output of `layer` is [batch, hidden, ...] instead of [..., hidden]."""
+    # Sizes decide where they can: those of the layer's convolutions, linear maps and norms. Where both readings fit (as
+    # many tokens as channels) or neither does, the graph tells which operation made the output; where there is no
+    # graph, the layer's more frequent kind of module decides.
     modules = list(layer.modules())
     composite = len(modules) > 1
     grouped = {number for m in modules if (number := _channels_of_norm(m)) is not None}
@@ -68,10 +66,7 @@ def _channels_of_norm(module: nn.Module) -> int | None:
 
 
 def _made_channels_first(output: Tensor) -> bool | None:
-    """Whether the nearest operation that has a hidden axis puts it second, as seen from `output`; None if none is near.
-
-    Followed are the operations that leave axes where they are or move them around, but not those that reshape.
-    """
+    """Whether the nearest operation that has a hidden axis puts it second; None if none is near."""
     last = output.dim() - 1
     # A node, and where axis 1 and the last axis of `output` are in what it returns.
     waiting: deque[tuple[Any, int, int]] = deque([(output.grad_fn, 1, last)])

@@ -1,11 +1,9 @@
 """torch.compile: what hooks and passes have to know of it.
 
 A hook on a compiled module is traced into its graphs. Outside of a step that is a check of one flag and leaves the
-graph whole; in a step the hook is handed on to plain Python, which breaks the graph at every hooked module. Two things
-would go wrong without a word:
-
-* Graphs older than the hooks ignore them: torch does not guard empty tables of hooks. They are forgotten as hooks come.
-* So does the graph of a sibling that has no hooks: see `ModelHooks`, which gives it idle ones.
+graph whole; in a step the hook is handed on to plain Python, which breaks the graph at every hooked module. Graphs
+older than the hooks would ignore them, as torch does not guard empty tables of hooks: they are forgotten as hooks come,
+and siblings without hooks get idle ones (`ModelHooks`).
 """
 
 from __future__ import annotations
@@ -98,11 +96,7 @@ def graphs_for_two_backwards(wanted: bool) -> Iterator[None]:
 
 @contextmanager
 def failures_explained() -> Iterator[None]:
-    """Turn errors of torch.compile that a step causes into ones that name the cure.
-
-    Raises:
-        RuntimeError: for fullgraph=True, and for a graph that cannot be retained.
-    """
+    """Turn errors of torch.compile that a step causes into ones that name the cure."""
     try:
         yield
     except Exception as error:

@@ -28,17 +28,11 @@ _LINEAR = ("_TapBackward",)
 
 @dataclass(frozen=True)
 class Graph:
-    """What a walk down from a loss has found.
+    """What a walk down from a loss has found."""
 
-    Attributes:
-        leaves: leaf tensors, each once, in order of discovery.
-        nodes: every node of the graph.
-        reaches_outside: whether a node is older than the forward (a batch that comes out of another network, say).
-    """
-
-    leaves: list[Tensor]
+    leaves: list[Tensor]  # each once, in order of discovery
     nodes: set[Any]
-    reaches_outside: bool = False
+    reaches_outside: bool = False  # to nodes older than the forward: a batch that comes out of another network, say
 
 
 def now() -> int:
@@ -48,19 +42,9 @@ def now() -> int:
 
 
 def graph_of(loss: Tensor, since: int = 0, stop: tuple[Any, int] | None = None) -> Graph:
-    """The graph that `loss` depends on.
-
-    Leaves are found by walking down to the AccumulateGrad nodes, not from `model.parameters()`: a soft prompt, a
-    separate head or a trained loss scale outside of the model must get its gradient too.
-
-    Args:
-        loss: tensor with a graph.
-        since: `now()` before the forward; nodes with a smaller number are older.
-        stop: edge (node, output number) that is not followed.
-
-    Raises:
-        RuntimeError: if the graph holds a reentrant checkpoint, whose inner leaves cannot be seen.
-    """
+    """The graph that `loss` depends on, but for the edge `stop`; nodes from before `since`, a `now()`, are outside."""
+    # Leaves are found by walking down, not from `model.parameters()`: a soft prompt, a separate head or a trained loss
+    # scale outside of the model must get its gradient too.
     if loss.grad_fn is None:
         return Graph([loss] if loss.requires_grad else [], set())
     # Every step looks at thousands of nodes, so this is written for speed: a kind's name is looked up once.
@@ -75,9 +59,8 @@ def graph_of(loss: Tensor, since: int = 0, stop: tuple[Any, int] | None = None) 
         kind = type(node)
         name = names.get(kind) or names.setdefault(kind, kind.__name__)
         if name == "AccumulateGrad":
-            if (
-                node.variable.requires_grad
-            ):  # as in a backward: it may have been frozen since, by another adapter's turn
+            # As in a backward: it may have been frozen since, by another adapter's turn.
+            if node.variable.requires_grad:
                 found.append(node.variable)
             continue
         if name == "CheckpointFunctionBackward":
@@ -98,12 +81,7 @@ def leaves_of(loss: Tensor) -> list[Tensor]:
 
 
 def leaves_above_and_below(loss: Tensor, cut: Tensor) -> tuple[list[Tensor], list[Tensor]] | None:
-    """The leaves that `loss` depends on other than through `cut`, and those that `cut` depends on.
-
-    Returns:
-        The leaves; None where a part of the graph belongs to both, so that something flows around the cut, or where the
-        gradients below need not be linear in those at the cut.
-    """
+    """The leaves of `loss` other than through `cut`, and those of `cut`; None where something flows around the cut."""
     if not cut.requires_grad:
         return leaves_of(loss), []
     if cut.grad_fn is None or loss.grad_fn is None:
@@ -118,20 +96,9 @@ def leaves_above_and_below(loss: Tensor, cut: Tensor) -> tuple[list[Tensor], lis
 
 
 def gradients_of(
-    loss: Tensor,
-    wanted: Sequence[Tensor | GradientEdge],
-    upstream: Tensor | None = None,
-    *,
-    keep_graph: bool = False,
+    loss: Tensor, wanted: Sequence[Tensor | GradientEdge], upstream: Tensor | None = None, *, keep_graph: bool = False
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of `loss` with respect to leaves or edges of its graph, None where there is none; frees the graph.
-
-    Args:
-        loss: scalar with a graph.
-        wanted: leaves or edges.
-        upstream: scalar by which every gradient is multiplied, None for 1.
-        keep_graph: leave the graph for another backward.
-    """
+    """Gradients of `loss`, times the scalar `upstream`, for leaves or edges of its graph; None where there is none."""
     with hooks_quiet([leaf for leaf in wanted if isinstance(leaf, Tensor)]), no_autocast():
         # It takes a mixture as well, whatever its annotation says.
         return torch.autograd.grad(loss, wanted, upstream, retain_graph=keep_graph, allow_unused=True)  # type: ignore[arg-type]
@@ -139,11 +106,9 @@ def gradients_of(
 
 @contextmanager
 def hooks_quiet(leaves: Sequence[Tensor]) -> Iterator[None]:
-    """Keep the hooks of leaves quiet for the block.
-
-    Users clip or mask gradients with them, or step an optimizer: they are to act once, on what the caller's backward
-    accumulates.
-    """
+    """Keep the hooks of leaves quiet for the block."""
+    # Users clip or mask gradients with them, or step an optimizer: they are to act once, on what the caller's backward
+    # accumulates.
     names = ("_backward_hooks", "_post_accumulate_grad_hooks")
     tables = (getattr(leaf, name, None) for leaf in leaves for name in names)
     hooked = [(hooks, dict(hooks)) for hooks in tables if hooks]
@@ -158,12 +123,9 @@ def hooks_quiet(leaves: Sequence[Tensor]) -> Iterator[None]:
 
 @contextmanager
 def grad_set_aside(tensors: Iterable[Tensor]) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """No `.grad` on these tensors in the block; afterwards they have what they had before.
-
-    What the block's own backward has left in `.grad` is added to the list that is yielded, as it ends. An
-    autograd.Function that calls `backward()` in its backward writes there.
-    """
+    """No `.grad` on these tensors in the block, and then the old ones; yields a list that gets the block's own."""
     kept = list({id(tensor): (tensor, tensor.grad) for tensor in tensors}.values())  # each once
+    # An autograd.Function that calls `backward()` in its backward writes to `.grad`.
     written: list[tuple[Tensor, Tensor]] = []
     for tensor, gradient in kept:
         if gradient is not None:

@@ -6,6 +6,7 @@ experts or sub-layers inside a block. Names decide nothing. A model without bloc
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -99,18 +100,10 @@ def _tell_guesses(model: nn.Module, choice: object, stacks: list[list[str]], tel
 def find_stacks(model: nn.Module) -> list[list[str]]:
     """Names of the blocks of every outermost repeated container of `model`, stack by stack."""
     stacks = list(_stacks(model, ""))
-    parametrised = dict(model.named_modules())
-
-    def is_composite(stack: list[str]) -> bool:
-        return any(list(parametrised[name].children()) for name in stack)
-
     # A classifier head is often a Sequential of bare Linears: where there are real blocks, it is no stack of its own.
-    if any(is_composite(stack) for stack in stacks):
-        stacks = [stack for stack in stacks if is_composite(stack)]
+    stacks = [s for s in stacks if any(list(model.get_submodule(name).children()) for name in s)] or stacks
     # A list of one block is a stack only in a model that has no longer one.
-    if any(len(stack) > 1 for stack in stacks):
-        stacks = [stack for stack in stacks if len(stack) > 1]
-    return stacks
+    return [stack for stack in stacks if len(stack) > 1] or stacks
 
 
 def _stacks(module: nn.Module, prefix: str) -> Iterable[list[str]]:
@@ -119,12 +112,11 @@ def _stacks(module: nn.Module, prefix: str) -> Iterable[list[str]]:
         names = [f"{prefix}{name}" for name in blocks]
         children = [module.get_submodule(name) for name in blocks]
         if all(isinstance(child, nn.ModuleList) for child in children):  # a list of lists: the blocks are inside
-            inner = [
+            yield [
                 f"{name}.{child}"
                 for name, blocks in zip(names, children, strict=True)
                 for child, _ in blocks.named_children()
             ]
-            yield inner
         else:
             yield names
         return
@@ -149,13 +141,8 @@ def _repeated_children(module: nn.Module) -> list[str]:
         if isinstance(module, nn.Sequential):
             return [name for name, child in with_weights.items() if type(child) is kind]
         return list(with_weights)
-    if isinstance(module, nn.ModuleList) and (len(module) == 1 or _deep(with_weights.values())):
-        return list(with_weights)
-    return []
-
-
-def _deep(children: Iterable[nn.Module]) -> bool:
-    return all(list(child.children()) for child in children)
+    composite = all(list(child.children()) for child in with_weights.values())
+    return list(with_weights) if isinstance(module, nn.ModuleList) and (composite or len(module) == 1) else []
 
 
 def _by_position(choice: object, stacks: list[list[str]], blocks: list[str], model: nn.Module) -> list[str]:
@@ -185,15 +172,14 @@ def _by_position(choice: object, stacks: list[list[str]], blocks: list[str], mod
 
 
 def _third(stack: list[str], third: int) -> list[str]:
-    """The paper's thirds; every third has at least one layer, also of a stack of one or two."""
-    n = len(stack)
-    first, last = third * n // 3, (third + 1) * n // 3
-    return stack[first : max(last, first + 1)]
+    """The paper's thirds, the larger ones first (11, 11 and 10 of 32); each has a layer, also of a stack of one."""
+    first, last = (math.ceil(part * len(stack) / 3) for part in (third, third + 1))
+    return stack[min(first, len(stack) - 1) : last]
 
 
 def _match(pattern: str, modules: dict[str, nn.Module], *, regex: bool = True) -> list[str]:
     # A full name means that module, also where it is the ending of others.
-    by_name = [pattern] if pattern in modules else [name for name in modules if _is_suffix(pattern, name)]
+    by_name = [pattern] if pattern in modules else [name for name in modules if name.endswith(f".{pattern}")]
     if by_name or not regex:
         return by_name
     try:
@@ -203,10 +189,6 @@ def _match(pattern: str, modules: dict[str, nn.Module], *, regex: bool = True) -
             f"layers={pattern!r} is neither a module name nor a regular expression ({error}). The modules are: "
             f"{_listing(modules)}."
         ) from None
-
-
-def _is_suffix(name: str, full: str) -> bool:
-    return full == name or full.endswith(f".{name}")
 
 
 def _checked(chosen: list[str], modules: dict[str, nn.Module], what: str, model: nn.Module) -> dict[str, nn.Module]:

@@ -11,10 +11,7 @@ from lfu_reg.model.linears import linear_sizes
 
 
 def leaf_layers(model: nn.Module) -> list[str]:
-    """Names of the modules with weight matrices of their own, in order, but for embeddings and the last one, the head.
-
-    Norms and other modules that hold vectors are no layers.
-    """
+    """Names of the modules with weight matrices of their own, but for embeddings and the last one, the head."""
     names = {id(module): name for name, module in reversed([*_weighted(model, "")])}  # the first name of each
     return [*reversed(names.values())][:-1]
 

@@ -15,17 +15,13 @@ from lfu_reg.model import peft as adapters
 
 TargetModules: TypeAlias = str | Sequence[str]
 
-
 # What libraries call the sizes of a linear map; the second pair is that of the first GPTQ kernels.
 _SIZES = (("in_features", "out_features"), ("infeatures", "outfeatures"))
 
 
 def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
-    """(in, out) of a linear map y = W x + b over the last dimension; None for every other module.
-
-    An adapter layer has the sizes of what it wraps: PEFT's own `in_features` also stand for embeddings, convolutions
-    and single parameters.
-    """
+    """(in, out) of a linear map y = W x + b over the last dimension; None for every other module."""
+    # PEFT's own `in_features` also stand for embeddings, convolutions and single parameters.
     module = adapters.innermost(module)
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # transformers' transposed Linear
         assert isinstance(module.weight, Tensor)  # its sizes: nx is missing before 4.46
@@ -40,22 +36,7 @@ def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
 
 
 def find_linears(layers: Mapping[str, nn.Module], target_modules: TargetModules = "all-linear") -> dict[str, nn.Module]:
-    """Linear maps in the given layers, by full module name.
-
-    A wrapper around a linear map (PEFT's `lora.Linear` around its `base_layer`) counts as one map, and its inside as
-    none.
-
-    Args:
-        layers: layers by full name; a layer that is a linear map itself is included.
-        target_modules: PEFT's grammar: "all-linear", a regular expression for whole names, or a list of names of which
-            leading parts may be left out.
-
-    Returns:
-        Mapping from name to module, empty if there is no linear map at all.
-
-    Raises:
-        ValueError: if there are linear maps and none matches; the message lists them.
-    """
+    """Linear maps in the given layers by full name; a wrapper around one (PEFT's `lora.Linear`) counts as that one."""
     found: dict[str, nn.Module] = {}
     for name, layer in layers.items():
         _collect(layer, name, found)

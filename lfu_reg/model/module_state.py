@@ -7,26 +7,20 @@ forward that changes nothing costs little more than a copy of some small tables.
 
 from __future__ import annotations
 
-import operator
-import sys
-from collections import OrderedDict, deque
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
+
+from lfu_reg.model.tables import CONTAINERS, DEEPEST, collect, copied, holds, put
 
 ABSENT: Any = object()
 
-_CONTAINERS = (list, dict, OrderedDict, set, deque)
 # Attributes that every module has are no notes of its own, but for buffers and hooks.
 _EVERYBODYS = frozenset(vars(nn.Module()))
 _TABLES = ("_buffers", "_forward_hooks", "_forward_pre_hooks")
-_LARGEST = 1024  # entries; larger containers are data
-_DEEPEST = 3  # containers in containers
 _PACKED = 2**24  # entries; larger buffers of whole numbers are packed weights
-_FOREIGN = ("torch", "accelerate", "deepspeed", "builtins", "threading", "_thread")
 
 
 class Place(NamedTuple):
@@ -42,11 +36,7 @@ class Place(NamedTuple):
 
 
 class ModuleState:
-    """Watches the forwards of a model.
-
-    Args:
-        model: any module.
-    """
+    """Watches the forwards of a model."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -56,15 +46,11 @@ class ModuleState:
         self._written: set[tuple[int, Any]] | None = None  # to which forwards are known to write
 
     def begin(self, *, attributes: bool = True) -> None:
-        """A forward is about to run.
-
-        Args:
-            attributes: look at more than tensors. FSDP1 and ZeRO-3 keep what they know of a forward in attributes.
-        """
+        """A forward is about to run; only tensors are watched where engines keep notes of it in `attributes`."""
         if not self._modules or self._sizes != [len(module._modules) for module in self._modules]:
             self._list()
         tables = self._tables if attributes else []
-        self._start = [(table, _copy(table), owner) for table, owner in tables if table]
+        self._start = [(table, copied(table), owner) for table, owner in tables if table]
         self._empty = [(table, owner) for table, owner in tables if not table]
         self._versions = [weight._version for weight in self._weights]
         self._before: dict[tuple[int, Any], tuple[Tensor, int, Tensor | None]] = {}
@@ -127,7 +113,7 @@ class ModuleState:
                 found[id(table)] = table, module
             for name, value in inside.items():
                 if name not in _EVERYBODYS:
-                    _collect(value, module, found, _DEEPEST)
+                    collect(value, module, found, DEEPEST)
         self._tables = list(found.values())
         for table, _ in self._tables:
             if isinstance(table, dict):
@@ -153,26 +139,19 @@ class ModuleState:
 
 
 class Changes:
-    """What pass 1 has changed, and how to begin again.
-
-    Args:
-        start: tables with what was in them before, and the modules that they were found in.
-        buffers: tensors that were written to or replaced, with a copy of what was there where they were written to.
-        late: names of those that were written to for the first time, of which there is no copy to begin from.
-        weights: whether a trained weight was written to.
-    """
+    """What pass 1 has changed, and how to begin again."""
 
     def __init__(
         self,
-        start: list[tuple[Any, Any, nn.Module]],
-        buffers: list[tuple[Place, Tensor | None]],
-        late: list[str],
+        start: list[tuple[Any, Any, nn.Module]],  # tables, what was in them, and the modules that they belong to
+        buffers: list[tuple[Place, Tensor | None]],  # what was written to or replaced, and copies to begin from
+        late: list[str],  # names of those that were written to for the first time, of which there is no copy
         *,
-        weights: bool,
+        weights: bool,  # whether a trained weight was written to
     ) -> None:
         self.late, self.weights = late, weights
         self._buffers, self._start = buffers, start
-        self._end = [(table, before if _holds(table, before) else _copy(table)) for table, before, _ in start]
+        self._end = [(table, before if holds(table, before) else copied(table)) for table, before, _ in start]
         self._changed = [
             (table, before, after, owner)
             for (table, before, owner), (_, after) in zip(start, self._end, strict=True)
@@ -183,7 +162,7 @@ class Changes:
     def brought_new_objects(self) -> bool:
         """Whether a tensor or a container is now where another value was."""
         return any(
-            isinstance(value, (Tensor, *_CONTAINERS)) and before.get(name) is not value
+            isinstance(value, (Tensor, *CONTAINERS)) and before.get(name) is not value
             for _, before, after, _ in self._changed
             if isinstance(after, dict)
             for name, value in after.items()
@@ -195,26 +174,20 @@ class Changes:
 
     @contextmanager
     def from_the_start(self, but: Collection[nn.Module] = ()) -> Iterator[None]:
-        """Let the model be as it was before pass 1, and put back afterwards what that has left.
-
-        Args:
-            but: modules that do not run again, and stay as pass 1 left them.
-        """
+        """Let the model be as before pass 1 in the block, `but` for modules that do not run again; then as after it."""
         try:
             for table, before, _, owner in self._changed:
                 if owner not in but:
-                    _put(table, before)
+                    put(table, before)
             with self._standing_in(start=True):
                 yield
         finally:
             for table, after in self._end:
-                _put(table, after)
+                put(table, after)
 
     def on_copies(self) -> AbstractContextManager[None]:
-        """Let copies of what pass 1 wrote to take its place, for forwards that a backward repeats.
-
-        Copies, and not values put back afterwards: a graph of pass 1 may have saved the tensors themselves.
-        """
+        """Let copies of what pass 1 wrote to take its place, for forwards that a backward repeats."""
+        # Copies, and not values put back afterwards: a graph of pass 1 may have saved the tensors themselves.
         return self._standing_in(start=False)
 
     @contextmanager
@@ -237,60 +210,3 @@ class Changes:
 def versions_of(weights: Iterable[Tensor]) -> int:
     """The sum of the trained weights' version counters, which only grow."""
     return sum(weight._version for weight in weights if weight.requires_grad and not weight.is_inference())
-
-
-def _collect(value: Any, owner: nn.Module, found: dict[int, tuple[Any, nn.Module]], depth: int) -> None:
-    """Note a container, a generator or a plain object's attributes, and what is in them."""
-    if id(value) in found or not depth or isinstance(value, (Tensor, nn.Module, type, str, int, float)):
-        return
-    if type(value) in _CONTAINERS:
-        if len(value) <= _LARGEST:
-            found[id(value)] = value, owner
-            for entry in value.values() if isinstance(value, dict) else value:
-                _collect(entry, owner, found, depth - 1)
-    elif isinstance(value, torch.Generator) or _is_numpy_generator(value):
-        found[id(value)] = value, owner
-    elif not callable(value) and not type(value).__module__.startswith(_FOREIGN):
-        attributes = getattr(value, "__dict__", None)
-        if type(attributes) is dict:
-            _collect(attributes, owner, found, depth)
-
-
-def _is_numpy_generator(value: Any) -> bool:
-    numpy = sys.modules.get("numpy")
-    return numpy is not None and isinstance(value, numpy.random.Generator)
-
-
-def _copy(table: Any) -> Any:
-    if type(table) in _CONTAINERS:
-        return type(table)(table)
-    return table.get_state() if isinstance(table, torch.Generator) else table.bit_generator.state
-
-
-def _holds(table: Any, copy: Any) -> bool:
-    """Whether a table holds the same objects as a copy of it, or a generator is where it was."""
-    kind = type(table)
-    if kind is dict or kind is OrderedDict:
-        return len(table) == len(copy) and all(map(operator.is_, table.values(), copy.values())) and [*table] == [*copy]
-    if kind in _CONTAINERS:
-        return len(table) == len(copy) and (table == copy if kind is set else all(map(operator.is_, table, copy)))
-    if isinstance(table, torch.Generator):
-        return torch.equal(table.get_state(), copy)
-    return repr(table.bit_generator.state) == repr(copy)
-
-
-def _put(table: Any, copy: Any) -> None:
-    """Give a table the content that it had, in place: others may hold on to it."""
-    if _holds(table, copy):
-        return
-    if type(table) is dict:
-        for name in [name for name in table if name not in copy]:
-            del table[name]
-        table.update(copy)
-    elif type(table) in _CONTAINERS:
-        table.clear()  # to have the order that it had
-        (table.update if isinstance(table, (set, dict)) else table.extend)(copy)
-    elif isinstance(table, torch.Generator):
-        table.set_state(copy)
-    else:
-        table.bit_generator.state = copy

@@ -12,11 +12,7 @@ PORTION = 2**24
 
 
 def portions(tensors: Sequence[Tensor | None]) -> Iterator[list[int]]:
-    """Positions of tensors that one call can do the same to: dense ones of a device and dtype, together not too large.
-
-    Args:
-        tensors: of any kind. None is left out; what is sparse or of a class of its own comes alone.
-    """
+    """Positions of tensors that one call can take: dense ones of a device and dtype; others come alone."""
     collected: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     sizes: dict[tuple[torch.device, torch.dtype], int] = {}
     for i, tensor in enumerate(tensors):

@@ -30,12 +30,7 @@ NO_LOGITS = (
 
 
 def locate(output: Any, preferred: tuple[str, ...] = HIDDEN_STATE) -> Path | None:
-    """Path to the first floating-point tensor with dimensions in `output`, or None when there is none.
-
-    Args:
-        output: what a module returned.
-        preferred: keys that come first in a mapping, where they hold a tensor.
-    """
+    """Path to the first floating-point tensor with dimensions, or None; keys that are `preferred` come first."""
     if isinstance(output, Tensor):
         return () if output.is_floating_point() and output.dim() else None
     for key, value in _entries(output, preferred):
@@ -54,11 +49,7 @@ def get(output: Any, path: Path) -> Tensor:
 
 
 def locate_logits(output: Any) -> Path:
-    """Path to the logits in what a model returned: the entry of that name, or the first floating-point tensor.
-
-    Raises:
-        ValueError: if there are none, as with fused losses, or if what comes first is a hidden state.
-    """
+    """Path to the logits in what a model returned: the entry of that name, or the first floating-point tensor."""
     is_none = getattr(output, "logits", ...) is None or (
         isinstance(output, Mapping) and output.get("logits", ...) is None
     )
@@ -69,18 +60,9 @@ def locate_logits(output: Any) -> Path:
 
 
 def replace(output: Any, path: Path, tensor: Tensor, arguments: Collection[Any] = ()) -> Any:
-    """`output` with `tensor` in the place of the one at `path`, wherever in it that one is: layers may return it twice.
-
-    Args:
-        output: what a module returned.
-        path: where the tensor to replace is.
-        tensor: what is put there.
-        arguments: what the module was called with. Containers among it that the module has put the tensor into are
-            written to: a state that is handed from layer to layer is read by its owner, whatever they return.
-
-    Returns:
-        Shallow copies of the containers that hold the tensor; every other entry is the same object as before.
-    """
+    """`output` with `tensor` in the place of the one at `path`, in shallow copies of the containers that hold it."""
+    # Layers may return it twice. Containers among the arguments are written to where the module has put the tensor into
+    # them: a state that is handed from layer to layer is read by its owner, whatever they return.
     old = get(output, path)
     given: set[int] = set()
     for argument in arguments:

@@ -43,16 +43,9 @@ def patched(replacements: Iterable[Patch]) -> Iterator[None]:
 
 
 def references_to(replaced: Mapping[int, Tensor], module: nn.Module) -> Iterator[Patch]:
-    """What to replace in a module's own attributes that hold parameters, also inside lists, tuples and dictionaries.
-
-    Args:
-        replaced: what stands in the place of a parameter, by the parameter's `id`.
-        module: the module, without those inside of it.
-
-    Yields:
-        Patchs. The attribute itself comes along where something inside of it is replaced, as the module may
-        rebuild its list when it sees other weights.
-    """
+    """What to replace in a module's own attributes that hold parameters, whose stand-ins are given by `id`."""
+    # The attribute itself comes along where something inside of it is replaced, as the module may rebuild its list when
+    # it sees other weights.
     attributes = vars(module)
     seen: dict[int, Any] = {}
     for name, value in attributes.items():

@@ -28,26 +28,16 @@ def innermost(module: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class PlainLoRA:
-    """The adapter of a PEFT layer that returns base_layer(x) + scaling * up(down(x)) and does nothing else.
-
-    Attributes:
-        name: of the adapter.
-        down: `lora_A`, [rank, in].
-        up: `lora_B`, [out, rank].
-        scaling: the factor on both.
-    """
+    """The adapter of a PEFT layer that returns base_layer(x) + scaling * up(down(x)) and does nothing else."""
 
     name: str
-    down: nn.Linear
-    up: nn.Linear
+    down: nn.Linear  # lora_A, [rank, in]
+    up: nn.Linear  # lora_B, [out, rank]
     scaling: float
 
 
 def plain_lora(module: nn.Module) -> PlainLoRA | None:
-    """The adapter of `module` if it acts as `PlainLoRA` says, and is trained; None for anything else.
-
-    Not with dropout, DoRA and other variants, a bias of its own, hooks or other forward methods inside.
-    """
+    """The adapter of `module` if it acts as `PlainLoRA` says, and is trained; None for anything else."""
     layers: Any = sys.modules.get("peft.tuners.lora.layer")
     forward = getattr(getattr(layers, "Linear", None), "forward", None)
     if forward is None or type(module).forward is not forward or "forward" in vars(module):
@@ -88,10 +78,8 @@ def _is_plain(linear: nn.Module) -> bool:
 
 
 def virtual_tokens(model: nn.Module) -> int:
-    """How many virtual tokens PEFT may put in front of the batch's own (prompt tuning, P-tuning); 0 without PEFT.
-
-    Those of prefix tuning are counted as well, but are keys and values: its hidden states are no longer than the batch.
-    """
+    """How many virtual tokens PEFT may put in front of the batch's own (prompt tuning, P-tuning); 0 without PEFT."""
+    # Those of prefix tuning are counted as well, but are keys and values: hidden states are no longer than the batch.
     for module in model.modules():
         if vars(module).get("_is_prompt_learning"):
             config: Any = getattr(module, "active_peft_config", None)

@@ -25,11 +25,9 @@ def check_seed(seed: object) -> None:
 
 
 def devices_of(modules: Iterable[nn.Module]) -> list[torch.device]:
-    """The devices that modules compute on.
-
-    Offloaded weights are on the meta device between the calls, which says nothing of where they are brought to: then
-    every accelerator counts.
-    """
+    """The devices that modules compute on."""
+    # Offloaded weights are on the meta device between the calls, which says nothing of where they are brought to: then
+    # every accelerator counts.
     firsts = map(_first_parameter, modules)
     found = dict.fromkeys(first.device for first in firsts if first is not None)
     if torch.device("meta") in found:
@@ -102,12 +100,7 @@ def random_state_kept(devices: Iterable[torch.device]) -> Iterator[None]:
 
 
 class StepDraws:
-    """The regularizer's own draws in one step, which depend on (seed, step) alone: a resumed run repeats them.
-
-    Args:
-        seed: of the regularizer.
-        step: number of the step.
-    """
+    """The regularizer's own draws in one step, which depend on (seed, step) alone: a resumed run repeats them."""
 
     def __init__(self, seed: int, step: int) -> None:
         self._key = f"{seed}/{step}"

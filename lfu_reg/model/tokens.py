@@ -7,6 +7,8 @@ of one model may differ in layout (time first, flattened, channels first) and in
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,10 +26,7 @@ COUNTED_BUT_IGNORED = (
 
 
 def rows(hidden: Tensor, axis: int = -1, index: Tensor | None = None) -> Tensor:
-    """`hidden` as [positions, hidden], all rows or those that `index` selects.
-
-    Without an index it is a view, for contiguous tensors whose hidden axis is the last.
-    """
+    """`hidden` as [positions, hidden], all rows (a view where possible) or those that `index` selects."""
     if axis not in (-1, hidden.dim() - 1):
         hidden = hidden.movedim(axis, -1)
     flat = hidden.reshape(-1, hidden.shape[-1])
@@ -35,22 +34,7 @@ def rows(hidden: Tensor, axis: int = -1, index: Tensor | None = None) -> Tensor:
 
 
 class TokenMasks:
-    """The masks that a batch offers, matched to hidden states by shape.
-
-    Args:
-        batch: the user's batch; entries `labels`, `attention_mask`, `decoder_attention_mask` are looked at if it has
-            them. Of a tuple or list, as (inputs, targets), the second one are the labels if they are integers.
-        token_mask: overrides them: a tensor shaped like the token dimensions (nonzero counts), or a callable of the
-            batch.
-        virtual_tokens: gives the number of positions that the model puts in front of the batch's own (PEFT's prompt
-            tuning). It is asked where no mask fits as it is; they are then added to it as PEFT adds them: attended to,
-            but not a label, nor chosen by the user.
-        ignore_index: the label that the loss ignores, as in torch's cross entropy. Token labels below zero are ignored
-            anyway.
-
-    Raises:
-        TypeError: if `token_mask` gives something else than a tensor.
-    """
+    """The masks that a batch offers, matched to hidden states by shape; a `token_mask` overrides them."""
 
     def __init__(
         self,
@@ -70,9 +54,12 @@ class TokenMasks:
                     "returns one."
                 )
             self.given = given != 0
+        # Of a tuple or list, as (inputs, targets), the second entry are the labels if they are integers.
         labels = _entry(batch, "labels")
         self._by_position = labels is None
-        self._labels = _counted_labels(_second(batch) if labels is None else labels, ignore_index)
+        if labels is None and isinstance(batch, (tuple, list)) and len(batch) > 1 and isinstance(batch[1], Tensor):
+            labels = batch[1]
+        self._labels = _counted_labels(labels, ignore_index)
         self._attention = _unpadded(_entry(batch, "attention_mask"))
         self._decoder_attention = _unpadded(_entry(batch, "decoder_attention_mask"))
         self._virtual = virtual_tokens or _none
@@ -82,18 +69,7 @@ class TokenMasks:
     def match(
         self, hidden: Tensor, axis: int, *, encoder: bool, decoder: bool = False
     ) -> tuple[Tensor | None, Tensor | None]:
-        """The positions of a hidden state that count.
-
-        Args:
-            hidden: the hidden state.
-            axis: its hidden axis.
-            encoder: whether it is one of the encoder's of a sequence-to-sequence model.
-            decoder: whether it is one of the decoder's of such a model.
-
-        Returns:
-            Boolean mask over the token dimensions (the shape without `axis`), and the same as row numbers of
-            `rows(hidden, axis)`, int64 [N]; both None where every position counts.
-        """
+        """The positions that count as a mask (the shape without `axis`), and as row numbers; None and None for all."""
         dims = list(hidden.shape)
         del dims[axis]
         key = (tuple(dims), hidden.device, encoder, decoder)
@@ -112,9 +88,8 @@ class TokenMasks:
         """The masks of the given samples (numbers along the batch dimension) only; None is all of them."""
         if chosen is None:
             return self
-        part = object.__new__(TokenMasks)
-        part._cache, part._virtual, part.matched_given, part.matched = {}, self._virtual, False, False
-        part._by_position = self._by_position
+        part = copy.copy(self)
+        part._cache, part.matched_given, part.matched = {}, False, False
         for name in ("given", "_labels", "_attention", "_decoder_attention"):
             mask = getattr(self, name)
             if mask is not None and len(mask) <= int(chosen[-1]):
@@ -139,6 +114,7 @@ class TokenMasks:
         own = own[1:] if encoder else [(self._labels, False), *own]
         masks = [(mask, counted) for mask, counted in ((self.given, False), *own) if mask is not None]
         # Asking for virtual tokens is a walk over all modules, so it is done only where the masks alone do not fit.
+        # They are added as PEFT adds them: attended to, but not a label, nor chosen by the user.
         for virtual_tokens in (_none, self._virtual) if masks else ():
             virtual = virtual_tokens()
             for candidate, counted in masks:
@@ -156,17 +132,8 @@ class TokenMasks:
 
 
 def ignored_but_counted(has_gradient: Tensor, mask: Tensor | None) -> tuple[int, int]:
-    """How many positions count although the loss ignores them. Waits for the device.
-
-    Args:
-        has_gradient: boolean over positions, [batch, tokens] or any shape that ends in tokens: whether the gradient of
-            the loss with respect to the hidden state there is nonzero. What it says holds for the last layer only, and
-            where nothing behind it mixes tokens.
-        mask: the positions that count, of the same shape; None where all do.
-
-    Returns:
-        Number of positions that count and that the loss ignores, and number of those that count.
-    """
+    """How many positions count although the loss has no gradient there, and how many count. Waits for the device."""
+    # That holds for the hidden state of the last layer, where nothing behind it mixes tokens.
     used = has_gradient.clone()
     # A label at the position itself (labels are not shifted), or that of the next token, predicted from here.
     used[..., 1:] |= has_gradient[..., :-1]
@@ -198,24 +165,14 @@ def _fit(mask: Tensor, dims: tuple[int, ...]) -> Tensor | None:
             return mask.reshape(*shape, *[1] * (len(dims) - 2)).expand(dims)
         if len(dims) > 2 and dims[-2:] == shape:  # [streams, batch, tokens]
             return mask.expand(dims)
-        if len(dims) <= 2 and _numel(dims) == mask.numel() and 1 in (len(dims), *dims):  # flattened or packed
+        if len(dims) <= 2 and math.prod(dims) == mask.numel() and 1 in (len(dims), *dims):  # flattened or packed
             return mask.reshape(dims)
     return None
-
-
-def _numel(dims: tuple[int, ...]) -> int:
-    return int(torch.Size(dims).numel())
 
 
 def _entry(batch: Any, name: str) -> Tensor | None:
     value = batch.get(name) if isinstance(batch, Mapping) else getattr(batch, name, None)
     return value if isinstance(value, Tensor) else None
-
-
-def _second(batch: Any) -> Tensor | None:
-    if isinstance(batch, (tuple, list)) and len(batch) > 1 and isinstance(batch[1], Tensor):
-        return batch[1]
-    return None
 
 
 def _counted_labels(labels: Tensor | None, ignore_index: int) -> Tensor | None:

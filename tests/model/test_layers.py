@@ -63,6 +63,12 @@ def test_thirds_cover_every_depth(depth: int) -> None:
     assert thirds[2][-1] == f"blocks.{depth - 1}"
 
 
+@pytest.mark.parametrize(("depth", "lengths"), [(32, [11, 11, 10]), (4, [2, 1, 1]), (6, [2, 2, 2])])
+def test_thirds_are_the_papers(depth: int, lengths: list[int]) -> None:
+    model = seeded(lambda: TinyLM(depth=depth))
+    assert [len(hooked(model, third)) for third in ("early", "middle", "late")] == lengths
+
+
 def test_thirds_of_both_stacks() -> None:
     model = T5.make()
     early, late = hooked(model, "early"), hooked(model, "late")

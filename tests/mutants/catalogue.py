@@ -496,7 +496,7 @@ MUTANTS = (
     Mutant(
         17,
         "the user's .grad is put back under FSDP2",
-        "distributed/fsdp2.py",
+        "model/graph.py",
         "                tensor.grad = gradient\n",
         "                pass\n",
         "tests/distributed/test_fsdp2.py::test_fsdp2[check_gradients_are_not_touched_before_the_backward]",
