@@ -501,7 +501,11 @@ def test_the_scales_are_resumed() -> None:
 
 def test_float16_that_the_step_cannot_scale_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """Under sharding, where ranks would have to repeat a backward together."""
-    monkeypatch.setattr("lfu_reg.regularizer.choose_strategy", lambda *args: Retained(may_scale=False))
+
+    def choose(settings: Any, engine: Any, *rest: Any) -> Retained:
+        return Retained(*rest, may_scale=False)
+
+    monkeypatch.setattr("lfu_reg.step.passes.choose_strategy", choose)
     model, x = islands(), torch.randn(4, 8, 24)
 
     def loss_fn(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
