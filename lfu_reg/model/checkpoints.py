@@ -34,7 +34,7 @@ _innermost_hooks: Callable[[bool], Any] | None = getattr(torch._C._autograd, "_t
 
 _changing = threading.Lock()
 _noting: dict[int, list[str]] = {}  # by thread
-_entered: list[Any] = []  # what stands behind the watch
+_replaced: list[tuple[Any, Any]] = []  # what stands behind the watch
 
 
 def can_tell_who_saves() -> bool:
@@ -55,7 +55,7 @@ def repeats_stop_early() -> bool:
 
 @contextmanager
 def noted() -> Iterator[list[str]]:
-    """A list that is filled if this thread enters a non-reentrant checkpoint in the block."""
+    """A list of what this thread does in the block: enter a "checkpoint", put a "hook" on a tensor."""
     thread = threading.get_ident()
     found: list[str] = []
     with _changing:
@@ -73,22 +73,27 @@ def noted() -> Iterator[list[str]]:
                 outer += found
                 _noting[thread] = outer
             if not _noting:
-                torch.autograd.graph.saved_tensors_hooks.__enter__ = _entered.pop()  # type: ignore[method-assign]
+                torch.autograd.graph.saved_tensors_hooks.__enter__, torch.Tensor.register_hook = _replaced.pop()  # type: ignore[method-assign]
 
 
 def _watch() -> None:
-    """Look at every use of saved-tensor hooks: it is public, and there is no checkpoint without it."""
-    hooks = torch.autograd.graph.saved_tensors_hooks
+    """Look at every use of saved-tensor hooks, without which there is no checkpoint, and of tensor hooks."""
+    hooks, register = torch.autograd.graph.saved_tensors_hooks, torch.Tensor.register_hook
     enter = hooks.__enter__
 
-    def watched(self: Any) -> None:
-        kind = type(self)
-        if (
-            kind.__module__ == torch.utils.checkpoint.__name__
-            and (found := _noting.get(threading.get_ident())) is not None
-        ):
-            found.append(kind.__name__)
+    def entered(self: Any) -> None:
+        if type(self).__module__ == torch.utils.checkpoint.__name__:
+            _note("checkpoint")
         enter(self)
 
-    _entered.append(enter)
-    hooks.__enter__ = watched  # type: ignore[method-assign]
+    def registered(self: Any, hook: Any) -> Any:
+        _note("hook")
+        return register(self, hook)  # type: ignore[no-untyped-call]
+
+    _replaced.append((enter, register))
+    hooks.__enter__, torch.Tensor.register_hook = entered, registered  # type: ignore[method-assign]
+
+
+def _note(what: str) -> None:
+    if (found := _noting.get(threading.get_ident())) is not None:
+        found.append(what)

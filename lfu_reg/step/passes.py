@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lfu_reg.auxiliaries import Auxiliary
 from lfu_reg.auxiliaries.base import Generators
-from lfu_reg.diagnostics import NO_GRADIENT, Diagnostics
+from lfu_reg.diagnostics import NO_GRADIENT, UNSCALED_FLOAT16, Diagnostics
 from lfu_reg.hooks.forward_pass import ForwardPass, State
 from lfu_reg.model import checkpoints
 from lfu_reg.model.compile import anything_is_compiled, entrances, graphs_for_two_backwards
@@ -105,7 +105,7 @@ class Passes(SecondPass):
         attached.state.begin(attributes=attributes)
         since = now()
         with (
-            checkpoints.noted() as checkpointed,
+            checkpoints.noted() as noted,
             graphs_for_two_backwards(self._strategy.keeps_graph),
             attached.wrappers.must_run(sft.model, attached.model, lambda: bool(clean.record.states)),
             attached.reused.recording(clean, reuse),
@@ -114,7 +114,8 @@ class Passes(SecondPass):
         ):
             loss = sft.first(attached.devices(), check_value=self._progress.step == 0)
         # A region that runs again to its end has to have run to its end, with all of its graph.
-        self._runs_whole = bool(checkpointed) and not checkpoints.repeats_stop_early()
+        checkpointed = "checkpoint" in noted
+        self._runs_whole = checkpointed and not checkpoints.repeats_stop_early()
         # Without what stands in the place of forward methods for the pass: it is not to be put back after pass 2.
         self._changes = changes = attached.state.changes()
         # Loops return a dummy loss for an empty batch, zero times the sum of all parameters.
@@ -127,9 +128,11 @@ class Passes(SecondPass):
             raise RuntimeError(checkpoints.REFUSED)
         if self._strategy.keeps_graph and clean.record.saves_elsewhere:
             raise RuntimeError(checkpoints.OFFLOADED)
-        leaves = self._share(loss, graph.leaves, changes)
+        leaves = self._share(loss, graph.leaves, changes, hooked="hook" in noted)
         attached.check_clean(clean, leaves, sft.model, self._turn)
         self._look_at_states(changes)
+        if not self._strategy.scales_float16 and float16_in_play(clean, [loss, *leaves]):
+            self._diagnostics.warn_once("float16 shards", UNSCALED_FLOAT16)
         with hooks.run(clean), changes.on_copies():
             self.scale = self._strategy.backward_clean(loss, leaves, clean, self._shared)
         return loss.detach(), clean.record.states
@@ -145,10 +148,11 @@ class Passes(SecondPass):
                 raise RuntimeError(checks.FREED) from error
             raise
 
-    def _share(self, loss: Tensor, leaves: list[Tensor], changes: Changes) -> list[Tensor]:
+    def _share(self, loss: Tensor, leaves: list[Tensor], changes: Changes, *, hooked: bool) -> list[Tensor]:
         """Let both passes share what no perturbation reaches, where that is exact; gives all leaves."""
         attached, clean = self._attached, self.clean
-        cut = None if self._strategy.keeps_graph else attached.reused.cut(changes, clean.record.states)
+        # A hook on a tensor below the cut would see the sum of both terms, and need not be linear.
+        cut = None if self._strategy.keeps_graph or hooked else attached.reused.cut(changes, clean.record.states)
         # A site that fired more often is shared with another layer, perhaps below the cut.
         if cut is not None and all(clean.record.fired[name] <= 1 for name in attached.sites):
             shared = shared_backward(loss, cut, clean.anchor)

@@ -299,13 +299,9 @@ class Laplace(World):
         return (second - batch["y"][:, 0]).square().mean() + u.square().mean()
 
 
-FIRST_INPUT = pytest.param(
-    HookOnFirstInput,
-    marks=pytest.mark.xfail(strict=True, reason="a nonlinear hook on a tensor below the cut sees both terms' sum"),
-)
 SITUATIONS = [
     Penalty, HiddenPenalty, WeightPenalty, Reversal, ReversalBetween,
-    HookOnInput, FIRST_INPUT, HookInsideFirst, FullBackward, FullBackwardFirst, FullBackwardInner,
+    HookOnInput, HookOnFirstInput, HookInsideFirst, FullBackward, FullBackwardFirst, FullBackwardInner,
     FullBackwardPre, NonLinear, NonLinearFunction, ClippedEmbedding, DoubleBackward, Retains, Force, Laplace,
 ]  # fmt: skip
 

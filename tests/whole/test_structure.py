@@ -25,7 +25,8 @@ FLOORS = (
 FLOOR_OF = {folder: number for number, floor in enumerate(FLOORS) for folder in floor}
 
 LONGEST_CHAIN, ENTRIES = 9, 12
-FILE, REGULARIZER, CORE, KERNELS = 250, 199, 5_000, 900
+FILE, REGULARIZER, KERNELS = 250, 199, 900
+CORE = 7_600  # may fall, and not rise; the aim is 5,000
 
 
 def name_of(file: Path) -> str:
