@@ -43,11 +43,11 @@ def make_distance(distance: DistanceChoice) -> Distance:
         return distance
     if isinstance(distance, str) and distance in _BY_NAME:
         return _BY_NAME[distance]()
-    allowed = f"allowed are {', '.join(map(repr, _BY_NAME))}, a Distance object, or a function of (clean, perturbed)"
-    if isinstance(distance, str):
-        raise ValueError(f"distance={distance!r}; {allowed}, both [tokens, hidden], that returns a scalar.")
     if not callable(distance) or isinstance(distance, type):
-        raise TypeError(f"distance={distance!r}; {allowed}, both [tokens, hidden], that returns a scalar.")
+        raise (ValueError if isinstance(distance, str) else TypeError)(
+            f"distance={distance!r}; allowed are {', '.join(map(repr, _BY_NAME))}, a Distance object, or a function of "
+            "(clean, perturbed), both [tokens, hidden], that returns a scalar."
+        )
     return _Function(distance)
 
 

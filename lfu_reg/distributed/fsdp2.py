@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lfu_reg.model.autocast import no_autocast
 from lfu_reg.model.graph import grad_set_aside, hooks_quiet
@@ -98,8 +99,7 @@ class Shards:
         for unit in self._units:
             unit.reshard()
 
-    @contextmanager
-    def _entered(self, loss: Tensor) -> Iterator[None]:
+    def _entered(self, loss: Tensor) -> RemovableHandle:
         """Prepare units around the layers when the backward of `loss` starts."""
         # FSDP does so when the gradient of a unit's output arrives. Pass 2's loss comes from the layers inside, and the
         # outputs of the units around them play no part in it.
@@ -108,11 +108,8 @@ class Shards:
             for state in self._around:
                 state._pre_backward(gradient)
 
-        handle = loss.register_hook(enter)  # type: ignore[no-untyped-call]
-        try:
-            yield
-        finally:
-            handle.remove()
+        handle: RemovableHandle = loss.register_hook(enter)  # type: ignore[no-untyped-call]
+        return handle
 
     def _reducing(self) -> AbstractContextManager[None]:
         """Reduce gradients in the block, and wait for them, whatever the user has set for accumulation."""

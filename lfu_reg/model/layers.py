@@ -201,8 +201,8 @@ def _checked(chosen: list[str], modules: dict[str, nn.Module], what: str, model:
     return {name: modules[name] for name in chosen}
 
 
-def _listing(names: Iterable[str], most: int = 40) -> str:
-    listed = list(names)
+def _listing(names: Iterable[str]) -> str:
+    listed, most = list(names), 40
     more = f" and {len(listed) - most} more" if len(listed) > most else ""
     return ", ".join(listed[:most]) + more
 
