@@ -15,6 +15,8 @@ from lfu_reg.distributed.fsdp2 import Shards, units_among
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+# DTensors that FSDP2 has not made: they are leaves of the loss's graph.
+TENSOR_PARALLEL = "tensor parallelism"
 DEEPSPEED = (
     "DeepSpeed's engine takes the gradient that LfU's ascent takes for your backward pass, and reduces too early. Give "
     "the module inside: loss = reg(engine.module, batch, sft_loss_fn); engine.backward(loss); engine.step()."
@@ -26,7 +28,7 @@ class Engine:
     """How a model is spread over processes.
 
     Attributes:
-        name: "FSDP2", "FSDP1", "ZeRO-3", "DTensor" (sharded otherwise), "DDP", or "none".
+        name: "FSDP2", "FSDP1", "ZeRO-3", "tensor parallelism", "DDP", or "none".
         shards: of FSDP2.
         units: FSDP modules, the outermost first.
         groups: the ranks that the batches are spread over, one group per dimension of the mesh.
@@ -41,7 +43,7 @@ class Engine:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether parameters are sharded, so that no gradients of leaves can be taken."""
+        """Whether parameters are sharded, so that forward passes gather or reduce."""
         return self.name not in ("none", "DDP")
 
     def can_start_at(self, module: nn.Module) -> bool:
@@ -80,7 +82,7 @@ def engine_of(model: nn.Module, attached: nn.Module, layers: Iterable[nn.Module]
         if hasattr(parameter, "ds_id"):
             return Engine("ZeRO-3", groups=_given([dist.group.WORLD]), in_lockstep=True)
         if type(parameter).__name__ == "DTensor":
-            return Engine("DTensor", in_lockstep=True)
+            return Engine(TENSOR_PARALLEL, in_lockstep=True)
     wrappers = wrappers_of(model, attached)
     if wrappers:
         ddp = wrappers[0]
