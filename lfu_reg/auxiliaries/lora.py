@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lfu_reg.auxiliaries.base import Call, Components, Generators, GradientRule, master_dtype
 from lfu_reg.auxiliaries.output import OutputAuxiliary
 from lfu_reg.auxiliaries.peft_folding import Fold
+from lfu_reg.distributed.tensor_parallel import replicated
 from lfu_reg.model import peft as adapters
 from lfu_reg.model.linears import TargetModules, find_linears, linear_sizes
 from lfu_reg.model.patching import Patch
@@ -89,7 +90,8 @@ class LoRADeltas(OutputAuxiliary):
     def _no_change(self, n_in: int, n_out: int, like: Tensor, generator: torch.Generator) -> Components:
         a = torch.empty(self.rank, n_in, dtype=master_dtype(like), device=like.device)
         bound = 1 / math.sqrt(n_in)
-        return a.uniform_(-bound, bound, generator=generator), like.new_zeros(n_out, self.rank, dtype=a.dtype)
+        a = replicated(a.uniform_(-bound, bound, generator=generator), like)
+        return a, like.new_zeros(n_out, self.rank, dtype=a.dtype)
 
     def apply(self, components: Components, call: Call) -> Tensor:
         """The output y' = y + s B A x."""

@@ -15,6 +15,8 @@ from lfu_reg.distributed.fsdp2 import Shards, units_among
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+# DTensors that FSDP2 has not made: they are leaves of the loss's graph.
+TENSOR_PARALLEL = "tensor parallelism"
 DEEPSPEED = (
     "DeepSpeed's engine takes the gradient that LfU's ascent takes for your backward pass, and reduces too early. Give "
     "the module inside: loss = reg(engine.module, batch, sft_loss_fn); engine.backward(loss); engine.step()."
@@ -25,14 +27,14 @@ DEEPSPEED = (
 class Engine:
     """How a model is spread over processes."""
 
-    name: str = "none"  # or "FSDP2", "FSDP1", "ZeRO-3", "DTensor" (sharded otherwise), "DDP"
+    name: str = "none"  # or "FSDP2", "FSDP1", "ZeRO-3", "tensor parallelism", "DDP"
     shards: Shards | None = None  # of FSDP2
     groups: tuple[ProcessGroup, ...] = ()  # the ranks that batches are spread over, one per dimension of the mesh
     in_lockstep: bool = False  # forward passes communicate, so every rank has to run the same number of them
 
     @property
     def is_sharded(self) -> bool:
-        """Whether parameters are sharded, so that no gradients of leaves can be taken."""
+        """Whether parameters are sharded, so that forward passes gather or reduce."""
         return self.name not in ("none", "DDP")
 
 
@@ -58,7 +60,7 @@ def engine_of(model: nn.Module, attached: nn.Module, layers: Iterable[nn.Module]
         if hasattr(parameter, "ds_id"):
             return Engine("ZeRO-3", groups=(everybody,), in_lockstep=True)
         if type(parameter).__name__ == "DTensor":
-            return Engine("DTensor", in_lockstep=True)
+            return Engine(TENSOR_PARALLEL, in_lockstep=True)
     for ddp in wrappers_of(model, attached):
         return Engine("DDP", groups=(ddp.process_group,), in_lockstep=_forward_communicates(ddp))
     return Engine()

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lfu_reg.distributed.collectives import all_agree, averaged, of_first_rank
+from lfu_reg.distributed.tensor_parallel import is_distributed
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -27,6 +28,11 @@ DIFFERENT_SITES = (
     "sync_perturbation=True needs every rank to run the same layers, but {where} the components of this step are not "
     "those of {others}: this rank has {number} tensors ({first}, ...). Choose layers that every batch runs, or leave "
     "sync_perturbation=False."
+)
+IN_PARTS = (
+    "sync_perturbation=True averages g over ranks, but under tensor parallelism ranks hold different parts of it (here "
+    "of {name}). Leave sync_perturbation=False: the ranks of a mesh ascend along one g anyway. Or use "
+    "auxiliary='steering', whose g is whole on every rank."
 )
 
 
@@ -55,6 +61,8 @@ class SharedAscent:
 
     def __call__(self, gradients: Mapping[str, Tensor], *, scale: float = 1.0) -> dict[str, Tensor]:
         """The mean over ranks of g, which every rank gives multiplied by a scale of its own."""
+        if parts := [name for name, gradient in gradients.items() if is_distributed(gradient)]:
+            raise ValueError(IN_PARTS.format(name=parts[0]))
         # Different components are noticed on every rank at the first step, and later on those ranks where they changed.
         here = hashlib.blake2b(
             repr([(name, tuple(g.shape), g.dtype) for name, g in gradients.items()]).encode(), digest_size=7

@@ -194,6 +194,8 @@ class AttachedModel:
         self._coverage.check(clean, model)
         hidden_states = [state.hidden for state in record.states]
         checks.check_token_mask(clean.tokens, hidden_states)
+        if not self.has_run:
+            checks.check_whole(hidden_states, leaves)
         if self._diagnostics.is_due(turn) and (message := checks.masks_without_effect(clean.tokens, hidden_states)):
             self._diagnostics.warn_once("no mask", message)
         self.has_run = True

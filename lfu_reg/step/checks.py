@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lfu_reg.distributed.tensor_parallel import differ_between_ranks, is_distributed, whole
 from lfu_reg.model.outputs import is_cache
 from lfu_reg.model.tokens import TokenMasks
 
@@ -42,6 +43,17 @@ EVERY_POSITION_COUNTS = (
     "Every position counts in the consistency term, padding and prompts too: no mask of the batch fits the hidden "
     "states (shapes {shapes}), {offered}. Give token_mask=..., a callable of the batch that returns a mask shaped like "
     "the tokens that the layers see."
+)
+IN_PARTS = (
+    "A chosen layer returned a DTensor, of which every rank holds a part; hidden states are compared as plain tensors, "
+    "whole on every rank. Give the last linear map of each layer output_layouts=Replicate() and use_local_output=True "
+    "(RowwiseParallel's defaults), or choose other layers with layers=...."
+)
+SLICES = (
+    "Hidden states of the chosen layers differ between ranks that share weights: under tensor parallelism these are "
+    "slices (of the sequence, of the batch), and every rank would ascend along the gradient of its own. Let the chosen "
+    "layers return whole hidden states, output_layouts=Replicate() in the last linear map (sequence parallelism inside "
+    "of a layer is fine); give all ranks of a mesh the same batch, and the same random state for dropout."
 )
 
 
@@ -143,7 +155,7 @@ def check_loss(loss: object, *, first: bool) -> Tensor:
             f"sft_loss_fn returned {float(loss.detach())} at the first step. Check the data (a batch without any label "
             "gives NaN), the learning rate and the dtype: no direction can be taken from such a loss."
         )
-    return loss
+    return whole(loss)
 
 
 def check_trainable(leaves: Sequence[Tensor], anchor: Tensor) -> None:
@@ -197,13 +209,21 @@ def check_same_layers(clean: Sequence[str], perturbed: Sequence[str]) -> None:
 
 
 def check_token_mask(tokens: TokenMasks, hidden_states: Sequence[Tensor]) -> None:
-    """Raise if the user's token mask fitted no hidden state."""
+    """Raise if hidden states are no plain tensors, or if the user's token mask fitted none."""
+    if any(is_distributed(hidden) for hidden in hidden_states):
+        raise ValueError(IN_PARTS)
     if tokens.given is not None and not tokens.matched_given:
         shapes = ", ".join(dict.fromkeys(str(list(hidden.shape)) for hidden in hidden_states))
         raise ValueError(
             f"token_mask has shape {list(tokens.given.shape)}, which fits no hidden state (shapes {shapes}). It has to "
             "be shaped like their token dimensions, for example [batch, tokens] for [batch, tokens, hidden]."
         )
+
+
+def check_whole(hidden_states: Sequence[Tensor], leaves: Sequence[Tensor]) -> None:
+    """Raise if hidden states are slices of what ranks with sharded weights compute together. Communicates."""
+    if differ_between_ranks(hidden_states, leaves):
+        raise ValueError(SLICES)
 
 
 def masks_without_effect(tokens: TokenMasks, hidden_states: Sequence[Tensor]) -> str | None:

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from lfu_reg.auxiliaries import Auxiliary
-from lfu_reg.distributed.engine import Engine
+from lfu_reg.distributed.engine import TENSOR_PARALLEL, Engine
 from lfu_reg.step.float16 import LossScales
 from lfu_reg.step.gradients import Released, ReleasedShards, Retained, Strategy
 from lfu_reg.step.settings import Settings
 
 SHARDED_RELEASED = (
-    "strategy='released' takes gradients of parameters, which {engine} does not give. Use strategy='auto', or shard "
-    "the model with FSDP2 (torch.distributed.fsdp.fully_shard)."
+    "strategy='released' is not available under {engine}. Use strategy='auto', or shard the model with FSDP2 "
+    "(torch.distributed.fsdp.fully_shard)."
 )
 SHARDED_WEIGHTS = (
     "auxiliary={auxiliary!r} moves the weights, which {engine} has sharded, and here it would have to do so with a "
@@ -36,6 +36,7 @@ def choose_strategy(
     # Only a retained graph brings FSDP2 to reduce what earlier backward passes have left unreduced.
     if not retained and shards is not None and not shards.have_pending_gradients():
         return ReleasedShards(auxiliary, scales, shards)
-    if auxiliary.moves_weights:
+    parallel = engine.name == TENSOR_PARALLEL
+    if auxiliary.moves_weights and not parallel:
         raise ValueError(SHARDED_WEIGHTS.format(auxiliary=auxiliary, engine=engine.name))
-    return Retained(auxiliary, scales, (), may_scale=False)
+    return Retained(auxiliary, scales, trained if parallel else (), may_scale=False)
