@@ -7,8 +7,9 @@ new hooks. A pass is one object (`ForwardPass`) that is put in `ModelHooks.runni
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from lfu_reg.hooks.entries import Entries
 from lfu_reg.hooks.forward_pass import ForwardPass, State
 from lfu_reg.hooks.gated_hook import Hook, Listener
 from lfu_reg.hooks.inplace import WriteWatch
-from lfu_reg.hooks.taps import tap
+from lfu_reg.hooks.taps import LastGradient, LateRule, tap
 from lfu_reg.model import outputs
 from lfu_reg.model.autocast import in_float16, without_autocast
 from lfu_reg.model.channel_axis import channels_first
@@ -50,7 +51,7 @@ class ModelHooks:
     Attributes:
         captured: modules whose outputs are captured, by name.
         overwritten: layers whose outputs the model changes in place, so that these need a copy; None: not known yet.
-        last_gradient: set to have the coming backward call it with the last captured state and dl/dh there.
+        last_gradient: set to have the coming backward hand it the last captured state and dl/dh there.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class ModelHooks:
         self.listening = self._recording = False
         self.running: ForwardPass | None = None
         self.overwritten: set[str] | None = None
-        self.last_gradient: Callable[[State, Tensor], None] | None = None
+        self.last_gradient: LastGradient | None = None
         self.captured = {"": head} if head is not None else dict(layers)
         self._model, self._auxiliary, self._sites = model, auxiliary, set(sites)
         self._hooked = {**layers, **sites, **self.captured}
@@ -194,46 +195,32 @@ class ModelHooks:
                 return self._auxiliary.apply_at(call)
             if not self._recording:  # a checkpointed block that a backward repeats: its taps are in the graph
                 return tap(call.y, fwd.anchor, fwd.gate, _nothing)
-            rule = self._auxiliary.observe(call)
-            y = tap(call.y, fwd.anchor, fwd.gate, rule or _nothing)
+            rule = LateRule()
+            y = tap(call.y, fwd.anchor, fwd.gate, rule)
+            # Of the tap's result, whose version tells what keeps it for the backward whether the model writes to it.
+            rule.rule = self._auxiliary.observe(replace(call, y=y.detach())) or _nothing
             if WriteWatch.can_watch(call.y):
                 fwd.record.watched.append(WriteWatch(call.name, call.y))
             return y
 
     def _keep(self, name: str, hidden: Tensor, tokens: Tokens, fwd: ForwardPass) -> Tensor:
         fwd.record.saves_elsewhere = fwd.record.saves_elsewhere or saves_elsewhere()
-        told: _LastGradient | None = None
-        if self.last_gradient is not None and not fwd.apply:
-            told = _LastGradient(self)
-            hidden = tap(hidden, fwd.anchor, fwd.gate, told)
+        rule = LateRule()
+        wanted = self.last_gradient if not fwd.apply else None
+        if wanted is not None:
+            hidden = tap(hidden, fwd.anchor, fwd.gate, rule)
         kept = hidden.detach() if fwd.capture == "detached" else hidden
         watch = WriteWatch(name, hidden) if WriteWatch.can_watch(hidden) else None
         copy = fwd.capture == "cloned" or self.overwritten is None or name in self.overwritten or watch is None
-        state = State(name, kept.clone() if copy else kept, tokens, watch, copy)
-        fwd.record.states.append(state)
-        if told is not None:
-            told.state = state
+        fwd.record.states.append(State(name, kept.clone() if copy else kept, tokens, watch, copy))
+        if wanted is not None:
+            rule.rule = wanted.rule_for(fwd.record.states[-1])
         return hidden
 
     def _tokens(self, name: str, y: Tensor, fwd: ForwardPass) -> Tokens:
         axis = 1 if self._channels_first[name](y) else -1
         mask, index = fwd.tokens.match(y, axis, encoder=name in self._encoder, decoder=name in self._decoder)
         return Tokens(mask, index, axis)
-
-
-class _LastGradient:
-    """The rule of a tap that hands on dl/dh of the layer whose gradient arrives first, which is the last one."""
-
-    def __init__(self, hooks: ModelHooks) -> None:
-        self._hooks = hooks
-        self.state: State | None = None
-
-    def __call__(self, gradient: Tensor) -> Sequence[Tensor | None]:
-        receive, self._hooks.last_gradient = self._hooks.last_gradient, None
-        state, self.state = self.state, None  # the graph may live on
-        if receive is not None and state is not None:
-            receive(state, gradient)
-        return ()
 
 
 def _nothing(gradient: Tensor) -> Sequence[Tensor | None]:

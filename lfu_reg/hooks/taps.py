@@ -35,6 +35,36 @@ class Gate:
             self.is_open = False
 
 
+class LateRule:
+    """The rule of a tap that is known only when there is a result to keep."""
+
+    rule: Callable[[Tensor], Sequence[Tensor | None]]
+
+    def __call__(self, gradient: Tensor) -> Sequence[Tensor | None]:
+        """The rule's."""
+        return self.rule(gradient)
+
+
+class LastGradient:
+    """Hands on the gradient that arrives first in a backward, which is the last layer's, with what belongs to it."""
+
+    def __init__(self, receive: Callable[[Any, Tensor], None]) -> None:
+        self._receive: Callable[[Any, Tensor], None] | None = receive
+
+    def rule_for(self, state: Any) -> Callable[[Tensor], Sequence[Tensor | None]]:
+        """The rule of a tap on one layer's output."""
+
+        def rule(gradient: Tensor) -> Sequence[Tensor | None]:
+            nonlocal state
+            receive, self._receive = self._receive, None
+            arrived, state = state, None  # the graph may live on
+            if receive is not None:
+                receive(arrived, gradient)
+            return ()
+
+        return rule
+
+
 def tap(tensor: Tensor, anchor: Tensor, gate: Gate, rule: Callable[[Tensor], Sequence[Tensor | None]]) -> Tensor:
     """The same values in the same memory, as a node of the graph of its own that `rule` is called from.
 

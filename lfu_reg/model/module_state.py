@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from lfu_reg.model.tables import CONTAINERS, DEEPEST, collect, copied, holds, put
@@ -43,6 +44,7 @@ class ModuleState:
         self._modules: list[nn.Module] = []
         self._sizes: list[int] = []
         self._followers: list[Place] = []  # frozen weights that forwards write to
+        self._unchanged: set[tuple[int, Any]] = set()  # those that have their values afterwards
         self._written: set[tuple[int, Any]] | None = None  # to which forwards are known to write
 
     def begin(self, *, attributes: bool = True) -> None:
@@ -74,7 +76,7 @@ class ModuleState:
                 in_place = place.identity in written and old is tensor
                 if in_place and copy is None and old is not None and not old.requires_grad:
                     late.append(str(place.key))
-        late += self._written_weights()
+        buffers += self._written_weights()
         self._written = (self._written or set()) | {place.identity for place, _ in buffers}
         weights = any(w.requires_grad and w._version != v for w, v in zip(self._weights, self._versions, strict=True))
         grown = [(table, type(table)(), owner) for table, owner in self._empty if table]
@@ -83,23 +85,35 @@ class ModuleState:
             self._modules = []
         return result
 
-    def _written_weights(self) -> list[str]:
-        """Frozen weights that were written to for the first time (a teacher that follows), which are copied now on."""
+    def _written_weights(self) -> list[tuple[Place, Tensor | None]]:
+        """Frozen weights that were written to, as a teacher's are, and are copied from the next forward on.
+
+        Some are only replaced and put back (PEFT's adapters of single parameters), which a copy shows.
+        """
+        for place in [place for place in self._followers if self._is_as_it_was(place)]:
+            self._followers.remove(place)
+            self._places.remove(place)
+            self._unchanged.add(place.identity)
         if self._versions == [weight._version for weight in self._weights]:
             return []
         pairs = zip(self._weights, self._versions, strict=True)
         frozen = {id(w) for w, version in pairs if not w.requires_grad and w._version != version}
-        known = {place.identity for place in self._places}
-        found: list[str] = []
+        known = {place.identity for place in self._places} | self._unchanged
+        found: list[tuple[Place, Tensor | None]] = []
         for module in self._modules:
             for name, weight in module._parameters.items():
                 place = Place(module._parameters, name)
                 if id(weight) in frozen and place.identity not in known:
-                    self._places.append(place)
-                    self._followers.append(place)
-                    self._written = (self._written or set()) | {place.identity}
-                    found.append(name)
+                    found.append((place, None))
+        self._places += [place for place, _ in found]
+        self._followers += [place for place, _ in found]
         return found
+
+    def _is_as_it_was(self, place: Place) -> bool:
+        tensor, _, copy = self._before.get(place.identity, (None, 0, None))
+        if copy is None or tensor is None or tensor is not place.table.get(place.key):
+            return False
+        return torch.equal(copy, tensor)
 
     def _list(self) -> None:
         """List the tables that a forward may change, and the places of tensors."""
@@ -197,7 +211,9 @@ class Changes:
             for (place, before), (_, now) in zip(self._buffers, kept, strict=True):
                 source = before if start and before is not None else now
                 if isinstance(source, Tensor) and not source.requires_grad:
-                    place.table[place.key] = source.detach().clone()
+                    copy = source.detach().clone()
+                    # A frozen weight stays one: parametrisations ask for the class.
+                    place.table[place.key] = nn.Parameter(copy, False) if isinstance(source, nn.Parameter) else copy
             yield
         finally:
             for place, tensor in kept:

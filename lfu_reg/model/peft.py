@@ -72,9 +72,12 @@ def _is_variant(layer: Any) -> bool:
 
 def _is_plain(linear: nn.Module) -> bool:
     parameters, inside = linear._parameters, vars(linear)
-    tables = [table for key in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks") if (table := inside[key])]
+    hooks = [
+        hook for key in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks") for hook in inside[key].values()
+    ]
+    hooked = any(not getattr(hook, "is_idle", False) for hook in hooks)  # ours are, beside compiled modules
     plain = type(linear) is nn.Linear and type(parameters["weight"]) is nn.Parameter and parameters["bias"] is None
-    return plain and not tables and "forward" not in inside and inside.get("_compiled_call_impl") is None
+    return plain and not hooked and "forward" not in inside and inside.get("_compiled_call_impl") is None
 
 
 def virtual_tokens(model: nn.Module) -> int:

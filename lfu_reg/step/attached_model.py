@@ -19,6 +19,7 @@ from lfu_reg.distributed.engine import Engine, engine_of
 from lfu_reg.hooks.coverage import Coverage
 from lfu_reg.hooks.forward_pass import ForwardPass, State
 from lfu_reg.hooks.model_hooks import ModelHooks
+from lfu_reg.hooks.taps import LastGradient
 from lfu_reg.hooks.targets import Targets
 from lfu_reg.model.compile import anything_is_compiled
 from lfu_reg.model.layers import LayerChoice, choose_layers, is_preset
@@ -214,7 +215,7 @@ class AttachedModel:
                     self._diagnostics.warn_once("no mask", COUNTED_BUT_IGNORED.format(ignored=ignored, counted=counted))
 
         wanted = targets and self._diagnostics.is_due(turn) and not self._on_logits
-        self.hooks.last_gradient = look if wanted else None
+        self.hooks.last_gradient = LastGradient(look) if wanted else None
 
     def check_perturbed(self, perturbed: ForwardPass, clean: ForwardPass, samples: Tensor | None) -> None:
         """Look at pass 2: whether the same ran as in pass 1.

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lfu_reg import LfURegularizer, LfUWarning, LoRADeltas
 from lfu_reg.model import peft as adapters
+from lfu_reg.step.reused_blocks import ReusedBlocks
 from tests.support.architectures import llama
 from tests.support.cases import Case
 from tests.support.compare import assert_same_gradients, gradients_of
@@ -108,7 +109,8 @@ def test_further_ascent_steps(strategy: str) -> None:
     assert not calls
 
 
-def test_no_product_more_than_with_steering_vectors() -> None:
+def test_no_product_more_than_with_steering_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ReusedBlocks, "cut", lambda *args: None)  # which saves steering vectors the first block
     assert products_of("lora") == products_of("steering")
 
 
@@ -278,13 +280,12 @@ def trained_embeddings(model: nn.Module) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("strategy", ["released", "retained"])
-def test_checkpointed_blocks_run_again_with_what_they_had(strategy: str) -> None:
+def test_checkpointed_blocks_run_again_with_what_they_had() -> None:
     model = EVERYWHERE.make()
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     with hooked_calls() as calls:
-        assert_same_gradients(one_step(EVERYWHERE, model, strategy=strategy)[1], one_step(EVERYWHERE)[1])
+        assert_same_gradients(one_step(EVERYWHERE, model)[1], one_step(EVERYWHERE)[1])
     assert not calls
 
 
@@ -300,7 +301,7 @@ def test_everything_is_back_after_an_exception(pass_number: int) -> None:
 
     def fail(module: nn.Module, args: Any) -> None:
         runs.append(1)
-        if len(runs) == pass_number + (pass_number == 2):  # the first step's unperturbed replay is in between
+        if len(runs) >= pass_number:
             raise Stop
 
     with LfURegularizer(model, auxiliary("lora")) as reg:

@@ -270,7 +270,7 @@ SITUATIONS = [
 
 
 def test_frozen_weights_written_in_the_loss() -> None:
-    """A teacher is found out at the first step, which is plain SFT; later steps are exact."""
+    """A teacher follows once a step, also at the first one, where nobody knows of it yet."""
     for kind in ("steering", "lora", "weights"):
         ours = Queue()
         wanted = copy.deepcopy(ours)
@@ -278,7 +278,7 @@ def test_frozen_weights_written_in_the_loss() -> None:
             for step in range(3):
                 seed_everything(step)
                 reg(ours.model, ours.batch(step), ours.loss)
-                assert ("consistency_loss" in reg.metrics) == (step > 0)
+                assert "consistency_loss" in reg.metrics
                 seed_everything(step)
                 wanted.loss(wanted.model, wanted.batch(step))
                 assert_equal(f"{kind}, step {step}, state", ours.after(), wanted.after())
