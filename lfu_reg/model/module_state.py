@@ -111,9 +111,8 @@ class ModuleState:
 
     def _is_as_it_was(self, place: Place) -> bool:
         tensor, _, copy = self._before.get(place.identity, (None, 0, None))
-        if copy is None or tensor is None or tensor is not place.table.get(place.key):
-            return False
-        return torch.equal(copy, tensor)
+        same = tensor is not None and tensor is place.table.get(place.key)
+        return same and copy is not None and bool(torch.equal(copy, place.table[place.key]))
 
     def _list(self) -> None:
         """List the tables that a forward may change, and the places of tensors."""
