@@ -242,10 +242,16 @@ def test_gradients_are_those_of_retained_graphs(label: str) -> None:
     assert_same_gradients(got, want)
 
 
-def test_a_forward_that_writes_to_the_weights() -> None:
+def clamping(model: LoopLM, number: int, block: Any, hidden: Tensor) -> Tensor:
+    with torch.no_grad():
+        block.up.weight.clamp_(-0.3, 0.3)
+    return block(hidden)
+
+
+@pytest.mark.parametrize("make", [MODELS["weights written to"][0], lambda: LoopLM(clamping)], ids=["block", "loop"])
+def test_a_forward_that_writes_to_the_weights(make: Callable[[], nn.Module]) -> None:
     """Retained graphs cannot have it; a second run of the first block cannot either, before the prefix was used."""
-    make, name, layers = MODELS["weights written to"]
-    got = trained(seeded(make), name, [token_batch(seed) for seed in range(3)], layers=layers)
+    got = trained(seeded(make), "steering", [token_batch(seed) for seed in range(3)])
     assert all(g is None or torch.isfinite(g).all() for g in got.values())
 
 
