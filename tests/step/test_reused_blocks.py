@@ -144,8 +144,23 @@ def bias_in_an_object(model: LoopLM, number: int, block: nn.Module, hidden: Tens
     return block(hidden, Context(torch.tanh(model.table[number])))
 
 
+def written_into_an_object(model: LoopLM, number: int, block: nn.Module, hidden: Tensor) -> Tensor:
+    if number == 0:
+        model.context = Context(hidden.new_zeros(WIDTH))
+    return block(hidden, model.context)
+
+
 def plain(model: LoopLM, number: int, block: nn.Module, hidden: Tensor) -> Tensor:
     return block(hidden)
+
+
+class NotingBlock(AnyBlock):
+    """Leaves something for later blocks in what it is given."""
+
+    def forward(self, hidden: Tensor, extra: Any = None) -> Tensor:  # type: ignore[override]
+        result = super().forward(hidden, extra)
+        extra.bias = result.detach().mean((0, 1))
+        return result
 
 
 class HookedBlock(AnyBlock):
@@ -162,6 +177,13 @@ def kept_for_others() -> LoopLM:
     memory: dict[str, Any] = {"owner": model.blocks[0]}
     for block in model.blocks:
         block.memory = memory
+    return model
+
+
+def with_noting_blocks() -> LoopLM:
+    model = LoopLM(written_into_an_object)
+    for block in model.blocks:
+        block.__class__ = NotingBlock
     return model
 
 
@@ -201,6 +223,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], str, Any]] = {
     "notes that are written on": (lambda: LoopLM(written_on), "steering", "all"),
     "notes that are written at last": (lambda: LoopLM(written_at_last), "steering", "all"),
     "an object's bias": (lambda: LoopLM(bias_in_an_object), "steering", "all"),
+    "written into an object": (with_noting_blocks, "steering", "all"),
     "weights written to": (lambda: LoopLM(plain, clamped=True), "steering", "all"),
     "kept for others": (kept_for_others, "steering", "all"),
     "a shared linear map": (with_a_shared_map, "lora", [2, 3]),
