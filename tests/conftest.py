@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -28,6 +29,8 @@ def deterministic() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    if (utilities := sys.modules.get("torch._dynamo.utils")) is not None:
+        utilities.counters.clear()  # hooks stay on a model where anything was compiled
     yield
     torch.set_num_threads(threads)
 

@@ -196,12 +196,17 @@ def test_what_is_not_a_plain_adapter_is_left_to_taps(change: str) -> None:
     assert got == set(linear_maps(mine, PEFT.layers))
 
 
-def test_compiled_models_are_left_to_taps() -> None:
-    model = PEFT.make()
-    model.get_submodule(f"{PEFT.layers[1]}.mlp.act_fn").compile(backend="eager")  # any part is enough
-    with hooked_calls() as calls:
-        one_step(PEFT, model)
-    assert {key for what, key in calls if what == "tap"} == set(linear_maps(model, PEFT.layers))
+@pytest.mark.parametrize("when", ["before the regularizer", "after it"])
+def test_compiled_models_are_left_to_taps(when: str) -> None:
+    model = EVERYWHERE.make()
+    part = model.get_submodule(f"{EVERYWHERE.layers[1]}.mlp.act_fn")  # any part is enough
+    if when == "before the regularizer":
+        part.compile(backend="eager")
+    with hooked_calls() as calls, LfURegularizer(model, auxiliary("lora")) as reg:
+        if when == "after it":
+            part.compile(backend="eager")
+        reg(model, EVERYWHERE.batch(), EVERYWHERE.loss).backward()
+    assert {key for what, key in calls if what == "tap"} == set(linear_maps(model, EVERYWHERE.layers))
 
 
 def test_transforms_are_refused_as_everywhere() -> None:

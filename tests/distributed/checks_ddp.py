@@ -331,6 +331,19 @@ def check_batch_norm_buffers() -> None:
                 assert torch.equal(buffer, want), name
 
 
+def check_pass_2_communicates_nothing() -> None:
+    """Ranks may differ in whether they run it."""
+    model = seeded(lambda: TinyLM(batch_norm=True))
+    ddp, calls = DDP(model), []
+    broadcast = ddp._sync_buffers
+    ddp._sync_buffers = lambda: (calls.append(1), broadcast())  # type: ignore[method-assign]
+    with regularizer(model, "steering") as reg:
+        for number in range(2):
+            reg(ddp, TINY.batch(10 * number + dist.get_rank()), TINY.loss).backward()
+            assert len(calls) == number + 1
+            assert "consistency_loss" in reg.metrics
+
+
 class _NoGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:

@@ -277,6 +277,22 @@ def test_pairs_of_hooks_stay_balanced(where: str, when: str, kind: str) -> None:
     assert len(events) > 2
 
 
+def test_a_hook_that_the_loss_puts_on_the_last_layer_runs() -> None:
+    """It comes after ours, and runs even where everything else may be left out."""
+    model, calls = LLAMA.make(), []
+
+    def loss(m: Any, batch: Any) -> Any:
+        handle = m.model.layers[3].register_forward_hook(lambda *_: calls.append(1))
+        try:
+            return m(**batch).loss
+        finally:
+            handle.remove()
+
+    with LfURegularizer(model, "steering", leave_early=True) as reg:
+        reg(model, LLAMA.batch(), loss)
+    assert len(calls) == 2
+
+
 def test_hooks_that_nobody_skips_cost_nothing() -> None:
     """Those on other layers, and those inside of them and of the last one."""
     model, norms = LLAMA.make(), []

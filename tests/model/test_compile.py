@@ -6,6 +6,7 @@ dynamo, which decides whether hooks are seen, is the same for every backend.
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -299,6 +300,14 @@ def test_graphs_of_another_model_of_the_same_classes(way: str) -> None:
     with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):  # the cure that the error names
         torch.compiler.reset()
         train_both()
+
+
+def test_copies_of_a_compiled_model_carry_inert_hooks() -> None:
+    """Its hooks stay between steps, and are of the model that was attached."""
+    run = Run(TINY, "steering", "in place").steps(1)
+    hooks = [hook for module in copy.deepcopy(run.model).modules() for hook in module._forward_hooks.values()]
+    assert hooks
+    assert all(hook.is_idle for hook in hooks)
 
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")

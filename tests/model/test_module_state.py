@@ -125,6 +125,24 @@ def test_an_exception_inside_leaves_what_the_first_run_left(change: str) -> None
         assert now is buffer is None or torch.equal(now, buffer)
 
 
+TENSORS = [change for change in CHANGES if change.startswith(("buffer", "plain"))]
+
+
+@pytest.mark.parametrize("change", TENSORS)
+def test_a_run_that_a_backward_repeats_leaves_no_trace_in_tensors(change: str) -> None:
+    """It starts from what is there, and writes to copies: graphs may hold the tensors themselves."""
+    module = Keeping(CHANGES[change])
+    watch = watched(module)
+    module()
+    changes, end = watch.changes(), module.state()
+    kept = module.count, module.plain
+    with changes.on_copies():
+        module()
+    assert module.state() == end
+    assert module.count is kept[0]
+    assert module.plain is kept[1]
+
+
 def test_buffers_of_a_module_of_which_one_changed() -> None:
     """All of that module's are copied: native code may have written to the others without a trace."""
     counting, still = Keeping(CHANGES["buffer written to"]), Keeping(lambda module: None)

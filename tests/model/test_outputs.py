@@ -118,6 +118,27 @@ def test_outputs_changed_in_place_afterwards(name: str, strategy: str) -> None:
         run_pair(case, name, reg_options={"strategy": strategy}).check()
 
 
+class LaterInPlaceLM(TinyLM):
+    """Writes over what its blocks return from a certain step on."""
+
+    writes = False
+
+    def body(self, hidden: Tensor) -> Tensor:
+        for block in self.blocks:
+            hidden = block(hidden).relu_() if self.writes else block(hidden).relu()
+        return hidden
+
+
+def test_outputs_changed_in_place_for_the_first_time() -> None:
+    """Their clean states are lost at that step, which is plain SFT, and copied from the next one on."""
+    model = seeded(LaterInPlaceLM)
+    with LfURegularizer(model, "steering", alpha=0.05) as reg:
+        for step in range(4):
+            model.writes = step > 1
+            reg(model, TINY.batch(), TINY.loss).backward()
+            assert ("consistency_loss" in reg.metrics) == (step != 2)
+
+
 class AddsInPlace(nn.Module):
     """hidden += change, and the same tensor is returned: every layer writes over the last one's output."""
 

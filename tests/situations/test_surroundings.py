@@ -346,14 +346,20 @@ class DefaultsInside(World):
 class ForwardReplaced(World):
     """The loss gives a layer another forward method for the call."""
 
+    number = 0
+
     def loss(self, model: Any, batch: Any) -> Tensor:
-        layer = model.layers[0]
+        layer = model.layers[self.number]
         plain = layer.forward
         layer.forward = lambda h: plain(h) * 1.2
         try:
             return super().loss(model, batch)
         finally:
             del layer.forward
+
+
+class NextForwardReplaced(ForwardReplaced):
+    number = 1
 
 
 class SomeLayersSkipped(World):
@@ -393,7 +399,7 @@ class WeightsCast(World):
 SITUATIONS = [
     ByFlag, ByContextVariable, FrozenInside, HookInside, FeaturesByHook, SetOnLayers, FunctionalCall, Inner,
     Parametrized, ParametrizedAround, HyperNetwork, Popped, History, EvalInside, Checkpointed, ReturnsEarly,
-    DefaultsInside, ForwardReplaced, SomeLayersSkipped, WeightsCast, BySwap, Stacked,
+    DefaultsInside, ForwardReplaced, NextForwardReplaced, SomeLayersSkipped, WeightsCast, BySwap, Stacked,
     AcrossByHook, AcrossByInput,
 ]  # fmt: skip
 

@@ -269,6 +269,57 @@ def test_refused(name: str, reason: str) -> None:
         run_pair(case, name).check()
 
 
+class ShuffledBelowLM(PlainLM):
+    """Blocks that no perturbation reaches run in another order than the one that they are kept in."""
+
+    order = (0, 2, 1, 3)
+
+    def __init__(self) -> None:
+        super().__init__(depth=4)
+
+    def body(self, hidden: Tensor) -> Tensor:
+        for number in self.order:
+            hidden = self.blocks[number](hidden)
+        return self.norm(hidden.flatten(0, 1)).view_as(hidden)
+
+
+class WrittenBelowLM(PlainLM):
+    """The loop writes into what the first of them returned."""
+
+    def __init__(self) -> None:
+        super().__init__(depth=4)
+
+    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        return block(hidden).mul_(1.1) if block is self.blocks[0] else block(hidden)
+
+
+class TwiceBelowLM(PlainLM):
+    """The first of them runs twice, and what it returned at first reaches a later one past the graph."""
+
+    def __init__(self) -> None:
+        super().__init__(depth=4)
+
+    def body(self, hidden: Tensor) -> Tensor:
+        hidden = self.blocks[0](hidden)
+        memory = hidden.detach().mean(1, keepdim=True)
+        for number in (0, 1, 2):
+            hidden = self.blocks[number](hidden)
+        return self.norm(self.blocks[3](hidden + memory).flatten(0, 1)).view_as(hidden)
+
+
+class PerturbedBelowLM(ShuffledBelowLM):
+    """The perturbed block is the second one that runs."""
+
+    order = (0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("make", [ShuffledBelowLM, WrittenBelowLM, TwiceBelowLM, PerturbedBelowLM])
+def test_refused_for_what_happens_below_the_cut(make: Any) -> None:
+    case = lm_case(make, tuple(f"blocks.{number}" for number in range(4)))
+    assert not is_shared(case.make(), case, "lora", layers=[3])
+    run_pair(case, "lora", reg_options={"layers": [3]}).check()
+
+
 # ------------------------------------------------------------- where the model's own loop does more than call blocks
 
 
