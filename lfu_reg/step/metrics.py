@@ -44,7 +44,10 @@ def regularized_step(
 ) -> dict[str, Any]:
     """Of a step with it: its terms, and the distance of each of the K states to its perturbed twin."""
     return {
-        **{name: None if value is None else value.detach() for name, value in terms.items()},
+        **{
+            name: value.detach() if value is not None and value.requires_grad else value
+            for name, value in terms.items()
+        },
         **{f"distance/{label}": value for label, value in zip(_labels(states), distances, strict=True)},
         "empty_steps": progress.empty_steps,
         "unrepeatable_steps": progress.unrepeatable_steps,

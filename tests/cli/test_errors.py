@@ -171,7 +171,7 @@ def test_a_folder_is_no_slip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        ("flat", "has no repeated blocks"),
+        ("flat", "has neither repeated blocks nor"),
         ("no_scalar", "it has to return a scalar"),
         ("detached", "does not depend on anything trainable"),
         ("two", "has to return (model, batch, sft_loss_fn)"),

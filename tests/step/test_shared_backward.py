@@ -26,9 +26,9 @@ from tests.support.plain_models import FailingBackward, ResidualBlock
 # Layers, and for each auxiliary how often each of Llama's four blocks runs in a step.
 RUNS = {
     "all": {"steering": [1, 2, 2, 2], "lora": [2, 2, 2, 2]},
-    "early": {"steering": [1], "lora": [2]},
-    "middle": {"steering": [1, 1], "lora": [1, 2]},
-    "late": {"steering": [1, 1, 1, 2], "lora": [1, 1, 2, 2]},
+    "early": {"steering": [1, 2], "lora": [2, 2]},
+    "middle": {"steering": [1, 1, 1], "lora": [1, 1, 2]},
+    "late": {"steering": [1, 1, 1, 1], "lora": [1, 1, 1, 2]},
     "two": {"steering": [1, 1, 2], "lora": [1, 2, 2]},
     "inner": {"steering": [1, 1, 2, 2], "lora": [1, 1, 2, 2]},
 }
@@ -113,7 +113,7 @@ def test_their_backward_runs_once(name: str) -> None:
     def watched(number: int, forward: Any) -> Any:
         def run(*args: Any) -> Tensor:
             output = forward(*args)
-            output.register_hook(lambda grad: arrivals.update([number]))
+            output.grad_fn.register_hook(lambda *grads: arrivals.update([number]))  # a tensor's hook is a refusal
             return output
 
         return run
@@ -121,7 +121,7 @@ def test_their_backward_runs_once(name: str) -> None:
     for number, block in enumerate(model.model.layers):  # not by forward hooks, which would have to fire twice
         block.mlp.down_proj.forward = watched(number, block.mlp.down_proj.forward)
     reg(model, LLAMA.batch(), LLAMA.loss).backward()
-    shared = 3 if name == "steering" else 2
+    shared = 4 if name == "steering" else 3
     assert [arrivals[i] for i in range(4)] == [1] * shared + [2] * (4 - shared)
 
 

@@ -79,6 +79,7 @@ def test_without_labels_the_attention_mask_counts(name: str) -> None:
     run_pair(case, name, batch=batch).check()
 
 
+@pytest.mark.filterwarnings("ignore:All positions count")
 @pytest.mark.parametrize("name", AUXILIARIES)
 def test_without_any_mask_every_position_counts(name: str) -> None:
     case = Case(
