@@ -190,8 +190,8 @@ def test_local_folder(tmp_path: Path) -> None:
 def test_inspect_allocates_nothing_of_an_8b_model(tmp_path: Path) -> None:
     result, shown = run(tmp_path, "inspect", "llama-3.1-8b", "--layers", "early", "--tokens", "512")
     assert result["model"]["parameters"] == 8_030_261_248
-    assert [layer["name"] for layer in result["layers"]] == [f"model.layers.{i}" for i in range(10)]
-    assert len(result["linears"]) == 10 * 7
+    assert [layer["name"] for layer in result["layers"]] == [f"model.layers.{i}" for i in range(11)]
+    assert len(result["linears"]) == 11 * 7
     down = next(entry for entry in result["linears"] if entry["name"] == "model.layers.9.mlp.down_proj")
     assert (down["in"], down["out"], down["parameters"]) == (14336, 4096, 8 * (14336 + 4096))
     assert result["auxiliaries"]["steering"] == {"parameters": 10 * 4096, "mb": pytest.approx(0.328)}
