@@ -194,10 +194,10 @@ def test_inspect_allocates_nothing_of_an_8b_model(tmp_path: Path) -> None:
     assert len(result["linears"]) == 11 * 7
     down = next(entry for entry in result["linears"] if entry["name"] == "model.layers.9.mlp.down_proj")
     assert (down["in"], down["out"], down["parameters"]) == (14336, 4096, 8 * (14336 + 4096))
-    assert result["auxiliaries"]["steering"] == {"parameters": 10 * 4096, "mb": pytest.approx(0.328)}
+    assert result["auxiliaries"]["steering"] == {"parameters": 11 * 4096, "mb": pytest.approx(0.36)}
     assert result["auxiliaries"]["lora"]["parameters"] == sum(entry["parameters"] for entry in result["linears"])
-    assert result["clean_states_mb"] == pytest.approx(10 * 512 * 4096 * 2 / 1e6, abs=1e-3)
-    assert "model.layers.0-9.mlp.down_proj" in shown
+    assert result["clean_states_mb"] == pytest.approx(11 * 512 * 4096 * 2 / 1e6, abs=1e-3)
+    assert "model.layers.0-10.mlp.down_proj" in shown
 
 
 def test_inspect_fits_on_a_screen(tmp_path: Path) -> None:
