@@ -125,7 +125,5 @@ class ForwardPass:
     leave_after: int = 0
     quiet_tail: bool = False
     gate: Gate = field(default_factory=Gate)
-    anchor: Tensor = field(
-        default_factory=lambda: torch.zeros((), dtype=torch.float32, device="cpu", requires_grad=True)
-    )
+    anchor: Tensor = field(default_factory=_anchor)
     record: Record = field(default_factory=Record)

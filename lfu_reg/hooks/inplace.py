@@ -9,11 +9,6 @@ from __future__ import annotations
 from torch import Tensor
 
 
-def version_of(tensor: Tensor) -> int:
-    """How often a tensor was written to; 0 for what inference_mode made, which cannot be written outside of it."""
-    return 0 if tensor.is_inference() else tensor._version
-
-
 class WriteWatch:
     """Watches one output from now on, without keeping its memory alive: checkpointed blocks free theirs at once.
 

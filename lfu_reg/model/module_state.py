@@ -14,9 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lfu_reg.model.patching import ABSENT
 from lfu_reg.model.tables import CONTAINERS, DEEPEST, collect, copied, holds, put
-
-ABSENT: Any = object()
 
 # Attributes that every module has are no notes of its own, but for buffers and hooks.
 _EVERYBODYS = frozenset(vars(nn.Module()))

@@ -203,6 +203,9 @@ class AttachedModel:
 
     def compare_with_loss(self, turn: int, batch: Iterable[Tensor]) -> None:
         """Have the coming backward look, where that is due, whether the loss ignores positions that count."""
+        self.hooks.last_gradient = None
+        if self._on_logits or not self._diagnostics.is_due(turn):
+            return
         shapes = Counter(tuple(tensor.shape) for tensor in batch if tensor.dtype in (torch.int64, torch.int32))
         # Inputs and targets of one shape; a classifier may well look at one position only.
         targets = [shape for shape, number in shapes.items() if number > 1]
@@ -214,8 +217,7 @@ class AttachedModel:
                 if 0 < ignored < counted:
                     self._diagnostics.warn_once("no mask", COUNTED_BUT_IGNORED.format(ignored=ignored, counted=counted))
 
-        wanted = targets and self._diagnostics.is_due(turn) and not self._on_logits
-        self.hooks.last_gradient = LastGradient(look) if wanted else None
+        self.hooks.last_gradient = LastGradient(look) if targets else None
 
     def check_perturbed(self, perturbed: ForwardPass, clean: ForwardPass, samples: Tensor | None) -> None:
         """Look at pass 2: whether the same ran as in pass 1.
