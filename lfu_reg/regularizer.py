@@ -58,8 +58,8 @@ class LfURegularizer(Controls):
         model: any module. Wrap it (PEFT, DDP, FSDP, compile) before or after.
         auxiliary: theta_aux: "lora", "steering", "weights", "random" or an `Auxiliary` object.
         layers: K, the layers whose hidden states are compared and (but for "weights") perturbed; see `choose_layers`.
-        strength: how long the gradient of lam * l_cons is, in lengths of that of l_SFT; sets lam at each step. A number
-            or a callable of the step number, as are the next two. None: 1, where lam is not given.
+        strength: length of the gradient of lam * l_cons in lengths of that of l_SFT; sets lam. As the next two a number
+            or a callable of the step number. None: 1, where lam is not given.
         alpha: length of the ascent step (Eq. 2). None: what `displacement` asks for; the paper's value beside lam.
         lam: lambda, the weight of the consistency term (Eq. 6), instead of `strength`.
         displacement: relative length ||h' - h|| / ||h|| that alpha is set for; more where rounding is coarser.
@@ -74,7 +74,8 @@ class LfURegularizer(Controls):
         ascent_steps: steps toward the undesirable, each with a call of `sft_loss_fn` of its own after the first.
         every: apply the regularizer at every k-th step only.
         batch_fraction: part of the samples that pass 2 runs on, drawn at random: an unbiased estimate for less time.
-        strategy: "released", "retained" (see `step/gradients.py`) or "auto": released where it can work.
+        strategy: "released", "retained" (see `step/gradients.py`), "auto": released where it can work, or "one-backward"
+            (see `step/one_backward.py`).
         leave_early: whether pass 2 leaves your code after the last chosen layer: "auto" where nothing but a return is
             cut off, True always, False never.
         seed: of LoRA's A, random directions and drawn samples. None: torch's initial seed.
@@ -190,13 +191,13 @@ class LfURegularizer(Controls):
             with passes.second(samples) as h_prime:
                 l_cons, distances = consistency(self.distance, h, h_prime, samples, settings)
                 strength.moved = displacement(h, h_prime, samples) if strength.is_due else None
-                weighted = passes.backward(l_cons)
+                passes.backward(l_cons)
             # l_SFT + lam * l_cons (Eq. 6).
             loss = passes.total()
-            empty = passes.clean.record.is_empty()
-            look = strength.look(tokens_count=not empty, sensible_alpha=lambda: passes.find_alpha(samples))
+            weighted = strength.lam * l_cons.detach()
+            progress.empty_steps += (empty := passes.clean.record.is_empty())
+            look = strength.look(tokens_count=not empty, sensible_alpha=lambda: passes.sensible_alpha(samples))
             diagnostics.watch(progress.step // settings.every, sft_loss, weighted, gradient_norm, look)
-        progress.empty_steps += empty
         terms = {"loss": loss, "sft_loss": sft_loss, "consistency_loss": l_cons, "ascent_grad_norm": gradient_norm}
         self.metrics = metrics.regularized_step(terms, h, distances, progress, strength)
         return loss

@@ -67,7 +67,7 @@ class OneBackward:
         carriers = [(state, g) for state, g in zip(h, found, strict=True) if g is not None and state.requires_grad]
         whole = self._compare(carriers) if strength.compares and strength.may_compare and carriers else None
         lam = strength.weigh(whole, None, self._sft_loss.device)
-        self._carried = _carry(lam * l_cons.detach(), lam, carriers)
+        self._carried = _carry((lam * l_cons.detach()).to(l_cons.dtype), lam, carriers)
 
     def total(self) -> Tensor:
         """l_SFT + lam * l_cons, with pass 1's graph."""

@@ -31,6 +31,10 @@ class Released:
         self._shared: SharedBackward | None = None
         self._float16, self._scale = False, 1.0
         self._gradients: dict[int, tuple[Tensor, Tensor | None]] = {}
+        self._strength: StepStrength | None = None  # of the step, once pass 2 has run
+        self._l_cons = self._value
+        self._perturbed: Pairs = ()
+        self._perturbed_scale = 1.0
 
     def backward_clean(
         self, sft_loss: Tensor, leaves: list[Tensor], clean: ForwardPass, shared: SharedBackward | None
@@ -54,12 +58,26 @@ class Released:
         return down_to_components(sft_loss, fwd, self._auxiliary, self._scales.ascent, self._trained, float16=True)
 
     def backward_perturbed(self, l_cons: Tensor, strength: StepStrength) -> None:
-        """A second backward, added lam times to the first."""
-        pairs: Pairs = []
-        scale = 1.0
+        """A second backward; what it brings waits for lam."""
+        self._strength, self._l_cons = strength, l_cons.detach()
         if l_cons.requires_grad:
-            pairs, scale = self._differentiate(l_cons, leaves_of(l_cons), self._scales.perturbed)
-        pairs, at_cut = self._without_start(pairs)
+            self._perturbed, self._perturbed_scale = self._differentiate(
+                l_cons, leaves_of(l_cons), self._scales.perturbed
+            )
+
+    def total(self) -> Tensor:
+        """The loss that hands both terms' gradients over: the second's times lam, which may follow from both."""
+        strength, self._strength = self._strength, None
+        if strength is not None:
+            self._weigh(strength)
+        shared, self._shared = self._shared, None
+        if shared is not None:
+            self._add(self._below(shared.backward), 1.0)
+        return returned_loss(self._value, self._gradients.values(), self._scale)
+
+    def _weigh(self, strength: StepStrength) -> None:
+        pairs, at_cut = self._without_start(self._perturbed)
+        scale = self._perturbed_scale
         whole = above = None
         if strength.compares:
             above = self._compare(self._gradients.values(), pairs, scale, with_product=strength.is_due)
@@ -68,21 +86,14 @@ class Released:
             elif strength.is_due or above is None:
                 first, second = self._both_below(at_cut)
                 at_cut = None
-                together = [*self._gradients.values(), *first], [*pairs, *second]
-                whole = self._compare(*together, scale, with_product=True)
+                pairs = [*pairs, *second]
+                whole = self._compare([*self._gradients.values(), *first], pairs, scale, with_product=True)
                 self._add(first, 1.0)
-                pairs = together[1]
         lam = strength.weigh(whole, above, self._value.device)
         self._add(pairs, scale, lam)
         if self._shared is not None and at_cut is not None:
             self._shared.collect(at_cut * _on(lam, at_cut))
-        self._value = self._value + (lam * l_cons.detach()).to(self._value)
-
-    def total(self) -> Tensor:
-        """The loss that hands both terms' gradients over."""
-        if self._shared is not None:
-            self._add(self._below(self._shared.backward), 1.0)
-        return returned_loss(self._value, self._gradients.values(), self._scale)
+        self._value = self._value + (lam * self._l_cons).to(self._value)
 
     def _without_start(self, pairs: Pairs) -> tuple[list[tuple[Tensor, Tensor | None]], Tensor | None]:
         """The pairs of pass 2 but for the leaf that it started from, and that one's gradient."""

@@ -70,7 +70,8 @@ class Retained:
                 parts.append((together(list(zip(self._trained, found, strict=True)), written), used))
             (first, one), (second, other) = parts
             whole = compare(first, second, self._trained, scales=(one, other), with_product=True)
-        self._consistency_term = strength.weigh(whole, None, self._sft_loss.device) * l_cons
+        lam = strength.weigh(whole, None, self._sft_loss.device)
+        self._consistency_term = (lam * l_cons).to(l_cons.dtype)
 
     def total(self) -> Tensor:
         """The plain sum."""
