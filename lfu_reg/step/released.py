@@ -79,16 +79,17 @@ class Released:
         pairs, at_cut = self._without_start(self._perturbed)
         scale = self._perturbed_scale
         whole = above = None
-        if strength.compares:
-            above = self._compare(self._gradients.values(), pairs, scale, with_product=strength.is_due)
-            if self._shared is None:
-                whole, above = above, None
-            elif strength.is_due or above is None:
+        if strength.compares and self._shared is not None:
+            # What arrives at the cut stands for what lies below it, until that is measured again.
+            cut, arrived = self._shared.arrived
+            both = [*self._gradients.values(), (cut, arrived)], [*pairs, (cut, at_cut)]
+            above = self._compare(*both, scale, cut, with_product=False)
+            if strength.is_due or self._shared.is_small:
                 first, second = self._both_below(at_cut)
-                at_cut = None
-                pairs = [*pairs, *second]
-                whole = self._compare([*self._gradients.values(), *first], pairs, scale, with_product=True)
                 self._add(first, 1.0)
+                at_cut, pairs = None, [*pairs, *second]
+        if strength.compares and self._shared is None:
+            whole = self._compare(self._gradients.values(), pairs, scale, with_product=strength.is_due)
         lam = strength.weigh(whole, above, self._value.device)
         self._add(pairs, scale, lam)
         if self._shared is not None and at_cut is not None:
@@ -113,8 +114,11 @@ class Released:
             pairs = backward()
         return [*pairs, *written]
 
-    def _compare(self, first: Iterable[Pair], second: Iterable[Pair], scale: float, **kind: bool) -> Comparison | None:
-        return compare(first, second, self._trained, scales=(self._scale, scale), **kind)
+    def _compare(
+        self, first: Iterable[Pair], second: Iterable[Pair], scale: float, *beside: Tensor, with_product: bool
+    ) -> Comparison | None:
+        trained = [*self._trained, *beside] if self._trained else ()
+        return compare(first, second, trained, scales=(self._scale, scale), with_product=with_product)
 
     def _differentiate(
         self, loss: Tensor, leaves: list[Tensor], scale: LossScale, clean: ForwardPass | None = None

@@ -53,7 +53,7 @@ class Strength:
         self.figures: dict[str, Tensor] = {}
         self.alpha: float | None = None  # what the displacement asks for, once it is known
         self.ratio: Tensor | None = None  # |grad l_cons| / |grad l_SFT| when it was last known
-        self.correction: Tensor | None = None  # from that ratio above the shared part to that of everything
+        self.correction: Tensor | None = None  # from that ratio at and above the shared part to that of everything
         self.seen = 0  # how many of the first regularized steps there have been
 
     def at(self, step: int) -> StepStrength:
@@ -78,12 +78,15 @@ class Strength:
         ratios = (figures[1:6:3] / figures[0:6:3]).sqrt()  # over everything, above the shared part
         measured = figures[0:6:3] + figures[1:6:3] > 0
         one = torch.ones_like(ratios[0])
-        correction = one if self.correction is None else self.correction.to(one)
-        correction = torch.where(measured.all(), ratios[0] / ratios[1], correction)
+        before = self.correction
+        correction = one if before is None else before.to(one)
+        found = ratios[0] / ratios[1]  # differs from batch to batch
+        found = found if before is None else (found * correction).sqrt()
+        correction = torch.where(measured.all(), found, correction)
         self.correction = torch.where(torch.isfinite(correction), correction, one)
         ratio = torch.where(measured[0], ratios[0], ratios[1] * self.correction)  # NaN where nothing was measured
-        before = ratio if self.ratio is None else self.ratio.to(one)
-        self.ratio = torch.where(torch.isfinite(ratio) & (ratio > 0), ratio, before)
+        known = ratio if self.ratio is None else self.ratio.to(one)
+        self.ratio = torch.where(torch.isfinite(ratio) & (ratio > 0), ratio, known)
         return torch.where(measured.any(), ratio, self.ratio)
 
 
@@ -148,7 +151,8 @@ class StepStrength:
 
         Args:
             whole: over all trained parameters, None where that was not measured.
-            above: over those above the shared part of the graph, None where nothing is shared.
+            above: over those above the shared part of the graph, and what arrives at its border; None where nothing is
+                shared.
             device: of the figures.
 
         Raises:
