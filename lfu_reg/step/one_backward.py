@@ -50,7 +50,7 @@ class OneBackward:
         self, sft_loss: Tensor, leaves: list[Tensor], clean: ForwardPass, shared: SharedBackward | None
     ) -> float:
         """None; the caller's backward brings the next step's direction."""
-        self._sft_loss, self._gate = sft_loss, clean.gate
+        self._sft_loss, self._gate, self._saves_elsewhere = sft_loss, clean.gate, clean.record.saves_elsewhere
         self._gate.is_open = True
         self._auxiliary.collect_later()
         return 1.0
@@ -75,7 +75,7 @@ class OneBackward:
 
     def _compare(self, carriers: Sequence[tuple[Tensor, Tensor]]) -> Comparison | None:
         """Both terms' gradients, each by a backward of its own."""
-        if not self._trained or reenters(self._sft_loss):
+        if not self._trained or self._saves_elsewhere or reenters(self._sft_loss):
             return None
         self._gate.is_open = False
         terms = self._sft_loss, _carry(self._sft_loss.detach() * 0, 1.0, carriers)

@@ -81,7 +81,8 @@ class Passes(SecondPass):
             self._progress.direction.collect(auxiliary)
         auxiliary.reset(generators)
         try:
-            with attached.hooks.installed(stay=anything_is_compiled(self._sft.model)):
+            twice = graphs_for_two_backwards(self._strategy.keeps_graph or self._strength.compares)
+            with twice, attached.hooks.installed(stay=anything_is_compiled(self._sft.model)):
                 yield
         finally:
             attached.reused.forget()
@@ -112,7 +113,6 @@ class Passes(SecondPass):
         since = now()
         with (
             checkpoints.noted() as noted,
-            graphs_for_two_backwards(self._strategy.keeps_graph),
             attached.wrappers.must_run(sft.model, attached.model, lambda: bool(clean.record.states)),
             attached.reused.recording(clean, reuse),
             hooks.run(clean),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -66,7 +67,7 @@ class Retained:
             parts = []
             for loss, scale in ((self._sft_loss, self._scales.clean), (l_cons, self._scales.perturbed)):
                 with grad_set_aside(self._trained) as written:
-                    found, used = scale.gradients(loss, self._trained, float16=self._float16, keep_graph=True)
+                    found, used = copy(scale).gradients(loss, self._trained, float16=self._float16, keep_graph=True)
                 parts.append((together(list(zip(self._trained, found, strict=True)), written), used))
             (first, one), (second, other) = parts
             whole = compare(first, second, self._trained, scales=(one, other), with_product=True)
