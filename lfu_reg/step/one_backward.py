@@ -44,6 +44,9 @@ class OneBackward:
     def __init__(self, auxiliary: Auxiliary, trained: Sequence[Tensor]) -> None:
         self._auxiliary, self._trained = auxiliary, trained
         self._sft_loss = self._carried = torch.zeros((), device="cpu")
+        self._strength: StepStrength | None = None  # of the step, once pass 2 has run
+        self._l_cons = self._carried
+        self._carriers: list[tuple[Tensor, Tensor]] = []  # h_l, and the gradient of l_cons that it is to carry
         self.states: list[tuple[Tensor, Tensor]] = []  # h_l in pass 1's graph, and h'_l
 
     def backward_clean(
@@ -64,13 +67,18 @@ class OneBackward:
         h = [state for state, _ in self.states]
         h_prime = [leaf for _, leaf in self.states]
         found = torch.autograd.grad(l_cons, h_prime, allow_unused=True) if l_cons.requires_grad else (None,) * len(h)
-        carriers = [(state, g) for state, g in zip(h, found, strict=True) if g is not None and state.requires_grad]
-        whole = self._compare(carriers) if strength.compares and strength.may_compare and carriers else None
-        lam = strength.weigh(whole, None, self._sft_loss.device)
-        self._carried = _carry((lam * l_cons.detach()).to(l_cons.dtype), lam, carriers)
+        pairs = zip(h, found, strict=True)
+        self._carriers = [(state, g) for state, g in pairs if g is not None and state.requires_grad]
+        self._strength, self._l_cons = strength, l_cons.detach()
 
     def total(self) -> Tensor:
         """l_SFT + lam * l_cons, with pass 1's graph."""
+        strength, self._strength = self._strength, None
+        if strength is not None:
+            carriers = self._carriers
+            whole = self._compare(carriers) if strength.compares and strength.may_compare and carriers else None
+            lam = strength.weigh(whole, None, self._sft_loss.device)
+            self._carried = _carry((lam * self._l_cons).to(self._l_cons.dtype), lam, carriers)
         return self._sft_loss + self._carried.to(self._sft_loss.device)
 
     def _compare(self, carriers: Sequence[tuple[Tensor, Tensor]]) -> Comparison | None:
