@@ -55,6 +55,7 @@ class SecondPass:
     _shared: SharedBackward | None = None
     _start: Tensor | None = None  # what pass 2 starts from where nothing below is differentiated with it
     _failure: str | None = None  # why pass 2 cannot begin where pass 1 did
+    _tries = False  # whether pass 2 is run for alpha alone, without a backward
     _runs_whole = False  # whether pass 2 has to run to its end, with all of its graph
 
     def total(self) -> Tensor:
@@ -85,13 +86,14 @@ class SecondPass:
 
         Ranks whose forward passes communicate take the first guess, and come nearer from step to step.
         """
-        alpha, h = self._strength.alpha, self.clean.record.states
+        alpha, h, self._tries = self._strength.alpha, self.clean.record.states, True
         for _ in range(0 if self.engine.in_lockstep else TRIES):
             with self.second(samples) as h_prime:
                 factor = self._strength.factor(float(relative_distance(h, h_prime, samples)))
             if 1 / CLOSE < factor < CLOSE or not self._auxiliary.rescale(factor):
                 break
             alpha *= factor
+        self._tries = False
         return alpha
 
     def sensible_alpha(self, samples: Tensor | None) -> float:
@@ -176,7 +178,8 @@ class SecondPass:
         with ExitStack() as inner:
             inner.enter_context(self._again(but_blocks=bool(answers)))
             inner.enter_context(attached.hooks.run(perturbed))
-            with attached.hooks.recording(), nothing_saved() if settings.is_one_backward else nullcontext():
+            without_graph = settings.is_one_backward or (self._tries and self.clean.record.saves_elsewhere)
+            with attached.hooks.recording(), nothing_saved() if without_graph else nullcontext():
                 self._sft.repeat(samples, record.batch_size)
             stack.push(inner.pop_all())
         return perturbed
