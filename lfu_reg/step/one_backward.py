@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lfu_reg.auxiliaries import Auxiliary
 from lfu_reg.hooks.forward_pass import ForwardPass
+from lfu_reg.model.compile import allows_one_backward
 from lfu_reg.model.graph import grad_set_aside, reenters
 from lfu_reg.step.comparison import Comparison, compare
 from lfu_reg.step.float16 import LossScale
@@ -92,6 +93,10 @@ class OneBackward:
                 first, second = (
                     LossScale().gradients(term, self._trained, float16=False, keep_graph=True)[0] for term in terms
                 )
+        except RuntimeError as error:
+            if allows_one_backward(error):
+                return None
+            raise
         finally:
             self._gate.is_open = True
         sft, consistency = (zip(self._trained, found, strict=True) for found in (first, second))

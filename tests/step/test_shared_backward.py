@@ -615,3 +615,22 @@ def test_a_model_that_changes_its_way() -> None:
             loss = reg(model, case.batch(), case.loss)
         assert counts["blocks.0"] == (2 if mixed else 1)
         loss.backward()
+
+
+@shares
+@pytest.mark.parametrize("name", ["steering", "lora"])
+def test_a_compiled_part_that_allows_one_backward(name: str) -> None:
+    """Compiled and used before the first step: what is shared is gone through once, and its share is estimated."""
+    torch.compiler.reset()
+    found = []
+    for compiled in (True, False):
+        model, case = seeded(PlainLM), lm_case(PlainLM)
+        if compiled:
+            for block in model.blocks:
+                block.up.compile(backend="aot_eager")
+            case.loss(model, case.batch()).backward()
+            model.zero_grad()
+        with LfURegularizer(model, auxiliary(name), alpha=0.05, lam=0.7, layers=[1, 2], seed=1) as reg:
+            reg(model, case.batch(), case.loss).backward()
+        found.append(gradients_of(model))
+    assert_same_gradients(*found)
