@@ -36,12 +36,10 @@ class Gap:
     mean: float
     margin: float
 
-    @property
-    def seeds_to_tell(self) -> int | None:
-        """Seeds after which a difference such as this one would show; None for one seed."""
-        if len(self.values) < 2 or not self.mean:
-            return None
-        return max(2, math.ceil((2 * stdev(self.values) / self.mean) ** 2) + 1)
+    def seeds_to_tell(self, looked_at: int) -> int | None:
+        """Seeds after which a difference of this size and spread would show; None if a hundred do not suffice."""
+        spread = stdev(self.values)
+        return next((n for n in range(2, 101) if abs(self.mean) > half_width(spread, n, looked_at)), None)
 
 
 def forgotten(point: Mapping[str, Any], base: Mapping[str, Any]) -> float:
@@ -94,12 +92,14 @@ def gaps(rows: Sequence[Mapping[str, Any]], base: Mapping[str, Any]) -> list[Gap
 
 def margin(values: Sequence[float], looked_at: int) -> float:
     """Half the width of Student's confidence interval of a mean, by Bonferroni's rule if several are looked at."""
-    if len(values) < 2:
-        return math.inf
+    return half_width(stdev(values), len(values), looked_at) if len(values) > 1 else math.inf
+
+
+def half_width(spread: float, count: int, looked_at: int) -> float:
+    """Of the interval for the mean of `count` values with this standard deviation."""
     from scipy.stats import t
 
-    quantile = float(t.ppf(1 - (1 - CONFIDENCE) / (2 * looked_at), len(values) - 1))
-    return quantile * stdev(values) / math.sqrt(len(values))
+    return float(t.ppf(1 - (1 - CONFIDENCE) / (2 * looked_at), count - 1)) * spread / math.sqrt(count)
 
 
 def cost(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> float:

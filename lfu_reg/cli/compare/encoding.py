@@ -23,14 +23,19 @@ class Tokens:
     start: int
 
 
-def encode(row: Row, tokenizer: Any) -> Tokens:
-    """Token ids of a row: a chat in the model's template, or the prompt with the answer and the end token behind it.
+def encode(row: Row, tokenizer: Any, *, ends: bool = True) -> Tokens:
+    """Token ids of a row: a chat in the model's template, or the prompt with the answer behind it.
+
+    Args:
+        row: to be encoded.
+        tokenizer: of the model.
+        ends: whether the end token follows the answer of a row that is no chat.
 
     Raises:
         Unusable: for a chat that the tokenizer's template does not take, or has none for.
     """
     if isinstance(row.prompt, str):
-        return _joined(row.prompt, row.answer, tokenizer)
+        return _joined(row.prompt, row.answer, tokenizer, ends)
     if getattr(tokenizer, "chat_template", None):
         before, after = _in_template(row.prompt, row.answer, tokenizer)
         prompt = tokenizer(before, add_special_tokens=False)["input_ids"]
@@ -41,15 +46,15 @@ def encode(row: Row, tokenizer: Any) -> Tokens:
             "messages: the model's tokenizer has no chat template. Give rows with prompt/completion, whose text is "
             "taken as it is, or a model that was tuned for chats."
         )
-    return _joined(f"{row.asked}\n", row.answer, tokenizer)
+    return _joined(f"{row.asked}\n", row.answer, tokenizer, ends)
 
 
-def _joined(before: str, after: str, tokenizer: Any) -> Tokens:
+def _joined(before: str, after: str, tokenizer: Any, ends: bool) -> Tokens:
     end = tokenizer.eos_token_id
     prompt = tokenizer(before)["input_ids"]
     prompt = prompt[:-1] if prompt and prompt[-1] == end else prompt
     answer = tokenizer(after, add_special_tokens=False)["input_ids"]
-    return Tokens((*prompt, *answer, end), len(prompt))
+    return Tokens((*prompt, *answer, *[end] * ends), len(prompt))
 
 
 def _in_template(turns: tuple[Message, ...], answer: str, tokenizer: Any) -> tuple[str, str]:

@@ -75,7 +75,7 @@ def read_kept(file: Path, tokenizer: Any, tokens: int, count: int) -> Kept:
     """
     if is_rows(file):
         rows = read_rows("--keep", file).rows
-        encoded = (encode(row, tokenizer) for row in rows)
+        encoded = (encode(row, tokenizer, ends=False) for row in rows)
         sequences = list(islice((one for one in encoded if len(one.ids) <= tokens), count))
         if not sequences:
             raise Unusable(f"--keep {file}: no row has at most {tokens} tokens. Give --tokens a larger number.")

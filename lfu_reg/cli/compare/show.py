@@ -52,7 +52,7 @@ def _table(rows: Sequence[Row], base: Row) -> Table:
     columns = ["", "seeds", "x SFT", "MB", "held-out loss", "tokens right", "answers right"]
     columns += [*(f"{name} loss" for name in parts), "KL to base", "forgotten"]
     for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
+        table.add_column(column, justify="left" if number == 0 else "right", no_wrap=number == 0, overflow="fold")
     table.add_row("base model", "", "", "", *_scores([base], base), end_section=True)
     best = best_rate(rows)
     settings = {Run.of(row).setting: row for row in rows if row["points"]}

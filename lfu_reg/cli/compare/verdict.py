@@ -63,23 +63,22 @@ def _answer(found: Sequence[Gap], rows: Sequence[Row]) -> str:
             f"nats {direction} than SFT's own curve where SFT learns as well."
         )
     among = f"{seeds} seeds" + (f", {len(found)} settings looked at" if len(found) > 1 else "")
-    interval = f"{best.mean:+.3f} ± {best.margin:.3f} nats ({among})"
+    interval = f"{abs(best.mean):.3f} ± {best.margin:.3f} nats {'less' if best.mean > 0 else 'more'} ({among})"
     if best.mean > best.margin:
-        ratio = cost(best.row, rows)
         return (
-            f"LfU adds something: {name}, forgets less than SFT at any rate and scale that learns as well, by "
-            f"{interval}, at {ratio:.2f} times the cost of a step."
+            f"LfU adds something: {name}, forgets {interval} than SFT at any rate and scale that learns as well, at "
+            f"{cost(best.row, rows):.2f} times the cost of a step."
         )
     if all(gap.mean < -gap.margin for gap in found):
         return (
-            f"LfU adds nothing: SFT forgets less where it learns as well. LfU's best setting, {name}, is off SFT's "
-            f"curve by {interval}."
+            f"LfU adds nothing: SFT forgets less where it learns as well. LfU's best setting, {name}, forgets "
+            f"{interval} than SFT's own curve."
         )
-    more = best.seeds_to_tell
-    advice = f" A difference of this size would show with about {more} seeds (--seeds {more})." if more else ""
+    more = best.seeds_to_tell(len(found))
+    advice = f" A difference like this would show with about {more} seeds (--seeds {more})." if more else ""
     return (
-        f"No difference that {seeds} seeds can tell: LfU's best setting, {name}, is off SFT's curve by {interval}."
-        f"{advice}"
+        f"No difference that {seeds} seeds can tell: LfU's best setting, {name}, forgets {interval} than SFT's own "
+        f"curve.{advice}"
     )
 
 
