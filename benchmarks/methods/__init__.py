@@ -5,10 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+from methods.asft import ASFT
 from methods.base import SFT, Method
+from methods.dft import DFT
+from methods.eaft import EAFT
 from methods.ema import EMA
+from methods.extra_gradient import ExtraGradient
 from methods.feature_norms import FeatureNorm
+from methods.flow import FLOW
 from methods.gem import GEM
+from methods.grids import GRIDS
 from methods.instruction_modelling import InstructionModelling
 from methods.kl_to_base import KLToBase
 from methods.l2_sp import L2SP
@@ -17,8 +23,12 @@ from methods.neftune import NEFTune
 from methods.r_drop import RDrop
 from methods.sam import SAM
 from methods.sdft import self_distilled
+from methods.steering_only import SteeringOnly
+from methods.stm import STM
+from methods.talr import TALR
+from methods.wise_ft import WiSEFT
 
-__all__ = ["METHODS", "SFT", "Method", "self_distilled"]
+__all__ = ["GRIDS", "METHODS", "SFT", "Method", "self_distilled"]
 
 # Every entry takes the model and its hyperparameters by keyword.
 METHODS: dict[str, Callable[..., Method]] = {
@@ -33,6 +43,18 @@ METHODS: dict[str, Callable[..., Method]] = {
     "r-drop": RDrop,
     "kl-to-base": KLToBase,
     "l2-sp": L2SP,
+    "wise-ft": WiSEFT,
+    "dft": DFT,
+    "asft": ASFT,
+    "eaft": EAFT,
+    "talr": TALR,
+    "stm": STM,
+    "flow": FLOW,
     "lfu": LfU,
     "logit-kl": partial(LfU, distance="logit_kl"),
+    # Controls for what LfU does.
+    "lfu-negative": partial(LfU, flavour="negative-steering"),
+    "extra-gradient": ExtraGradient,
+    "extra-random-gradient": partial(ExtraGradient, flavour="random-steering"),
+    "steering-only": SteeringOnly,
 }

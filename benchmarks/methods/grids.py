@@ -1,0 +1,28 @@
+"""Strengths that are worth trying, method by method, from weak to strong; the learning rate is to be tuned with each.
+
+A method that is missing here has no strength of its own: its only dial is the learning rate (DFT, EAFT, TALR), or its
+grid is in `evidence.grids`. Every grid has the paper's value where the paper has one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+_RHOS: tuple[dict[str, Any], ...] = ({"rho": 0.3}, {"rho": 1.0}, {"rho": 3.0})
+
+GRIDS: dict[str, tuple[dict[str, Any], ...]] = {
+    # Table 3 of the paper tries 1.5 to 1000, and 2.5 is its choice.
+    "stm": ({"threshold": 10.0}, {"threshold": 2.5}, {"threshold": 1.5}),
+    # Multiples of the median loss, which is the paper's choice.
+    "flow": ({"temperature": 2.0}, {"temperature": 1.0}, {"temperature": 0.5}),
+    # The authors' example has 0.05.
+    "asft": ({"weight": 0.02}, {"weight": 0.05}, {"weight": 0.2}),
+    "kl-to-base": ({"weight": 0.01}, {"weight": 0.1}, {"weight": 1.0}),
+    "l2-sp": ({"weight": 0.001}, {"weight": 0.01}, {"weight": 0.1}),
+    # Costs no training of its own: `WiSEFT.scale_to` serves all of them after one run.
+    "wise-ft": ({"scale": 0.9}, {"scale": 0.7}, {"scale": 0.5}),
+    # Controls. LfU's useful range of rho lies between 0.3 and 3; alpha and lam of the steering flavour.
+    "extra-gradient": _RHOS,
+    "extra-random-gradient": _RHOS,
+    "lfu-negative": ({"alpha": 0.1, "lam": 0.1}, {"alpha": 0.1, "lam": 1.0}, {"alpha": 0.3, "lam": 1.0}),
+}
