@@ -36,7 +36,7 @@ class BaseLosses:
             for batch in batches:
                 found = predictions(base, batch, sft_loss_fn)
                 counts = found.samples.bincount(minlength=len(batch["labels"])).tolist()
-                self._losses.update(zip(_keys(batch), token_losses(found).split(counts), strict=True))
+                self._losses.update(zip(_keys(batch), torch.split(token_losses(found), counts), strict=True))
         self._start = None
 
     def all(self) -> list[Tensor]:

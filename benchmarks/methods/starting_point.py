@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,7 +22,7 @@ class StartingPoint:
         self._copy = None if hasattr(model, "disable_adapter") else copy.deepcopy(model).requires_grad_(False).eval()
 
     @contextmanager
-    def of(self, model: nn.Module) -> Iterator[nn.Module]:
+    def of(self, model: Any) -> Iterator[nn.Module]:
         """The starting point, in eval mode and without gradients; `model` is as before afterwards."""
         with torch.no_grad():
             if self._copy is not None:

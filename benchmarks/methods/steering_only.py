@@ -35,7 +35,7 @@ class SteeringOnly(Method):
         return sft_loss_fn(model, batch)
 
 
-def _steer(block: nn.Module, args: Any, output: Any) -> Any:
+def _steer(block: Any, args: Any, output: Any) -> Any:
     """A block's output with its vector added."""
     steered = hidden_state(output) + block.steering_vector
     return steered if isinstance(output, Tensor) else (steered, *output[1:])

@@ -130,7 +130,7 @@ def test_flow(temperature: float) -> None:
     method.prepare([data, OTHER], seen_loss)
     got = method(model, data, seen_loss)
     rows = [losses_by_sample(base(), part) for part in (data, OTHER)]
-    means = [[statistics.fmean(map(float, row)) for row in part] for part in rows]
+    means = [[statistics.fmean(float(x.detach()) for x in row) for row in part] for part in rows]
     tau = temperature * statistics.median([x for part in means for x in part])
     want = weighted(
         model, data, [[math.exp(-mean / tau)] * len(row) for mean, row in zip(means[0], rows[0], strict=True)]
@@ -141,7 +141,7 @@ def test_flow(temperature: float) -> None:
 
 def test_stm() -> None:
     model, data = make(), batch()
-    surprise = sorted(math.exp(float(x)) for row in losses_by_sample(base(), data) for x in row)
+    surprise = sorted(math.exp(float(x.detach())) for row in losses_by_sample(base(), data) for x in row)
     threshold = (surprise[len(surprise) // 2] + surprise[len(surprise) // 2 - 1]) / 2
     method = METHODS["stm"](model, threshold=threshold)
     method.prepare([OTHER, data], seen_loss)
