@@ -13,8 +13,8 @@ from typing import Any
 _RHOS: tuple[dict[str, Any], ...] = ({"rho": 0.3}, {"rho": 1.0}, {"rho": 3.0})
 
 GRIDS: dict[str, tuple[dict[str, Any], ...]] = {
-    # From Table 3 of the paper, which keeps 76 % of the tokens at its choice of 2.5. A base model that the data surprises
-    # more keeps fewer: 3.6 % of GSM8K's by the text model of the evidence.
+    # From Table 3 of the paper, which keeps 76 % of the tokens at its choice of 2.5. A base model that is more surprised
+    # by the data keeps fewer: the text model of the evidence 3.6 % of 64 GSM8K examples.
     "stm": ({"threshold": 1000.0}, {"threshold": 25.0}, {"threshold": 2.5}),
     # Multiples of the median loss, which is the paper's choice.
     "flow": ({"temperature": 2.0}, {"temperature": 1.0}, {"temperature": 0.5}),
