@@ -10,7 +10,6 @@ from methods.base import SFT, Method
 from methods.dft import DFT
 from methods.eaft import EAFT
 from methods.ema import EMA
-from methods.extra_gradient import ExtraGradient
 from methods.feature_norms import FeatureNorm
 from methods.flow import FLOW
 from methods.gem import GEM
@@ -52,9 +51,12 @@ METHODS: dict[str, Callable[..., Method]] = {
     "flow": FLOW,
     "lfu": LfU,
     "logit-kl": partial(LfU, distance="logit_kl"),
-    # Controls for what LfU does.
+    # Controls for what LfU does, by steering vectors. At a strength rho a step of LfU is SFT with an extra gradient,
+    # g_SFT + rho ||g_SFT|| g_cons / ||g_cons||: these take g_cons of the ascent direction, its opposite and a random
+    # one, all at the same length. What the first and the last share is the effect of any extra gradient of hidden
+    # states; what tells them apart is what the ascent is good for. For the opposite see `OppositeDirection`.
+    "extra-gradient": partial(LfU, flavour="steering"),
     "lfu-negative": partial(LfU, flavour="negative-steering"),
-    "extra-gradient": ExtraGradient,
-    "extra-random-gradient": partial(ExtraGradient, flavour="random-steering"),
+    "extra-random-gradient": partial(LfU, flavour="random-steering"),
     "steering-only": SteeringOnly,
 }

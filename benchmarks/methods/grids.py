@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from typing import Any
 
-_RHOS: tuple[dict[str, Any], ...] = ({"rho": 0.3}, {"rho": 1.0}, {"rho": 3.0})
+_STRENGTHS: tuple[dict[str, Any], ...] = ({"strength": 0.3}, {"strength": 1.0}, {"strength": 3.0})
 
 GRIDS: dict[str, tuple[dict[str, Any], ...]] = {
-    # From Table 3 of the paper, which keeps 76 % of the tokens at its choice of 2.5. A base model that is more surprised
-    # by the data keeps fewer: the text model of the evidence 3.6 % of 64 GSM8K examples.
+    # From Table 3 of the paper, which keeps 76 % of the tokens at its choice of 2.5. A base model that the data
+    # surprises more keeps fewer: the text model of the evidence 3.6 % of 64 GSM8K examples.
     "stm": ({"threshold": 1000.0}, {"threshold": 25.0}, {"threshold": 2.5}),
     # Multiples of the median loss, which is the paper's choice.
     "flow": ({"temperature": 2.0}, {"temperature": 1.0}, {"temperature": 0.5}),
@@ -24,8 +24,8 @@ GRIDS: dict[str, tuple[dict[str, Any], ...]] = {
     "l2-sp": ({"weight": 0.001}, {"weight": 0.01}, {"weight": 0.1}),
     # Costs no training of its own: `WiSEFT.scale_to` serves all of them after one run.
     "wise-ft": ({"scale": 0.9}, {"scale": 0.7}, {"scale": 0.5}),
-    # Controls. LfU's useful range of rho lies between 0.3 and 3; alpha and lam of the steering flavour.
-    "extra-gradient": _RHOS,
-    "extra-random-gradient": _RHOS,
-    "lfu-negative": ({"alpha": 0.1, "lam": 0.1}, {"alpha": 0.1, "lam": 1.0}, {"alpha": 0.3, "lam": 1.0}),
+    # Controls.
+    "extra-gradient": _STRENGTHS,
+    "lfu-negative": _STRENGTHS,
+    "extra-random-gradient": _STRENGTHS,
 }
