@@ -83,6 +83,7 @@ class Look:
         alpha, lam: what the step ran with.
         strength: what lam follows from, None where it is fixed.
         eps: relative rounding of the hidden states.
+        tokens_count: whether any does.
         sensible_alpha: finds one for the displacement that is aimed at, by passes of its own.
     """
 
@@ -91,6 +92,7 @@ class Look:
     lam: float | Tensor
     strength: float | None
     eps: float
+    tokens_count: bool
     sensible_alpha: Callable[[], float]
 
 
@@ -130,7 +132,7 @@ class Diagnostics:
         """Take note of one step, and look at the last ones when it is due."""
         self._window.append((sft_loss, weighted, gradient_norm))
         due = self.is_due(turn)
-        if (due or turn < FIRST_LOOKS) and float(weighted):
+        if (due or turn < FIRST_LOOKS) and look.tokens_count and look.alpha:
             self._how_strong(look)
         if not due:
             return

@@ -193,9 +193,10 @@ class LfURegularizer(Controls):
                 weighted = passes.backward(l_cons)
             # l_SFT + lam * l_cons (Eq. 6).
             loss = passes.total()
-            look = strength.look(lambda: passes.find_alpha(samples))
+            empty = passes.clean.record.is_empty()
+            look = strength.look(tokens_count=not empty, sensible_alpha=lambda: passes.find_alpha(samples))
             diagnostics.watch(progress.step // settings.every, sft_loss, weighted, gradient_norm, look)
-        progress.empty_steps += passes.clean.record.is_empty()
+        progress.empty_steps += empty
         terms = {"loss": loss, "sft_loss": sft_loss, "consistency_loss": l_cons, "ascent_grad_norm": gradient_norm}
         self.metrics = metrics.regularized_step(terms, h, distances, progress, strength)
         return loss

@@ -115,10 +115,10 @@ class StepStrength:
         """What was measured last."""
         return self._strength.figures
 
-    def look(self, sensible_alpha: Callable[[], float]) -> Look:
+    def look(self, *, tokens_count: bool, sensible_alpha: Callable[[], float]) -> Look:
         """What the diagnostics look at."""
-        figures = self.figures if self.is_due or self._rho is not None else {}
-        return Look(figures, self.alpha, self.lam, self._rho, self.eps, sensible_alpha)
+        figures = self.figures if self.is_due else {}
+        return Look(figures, self.alpha, self.lam, self._rho, self.eps, tokens_count, sensible_alpha)
 
     def factor(self, relative_distance: float) -> float:
         """What alpha has to be multiplied by for the displacement that is aimed at, a hundredfold at most."""
