@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import time
 import warnings
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,7 +18,7 @@ from lfu_reg.cli.compare.loading import check_fits, load_model
 from lfu_reg.cli.compare.plan import EXACT, ONE_BACKWARD, Grid, Setting, best_rate
 from lfu_reg.cli.compare.plot import draw
 from lfu_reg.cli.compare.prepared import Prepared, prepare
-from lfu_reg.cli.compare.progress import Progress
+from lfu_reg.cli.compare.progress import Progress, in_words
 from lfu_reg.cli.compare.show import show
 from lfu_reg.cli.compare.store import Store
 from lfu_reg.cli.errors import Unusable
@@ -57,6 +59,9 @@ def compare(
     threads: Annotated[int | None, typer.Option(help="CPU threads.", min=1)] = None,
 ) -> None:
     """Whether LfU adds anything on your model and rows beyond SFT's learning rate and a scaled adapter."""
+    for needed in ("matplotlib", "scipy"):
+        if importlib.util.find_spec(needed) is None:
+            raise Unusable(f"compare needs {needed}, which is not installed: pip install 'lfu_reg[compare]'")
     plain: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
     console = Console(**plain)
     console = console if console.is_terminal else Console(width=140, **plain)
@@ -120,7 +125,7 @@ def _run(setting: Setting, grid: Grid, out: Path, console: Console) -> None:
         console.print(line, soft_wrap=True)
     pending = store.pending([*grid.sft(), *grid.lfu(best_rate(store.rows) or grid.rates[0])])
     console.print(f"{len(pending)} trainings to do, {len(store.rows)} done already; everything goes to {out}")
-    stopped = False
+    started, stopped = time.perf_counter(), False
     try:
         with Progress(console, pending, setting.steps, len(setting.scales)) as progress:
             model = load_model(setting.model, setting.dtype, setting.device)
@@ -133,6 +138,7 @@ def _run(setting: Setting, grid: Grid, out: Path, console: Console) -> None:
         summary = show(store.rows, store.base, prepared.questions, console)
         store.write_summary(summary)
         draw(store.rows, store.base["point"], out / "curves.png")
+        console.print(f"Took {in_words(time.perf_counter() - started).removeprefix('about ')}.")
         console.print(f"\nPicture: {out / 'curves.png'}; rows: {out / 'runs.jsonl'}; adapters: {out / 'adapters'}")
     if stopped:
         console.print(f"Stopped. {len(store.rows)} trainings are kept in {out}; the same command goes on from there.")

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 
 from lfu_reg.cli.compare.plan import Setting
+from lfu_reg.cli.configs import build
 from lfu_reg.cli.errors import Unusable
-from lfu_reg.cli.flops import count
 from lfu_reg.cli.memory import available_bytes
 from lfu_reg.cli.presets import PRESETS
-from lfu_reg.cli.workloads import Setting as Workload
 
 
 def check_name(name: str) -> Any:
@@ -43,15 +42,18 @@ def check_name(name: str) -> Any:
 
 
 def check_fits(setting: Setting) -> None:
-    """Raise, before anything is allocated, if a step needs more memory than there is."""
-    model, batch, tokens = setting.model, setting.batch, setting.tokens
-    counts = count(Workload(model, dtype=setting.dtype, batch=batch, tokens=tokens, device=setting.device))
+    """Raise, before anything is allocated, if the weights and the logits of a step are more than there is memory."""
+    config = check_name(setting.model)
+    with _explained(setting.model, "layers"):
+        weights = sum(p.numel() for p in build(config, setting.dtype, "meta").parameters())
+    logits = 3 * setting.batch * setting.tokens * config.get_text_config().vocab_size * 4  # with gradient and softmax
+    needed = weights * getattr(torch, setting.dtype).itemsize + logits
     available = available_bytes(setting.device)
-    if available is not None and counts.bytes_needed > available:
+    if available is not None and needed > available:
         raise Unusable(
-            f"A step of {batch} rows of {tokens} tokens needs about {counts.bytes_needed / 1e9:.1f} GB on "
-            f"{setting.device}, and {available / 1e9:.1f} GB are free. Give a smaller --batch or --tokens, --dtype "
-            "bfloat16, or a smaller model."
+            f"{setting.model} with {setting.batch} rows of {setting.tokens} tokens needs more than {needed / 1e9:.1f} "
+            f"GB on {setting.device}, and {available / 1e9:.1f} GB are free. Give a smaller --batch or --tokens, "
+            "--dtype bfloat16, or a smaller model."
         )
 
 

@@ -60,7 +60,8 @@ def prepare(setting: Setting) -> Prepared:
         raise Unusable(f"--tokens {setting.tokens}: {setting.model} has {positions} positions. Give at most that.")
     tokenizer = load_tokenizer(setting.model)
     rows, sequences, notes = _chosen(read, tokenizer, setting)
-    count = min(setting.held_out, len(rows) // 4)
+    enough = len(rows) == setting.train + setting.held_out
+    count = setting.held_out if enough else min(setting.held_out, len(rows) // 4)
     kept = tuple(read_kept(file, tokenizer, setting.tokens, setting.held_out) for file in setting.keep)
     train, held_out = sequences[count : count + setting.train], sequences[:count]
     questions = tuple((row.asked, row.answer) for row in rows[: min(count, SHOWN)])

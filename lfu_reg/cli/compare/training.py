@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from lfu_reg.cli.compare.encoding import Tokens, collate
-from lfu_reg.cli.compare.plan import Run
+from lfu_reg.cli.compare.plan import ONE_BACKWARD, Run
 from lfu_reg.cli.saved_bytes import SavedBytes
 from lfu_reg.cli.timing import Clock
 from lfu_reg.regularizer import LfURegularizer
+from lfu_reg.step.settings import StrategyName
 
 FIGURES = ("alpha", "lam", "gradient_ratio", "gradient_cosine", "relative_distance")
 
@@ -93,8 +94,8 @@ def regularizer(model: nn.Module, run: Run, auxiliary: str) -> LfURegularizer | 
     """LfU of a run; None for plain SFT."""
     if run.step is None:
         return None
-    lam = {"lora": 0.38, "steering": 0.36, "weights": 0.36}[auxiliary] * (run.strength or 0.0)
-    return LfURegularizer(model, auxiliary, alpha=0.1 if auxiliary != "steering" else 0.3, lam=lam, seed=run.seed)
+    strategy: StrategyName = "one-backward" if run.step == ONE_BACKWARD else "auto"
+    return LfURegularizer(model, auxiliary, strength=run.strength, strategy=strategy, seed=run.seed)
 
 
 def train(

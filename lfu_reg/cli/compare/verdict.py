@@ -23,7 +23,8 @@ def verdict(rows: Sequence[Row], base: Row) -> list[str]:
     """
     rate = best_rate(rows)
     if rate is None:
-        return ["Nothing can be said: no run of SFT is finished that did not diverge. Try lower --rates."]
+        tried = "all of SFT's runs diverged; try lower --rates" if rows else "no run is finished"
+        return [f"Nothing can be said: {tried}."]
     start = place(base, base)
     best = mean_place(rows, Run(rate, 0).setting, 1.0, base)
     assert best is not None
