@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 import subprocess
 import sys
 import warnings
@@ -235,3 +237,12 @@ def test_the_base_model_is_left_as_it_was() -> None:
     after = base.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_the_page_names_options_that_exist() -> None:
+    page = (Path(__file__).resolve().parents[3] / "docs" / "cli.md").read_text()
+    section = page.split("## Whether it helps")[1].split("\n## ")[0]
+    named = set(re.findall(r"--[a-z][a-z-]+", section))
+    there = {f"--{name.replace('_', '-')}" for name in inspect.signature(command.compare).parameters}
+    assert len(named) > 15
+    assert named <= there
