@@ -36,6 +36,11 @@ class Gap:
     mean: float
     margin: float
 
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON, which has no infinity."""
+        margin = self.margin if math.isfinite(self.margin) else None
+        return {"setting": self.setting, "values": self.values, "mean": self.mean, "margin": margin}
+
     def seeds_to_tell(self, looked_at: int) -> int | None:
         """Seeds after which a difference of this size and spread would show; None if a hundred do not suffice."""
         spread = stdev(self.values)
@@ -100,6 +105,11 @@ def half_width(spread: float, count: int, looked_at: int) -> float:
     from scipy.stats import t
 
     return float(t.ppf(1 - (1 - CONFIDENCE) / (2 * looked_at), count - 1)) * spread / math.sqrt(count)
+
+
+def per_step(row: Mapping[str, Any]) -> float:
+    """Seconds of a step: the median, the first left out, in which memory is counted."""
+    return median(row["step_seconds"][1:] or row["step_seconds"])
 
 
 def cost(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> float:

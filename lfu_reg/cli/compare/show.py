@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from statistics import fmean
+from statistics import fmean, median, stdev
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from lfu_reg.cli.compare.curves import cost, forgotten, gaps
+from lfu_reg.cli.compare.curves import cost, forgotten, gaps, per_step
 from lfu_reg.cli.compare.plan import Run, best_rate
 from lfu_reg.cli.compare.verdict import verdict
 
 Row = Mapping[str, Any]
+
+NOTE = (
+    "step: median; x SFT: on the same batches; MB: peak of a step above the weights (on a CPU, what autograd keeps); "
+    "tokens and answers right: by greedy decoding, an answer word for word; KL: from the base model, on answers of its "
+    "own; forgotten: mean rise of the losses on what was to be kept, or else KL. ±: between seeds."
+)
 
 
 def show(rows: Sequence[Row], base: Row, questions: Sequence[tuple[str, str]], console: Console) -> dict[str, Any]:
@@ -32,6 +38,7 @@ def show(rows: Sequence[Row], base: Row, questions: Sequence[tuple[str, str]], c
     lines = verdict(rows, base)
     if rows:
         console.print(_table(rows, base))
+        console.print(NOTE, soft_wrap=True)
     shown = _shown(rows, base)
     _show_samples(shown, samples, questions, console)
     warned = sorted({warning for row in rows for warning in row["warnings"]})
@@ -41,32 +48,36 @@ def show(rows: Sequence[Row], base: Row, questions: Sequence[tuple[str, str]], c
     if diverged:
         console.print(f"Diverged, and left out: {', '.join(diverged)}.", soft_wrap=True)
     console.print("\nVerdict: " + "\n  ".join(lines), soft_wrap=True)
-    found = {gap.setting: {"values": gap.values, "mean": gap.mean, "margin": gap.margin} for gap in gaps(rows, base)}
-    return {"verdict": lines, "gaps": found, "warnings": warned, "diverged": diverged}
+    return {
+        "verdict": lines,
+        "gaps": [gap.as_dict() for gap in gaps(rows, base)],
+        "warnings": warned,
+        "diverged": diverged,
+    }
 
 
 def _table(rows: Sequence[Row], base: Row) -> Table:
     """A line per setting and scale: SFT's best rate at all scales, and what was trained as it is."""
     parts = list(base["kept"])
     table = Table(title="Means over seeds", title_justify="left")
-    columns = ["", "seeds", "x SFT", "MB", "held-out loss", "tokens right", "answers right"]
+    columns = ["", "seeds", "step", "x SFT", "MB", "held-out loss", "tokens right", "answers right"]
     columns += [*(f"{name} loss" for name in parts), "KL to base", "forgotten"]
     for number, column in enumerate(columns):
         table.add_column(column, justify="left" if number == 0 else "right", no_wrap=number == 0, overflow="fold")
-    table.add_row("base model", "", "", "", *_scores([base], base), end_section=True)
+    table.add_row("base model", "", "", "", "", *_scores([base], base), end_section=True)
     best = best_rate(rows)
     settings = {Run.of(row).setting: row for row in rows if row["points"]}
     for name, example in settings.items():
         same = [row for row in rows if Run.of(row).setting == name and row["points"]]
         ratio, peak = fmean(cost(row, rows) for row in same), max(row["peak_mb"] for row in same)
-        trained = [f"{len(same)}", f"{ratio:.2f}", f"{peak:.0f}"]
+        trained = [f"{len(same)}", f"{median(map(per_step, same)):.2f} s", f"{ratio:.2f}", f"{peak:.0f}"]
         for place in range(len(example["points"]) - 1, -1, -1):
             points = [row["points"][place] for row in same]
             scale = points[0]["scale"]
             if scale == 1:
                 table.add_row(name, *trained, *_scores(points, base))
             elif example["step"] is None and example["rate"] == best:
-                table.add_row(f"  adapter x {scale:g}", "", "", "", *_scores(points, base))
+                table.add_row(f"  adapter x {scale:g}", "", "", "", "", *_scores(points, base))
     return table
 
 
@@ -79,13 +90,17 @@ def _scores(points: Sequence[Row], base: Row) -> list[str]:
         right = mean("kept", name, "exact")
         kept.append(f"{mean('kept', name, 'loss'):.3f}" + (f" ({right:.2f} right)" if right else ""))
     return [
-        f"{mean('domain', 'loss'):.3f}",
+        _with_spread([point["domain"]["loss"] for point in points]),
         f"{mean('domain', 'token_accuracy'):.2f}",
         f"{mean('domain', 'exact'):.2f}",
         *kept,
         f"{mean('kl'):.3f}",
-        f"{fmean(forgotten(point, base) for point in points):+.3f}",
+        _with_spread([forgotten(point, base) for point in points]),
     ]
+
+
+def _with_spread(values: Sequence[float]) -> str:
+    return f"{fmean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
 
 
 def _at(point: Row, path: Sequence[str]) -> float:

@@ -71,6 +71,7 @@ def test_end_to_end_and_again(tmp_path: Path, rows: Path) -> None:
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     summary = json.loads((out / "summary.json").read_text())
     assert summary["verdict"][0].split()[0] in ("One", "Nothing", "LfU")
+    assert [gap["margin"] for gap in summary["gaps"]] == [None, None]
     for part in ("LfU 1, one-backward", "adapter x 0.5", "Verdict", "base model", "data: ", "KL to base"):
         assert part in done.output
 
