@@ -22,7 +22,9 @@ MODEL = Path(__file__).resolve().parents[1] / "demo" / "model"
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the stages, and say what came of them."""
-    parser = argparse.ArgumentParser(prog="gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     names = [stage.name for stage in STAGES]
     parser.add_argument("--minutes", type=float, default=25, help="for everything together")
     parser.add_argument("--out", type=Path, required=True, help="folder of the result files")

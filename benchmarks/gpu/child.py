@@ -10,6 +10,7 @@ import importlib
 import json
 import sys
 import traceback
+import warnings
 from pathlib import Path
 
 from gpu.place import Device, Place, Skipped
@@ -56,12 +57,18 @@ def run(part: Part, place: Place, record: Record) -> bool:
     """One part, and whether the device is still there."""
     import torch
 
+    from lfu_reg import LfUWarning
+
     module, function = part.function.split(":")
     try:
-        result = getattr(importlib.import_module(f"gpu.{module}"), function)(place)
-        place.device.synchronize()  # errors of kernels come up late
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", LfUWarning)
+            result = getattr(importlib.import_module(f"gpu.{module}"), function)(place)
+            place.device.synchronize()  # errors of kernels come up late
         json.dumps(result)  # what cannot be written is a mistake of this part, too
-        record.end(part.name, OK, result=result)
+        # Among them would be that the kernel does not work, and its twin has been measured.
+        said = dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, LfUWarning))
+        record.end(part.name, OK, result=result, warnings=list(said))
         return True
     except Skipped as reason:
         record.end(part.name, SKIPPED, why=str(reason))

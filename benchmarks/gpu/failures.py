@@ -38,7 +38,7 @@ def is_killed(place: Place) -> dict[str, Any]:
 
 def loses_the_device(place: Place) -> dict[str, Any]:
     """As after an illegal access: every later call would fail as well."""
-    mock.patch.object(type(place.device), "is_alive", lambda self: False).start()
+    mock.patch.object(type(place.device), "is_alive", return_value=False).start()
     raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+import traceback
 from statistics import median
 from typing import Any
 from unittest import mock
 
 import torch
 from kernel.measure import PASSES, Shape, measure, row, states
-from kernel.providers import eager, ours, providers
+from kernel.providers import Provider, eager, ours, providers
 
 from gpu.place import Place
 
@@ -24,6 +25,7 @@ SHAPES: tuple[Shape, ...] = (
 TINY: Shape = (2, 16, 64, 1.0)
 TINY_HALF: Shape = (2, 16, 64, 0.5)
 CALLS = 200
+SECONDS = 80.0  # of trying tile sizes: each is compiled first
 
 
 def headline(place: Place) -> dict[str, Any]:
@@ -80,8 +82,11 @@ def tile_sizes(place: Place) -> dict[str, Any]:
     loss_of = ours(place.device.impl)
     shipped = (launch.TILE, launch.WARPS, launch.SHARE_FORWARD)
     others = [(tile, warps, share) for tile in (2048, 4096, 8192) for warps in (4, 8) for share in (1, 2, 4, 8, 16)]
-    found = []
+    found: list[dict[str, Any]] = []
+    began = time.monotonic()
     for tile, warps, share in [shipped, *place.sized(others, others[:1])]:
+        if time.monotonic() - began > SECONDS:
+            break
         both = launch.SHARE_BACKWARD if (tile, warps, share) == shipped else share
         settings = {"TILE": tile, "WARPS": warps, "SHARE_FORWARD": share, "SHARE_BACKWARD": both}
         with mock.patch.multiple(launch, **settings):
@@ -112,6 +117,15 @@ def copy_bandwidth(place: Place) -> float:
     return 2 * source.numel() / median(spent)
 
 
+def why_not(provider: Provider, dtype: torch.dtype, device: str) -> str:
+    """The error of a provider on a tiny problem; nothing if it has none."""
+    try:
+        provider(*states((2, 16, 64, 1.0), dtype, device), None).backward()
+    except Exception:
+        return traceback.format_exc()
+    return ""
+
+
 def rows(place: Place, shape: Shape, dtype: torch.dtype, copied: float) -> list[dict[str, Any]]:
     """One row per provider and pass, and one that says why for a provider that cannot run."""
     if place.rehearsal:
@@ -119,11 +133,9 @@ def rows(place: Place, shape: Shape, dtype: torch.dtype, copied: float) -> list[
     here, own = place.device, place.sized("triton", "twin")
     candidates, found = {own: ours(here.impl), **providers()}, []
     for name in list(candidates):
-        try:
-            candidates[name](*states((2, 16, 64, 1.0), dtype, here.name), None).backward()
-        except Exception as error:  # of one opponent, or the kernel itself: the others are measured
-            del candidates[name]
-            found.append({"provider": name, "mode": "none", "error": f"{type(error).__name__}: {error}"})
+        if error := why_not(candidates[name], dtype, here.name):
+            del candidates[name]  # the others are measured
+            found.append({"provider": name, "mode": "none", "error": error})
     times, memory = measure(candidates, shape, dtype, here.name, place.sized(20, 2), here.seconds, here.peak)
     for name, passes in times.items():
         for mode, spent in passes.items():

@@ -17,10 +17,22 @@ ROOT = Path(__file__).resolve().parents[2]
 def tests(place: Place) -> dict[str, Any]:
     """How many passed; every failure in full."""
     # Other files are not even collected: they import what need not be installed.
-    files = [str(file) for file in sorted((ROOT / "tests").rglob("test_*.py")) if "pytest.mark.cuda" in file.read_text()]
+    files = [
+        str(file) for file in sorted((ROOT / "tests").rglob("test_*.py")) if "pytest.mark.cuda" in file.read_text()
+    ]
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-m", "cuda", "-p", "no:cacheprovider", f"--junitxml={report}", *files]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-m",
+            "cuda",
+            "-p",
+            "no:cacheprovider",
+            f"--junitxml={report}",
+            *files,
+        ]
         ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         if not report.exists():
             raise RuntimeError(f"pytest ended with {ran.returncode}:\n{ran.stdout[-4000:]}{ran.stderr[-4000:]}")

@@ -1,4 +1,7 @@
-"""What the result files say: the summary of a run, and the parts of pages that need a GPU."""
+"""What the result files say: the summary of a run, and the parts of pages that need a GPU.
+
+`python -m gpu.page` in benchmarks/ writes the summary of results/gpu/ anew, from files of several runs.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from gpu.record import OK, SKIPPED
 from gpu.stages import FAILURES, STAGES
 from gpu.verdicts import Results, part, table, verdicts
 
@@ -25,13 +27,13 @@ def results(folder: Path = FOLDER) -> Results:
 def summary(folder: Path) -> str:
     """Verdicts, and what became of every part."""
     found = results(folder)
-    lines = [*(f"{name}: {about(content)}." for name, content in list(found.items())[:1]), ""]
+    lines = [*dict.fromkeys(f"{about(content)}." for content in found.values()), ""]
     if any(content["rehearsal"] for content in found.values()):
         lines = ["A rehearsal on a CPU: no figure of it means anything.", ""]
     lines += [table(verdicts(found)), "| stage | part | state | seconds | |", "|---|---|---|---|---|"]
     for name, content in found.items():
         for title, entry in content["parts"].items():
-            said = entry.get("error") or entry.get("why") or ""
+            said = entry.get("error") or entry.get("why") or " ".join(entry.get("warnings", []))
             last = said.strip().splitlines()[-1][:200].replace("|", "/") if said.strip() else ""
             lines.append(f"| {name} | {title} | {entry['state']} | {entry.get('seconds', '')} | {last} |")
     return "\n".join([*lines, ""])
@@ -56,10 +58,10 @@ def kernel(folder: Path = FOLDER) -> str:
         case = (f"{row['layers']}x{row['tokens']}x{row['hidden']}", row["dtype"], row["selected"])
         cases.setdefault(case, {})[row["provider"], row["mode"]] = row
     lines = [
-        f"{about(found['kernel'])}. A copy moves {parts[0]['copy_bytes_per_second'] / 1e12:.2f} TB/s. Times are the device's, "
-        "the launches hidden; opponents as ratios to the kernel, forward and backward.",
+        f"{about(found['kernel'])}. A copy moves {parts[0]['copy_bytes_per_second'] / 1e12:.2f} TB/s. Times are the "
+        "device's, in microseconds, the launches hidden; opponents as ratios to the kernel, forward and backward.",
         "",
-        "| layers x tokens x hidden | dtype | selected | forward us | of copy | backward us | of copy | best eager | compiled |",
+        "| layers, tokens, hidden | dtype | share | forward | of copy | backward | of copy | best eager | compiled |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for case, rows in cases.items():
@@ -70,7 +72,9 @@ def kernel(folder: Path = FOLDER) -> str:
             for mode in ("forward", "backward")
             for cell in (f"{rows['triton', mode]['median_us']:.0f}", str(rows["triton", mode].get("share_of_copy", "")))
         ]
-        lines.append("| " + " | ".join([*map(str, case), *cells, _best(rows, EAGER), _best(rows, ("compiled",))]) + " |")
+        lines.append(
+            "| " + " | ".join([*map(str, case), *cells, _best(rows, EAGER), _best(rows, ("compiled",))]) + " |"
+        )
     if (cost := part(found, "kernel", "launch cost")) is not None:
         listed = ", ".join(f"{name} {us:.0f}" for name, us in cost["host_us"].items())
         lines += ["", f"Microseconds of the host for {cost['layers']} tiny layers: {listed}."]
@@ -86,12 +90,12 @@ def readme(folder: Path = FOLDER) -> str:
     found = results(folder)
     result = part(found, "step", "interleaved", "exact")
     if result is None:
-        return NONE_YET
+        return "No GPU yet ([what one is to measure](docs/gpu.md)).\n"
     ratio = {row["key"]: f"{row['ratio']:.2f}x" for row in result["rows"]}
     return (
-        f"On a GPU ({found['step']['surroundings']['hardware']}, the shape of Llama-3.1-8B, LoRA fine-tuning, 4 x 512 tokens, "
-        f"bfloat16): **{ratio['steering']}**, **{ratio['lora']}**\nand **{ratio['weights']}**, where two passes through all "
-        f"blocks are {result['floor']:.2f}x.\n"
+        f"On a GPU ({found['step']['surroundings']['hardware']}, the shape of Llama-3.1-8B, LoRA fine-tuning, 4 x 512 "
+        f"tokens, bfloat16): **{ratio['steering']}**,\n**{ratio['lora']}** and **{ratio['weights']}**, where two "
+        f"passes through all blocks are {result['floor']:.2f}x ([all of it](docs/gpu.md)).\n"
     )
 
 
@@ -112,6 +116,5 @@ def _tile(t: dict[str, Any]) -> str:
     )
 
 
-def ended_well(content: dict[str, Any]) -> bool:
-    """Whether nothing of a stage failed."""
-    return all(entry["state"] in (OK, SKIPPED) for entry in content["parts"].values())
+if __name__ == "__main__":
+    (FOLDER / "summary.md").write_text(summary(FOLDER))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from gpu.child import DEVICE_LOST
@@ -63,11 +64,10 @@ def _attempt(stage: Stage, path: Path, until: float, options: list[str], environ
         said = output.read().decode(errors="replace")[-TAIL:]
     record = Record(path)
     code = process.returncode
-    # A process that ended before its first part would end so again: the first that waits is what it is charged to.
-    open_parts = record.named(RUNNING) or (record.named(WAITING)[:1] if code not in (0, DEVICE_LOST) else [])
-    if why == TIME_IS_UP:
-        open_parts = record.named(RUNNING)
-    for name in open_parts:
+    unfinished = record.named(RUNNING)
+    if not unfinished and why != TIME_IS_UP and code not in (0, DEVICE_LOST):
+        unfinished = record.named(WAITING)  # another process would end before its first part as well
+    for name in unfinished:
         ended = f"ended with {signal.Signals(-code).name if code < 0 else code}"
         record.end(name, HUNG if why else DIED, error=f"{why or ended}\n{said}".strip())
     return record
@@ -96,8 +96,6 @@ def _watched(process: subprocess.Popen[bytes], stage: Stage, path: Path, until: 
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()

@@ -16,8 +16,9 @@ from lfu_reg.cli.workloads import Setting, Workload, make_workload
 from lfu_reg.distances.kernels.entry import mse_over_layers
 
 AUXILIARIES = ("steering", "lora", "weights")
-# How far results may be off, as a share of their norm. Half precision is also allowed ten times what it costs plain SFT.
-EXACT, ROUNDED, HALF = 1e-5, 1e-3, 0.3
+# How far results may be off, as a share of their norm. Half precision may be off by ten times what it is in plain SFT.
+KERNEL, SAME, ROUNDED, HALF = 1e-5, 1e-4, 1e-3, 0.1
+STRONG = {"alpha": 0.3, "lam": 100.0}  # the consistency term has a good part in these models' gradients
 
 Gradients = dict[str, Tensor]
 
@@ -36,17 +37,15 @@ def kernel_against_twin(place: Place) -> dict[str, Any]:
             name = f"{dtype}, {'all' if index is None else 'some'} positions"
             found[name] = max(off(a, b) for a, b in zip(*both, strict=True))
             least = 4 * torch.finfo(dtype).eps
-            if not found[name] <= max(EXACT, least):
-                raise AssertionError(f"{name}: off by {found[name]:.1e}; allowed is {max(EXACT, least):.1e}")
+            if not found[name] <= max(KERNEL, least):
+                raise AssertionError(f"{name}: off by {found[name]:.1e}; allowed is {max(KERNEL, least):.1e}")
     return {"off": found}
 
 
 def float32(place: Place) -> dict[str, Any]:
-    """Against the CPU, where the draws are the same: LoRA's A is drawn on the device, so that one is against retained."""
+    """Against the CPU. LoRA's A is drawn on the device, which draws otherwise: that one is against a retained graph."""
     here, cpu = workload(place), workload(place, device="cpu")
-    found = {
-        name: distance(gradients(here, name), gradients(cpu, name)) for name in ("sft", "steering", "weights")
-    }
+    found = {name: distance(gradients(here, name), gradients(cpu, name)) for name in ("sft", "steering", "weights")}
     found["lora, released against retained"] = distance(
         gradients(here, "lora"), gradients(here, "lora", strategy="retained")
     )
@@ -66,7 +65,7 @@ def bfloat16(place: Place) -> dict[str, Any]:
 
 
 def float16(place: Place) -> dict[str, Any]:
-    """Autocast with a GradScaler: three optimizer steps are taken, none is left out, and gradients are those of float32."""
+    """Autocast with a GradScaler: of three optimizer steps none is left out, and gradients are those of float32."""
     found: dict[str, float] = {}
     for name in ("sft", *AUXILIARIES):
         expected = gradients(workload(place), name)
@@ -96,7 +95,7 @@ def float16(place: Place) -> dict[str, Any]:
 def checkpointing(place: Place) -> dict[str, Any]:
     """With activation checkpointing against without."""
     with_, without = workload(place, checkpointing=True), workload(place)
-    return within({name: distance(gradients(with_, name), gradients(without, name)) for name in AUXILIARIES}, EXACT)
+    return within({name: distance(gradients(with_, name), gradients(without, name)) for name in AUXILIARIES}, SAME)
 
 
 def compiled(place: Place) -> dict[str, Any]:
@@ -132,7 +131,7 @@ def side_stream(place: Place) -> dict[str, Any]:
         name: distance(place.device.beside(lambda name=name: gradients(made, name)), gradients(made, name))
         for name in AUXILIARIES
     }
-    return within(found, EXACT)
+    return within(found, SAME)
 
 
 def capture(place: Place) -> dict[str, Any]:
@@ -150,7 +149,7 @@ def capture(place: Place) -> dict[str, Any]:
         h.mul_(2)
     replay()
     place.device.synchronize()
-    return within({"replayed": off(result, loss())}, EXACT)
+    return within({"replayed": off(result, loss())}, SAME)
 
 
 def workload(place: Place, device: str | None = None, **settings: Any) -> Workload:
@@ -177,7 +176,7 @@ def regularized(made: Workload, name: str, **options: Any) -> Iterator[Callable[
     if name == "sft":
         yield lambda: made.sft_loss(made.model, made.batch)
         return
-    with LfURegularizer(made.model, name, seed=0, **options) as reg:
+    with LfURegularizer(made.model, name, seed=0, **STRONG, **options) as reg:
         yield lambda: reg(made.model, made.batch, made.sft_loss)
 
 

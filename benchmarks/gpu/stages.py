@@ -67,7 +67,7 @@ STAGES = (
     ),
     Stage(
         "step",
-        "the step at the shape of Llama-3.1-8B: time, memory, phases, what waits, where the time between the passes goes",
+        "the step at the shape of Llama-3.1-8B: time, memory, phases, what waits, what is between the passes",
         8,
         (
             Part("exact", "steps:exact", 240),

@@ -1,4 +1,4 @@
-"""The processor in the place of a GPU: a rehearsal goes through every call of `cuda_only.Cuda`; its figures mean nothing."""
+"""The processor in the place of a GPU, for a rehearsal: the calls of `cuda_only.Cuda`, and figures without meaning."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@
     python -m kernel --host                # only the host's part of a call, launches replaced by nothing
     python -m kernel.page                  # only renders the page from the saved results
 
-The results go to benchmarks/results/kernel_{cpu,host}.csv, and a plot next to the first. `python -m gpu` measures on a GPU.
+The results go to benchmarks/results/kernel_{cpu,host}.csv, and a plot next to the first. A GPU has `python -m gpu`.
 """
 
 from __future__ import annotations

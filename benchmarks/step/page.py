@@ -11,6 +11,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from gpu import page as gpu
+from gpu.verdicts import part, table, verdicts
 from sharded import page as sharded_page
 
 from step.aims import aims
@@ -31,8 +33,12 @@ only the last third of the blocks runs twice. The measured share itself moves by
 machine. *Literal* is the paper's text as
 it reads, with three forwards; the authors' procedures are those of their code. On CPU, memory is the peak of the bytes
 that autograd keeps for backward passes.
+"""
 
-To measure the rows of a GPU: `make cost-cuda`. None is published yet.
+ON_A_GPU = """## On a GPU
+
+The shape of Llama-3.1-8B, by [one command](gpu.md), which also holds the figures against the thresholds.
+
 """
 
 ESTIMATORS = """## Below the floor: estimates
@@ -76,7 +82,7 @@ step.scaling`). The exponent is the slope of log(time) over log(size): 1 is prop
 def main() -> None:
     """Write the pages."""
     steps = {path.name: json.loads(path.read_text()) for path in sorted(RESULTS.glob("step_*.json"))}
-    parts = [COST, aims(steps), *(section(result, name) for name, result in steps.items())]
+    parts = [COST, aims(steps), on_a_gpu(gpu.results()), *(section(result, name) for name, result in steps.items())]
     if (RESULTS / "estimators.csv").exists():
         parts.append(estimators(steps["step_cpu_lora.json"]))
     (ROOT / "docs" / "cost.md").write_text("\n".join(parts))
@@ -93,6 +99,14 @@ def main() -> None:
     readme.write_text(
         re.sub(r"(<!-- cost -->\n).*?(<!-- /cost -->)", rf"\1{figures}\2", readme.read_text(), flags=re.S)
     )
+
+
+def on_a_gpu(results: dict[str, dict[str, Any]]) -> str:
+    """Thresholds and tables, once there are files of `python -m gpu`."""
+    result = part(results, "step", "interleaved", "exact")
+    if result is None:
+        return ON_A_GPU + gpu.NONE_YET
+    return "\n".join([ON_A_GPU + table(verdicts(results)), "#" + section(result, "gpu/step.json")])
 
 
 def section(result: dict[str, Any], source: str) -> str:
@@ -275,7 +289,7 @@ def readme_figures(result: dict[str, Any]) -> str:
         f"that run,\nand steering [runs the first block once](docs/how-it-works.md#what-both-passes-share). On the last third "
         f"of the layers alone, LfU costs\n**{ratio['steering-late']}** (steering) and **{ratio['lora-late']}** (LoRA), "
         "exact as well "
-        "([all figures](docs/cost.md), `python -m step cpu_lora` in `benchmarks/`).\nNo figures from a GPU yet.\n"
+        "([all figures](docs/cost.md), `python -m step cpu_lora` in `benchmarks/`).\n" + gpu.readme()
     )
 
 
