@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import warnings
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,6 @@ class Cuda:
         properties = torch.cuda.get_device_properties("cuda")
         return {
             **environment("cuda"),
-            "triton": version("triton"),
             "cuda": torch.version.cuda,
             "capability": f"{properties.major}.{properties.minor}",
             "memory_gb": round(properties.total_memory / 1e9, 1),

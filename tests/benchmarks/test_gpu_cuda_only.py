@@ -165,8 +165,6 @@ def test_what_it_says_of_itself(cuda: Any, monkeypatch: pytest.MonkeyPatch) -> N
     properties = SimpleNamespace(major=9, minor=0, total_memory=85_000_000_000)
     cuda.get_device_properties.return_value = properties
     monkeypatch.setattr(cuda_only, "environment", lambda device: {"commit": "abc", "hardware": device})
-    monkeypatch.setattr(cuda_only, "version", lambda name: "3.6")
     about = Cuda().about()
     assert about["capability"] == "9.0"
     assert about["memory_gb"] == 85.0
-    assert about["triton"] == "3.6"
