@@ -11,11 +11,12 @@ import argparse
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from gpu.record import OK, SKIPPED, Record
 from gpu.runner import run_stage
-from gpu.stages import FAILURES, STAGES
+from gpu.stages import FAILURES, STAGES, Stage
 
 MODEL = Path(__file__).resolve().parents[1] / "demo" / "model"
 
@@ -51,13 +52,19 @@ def main(arguments: list[str] | None = None) -> int:
             model = model or MODEL
         if model is not None:
             given += ["--model", str(model.resolve())]
-        records = []
-        for stage in stages:
-            print(f"{stage.name}: {stage.about}", flush=True)
-            records.append(run_stage(stage, options.out.resolve() / f"{stage.name}.json", until, given, environment))
-            for name, part in records[-1].parts.items():
-                print(f"  {name}: {part['state']}, {part.get('seconds', 0):g} s", flush=True)
-            summarise(options.out)
+
+        def run(stage: Stage) -> Record:
+            return run_stage(stage, options.out.resolve() / f"{stage.name}.json", until, given, environment)
+
+        # One after the other on a GPU. In a rehearsal there is nothing that two stages could take from each other.
+        with ThreadPoolExecutor(2 if options.rehearse else 1) as pool:
+            records = []
+            for stage, record in zip(stages, pool.map(run, stages), strict=True):
+                print(f"{stage.name}: {stage.about}", flush=True)
+                for name, part in record.parts.items():
+                    print(f"  {name}: {part['state']}, {part.get('seconds', 0):g} s", flush=True)
+                records.append(record)
+                summarise(options.out)
     print((options.out / "summary.md").read_text(), flush=True)
     return 0 if all(went_well(record) for record in records) else 1
 

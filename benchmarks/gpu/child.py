@@ -32,8 +32,9 @@ def main(arguments: list[str] | None = None) -> int:
     (stage,) = (stage for stage in (FAILURES, *STAGES) if stage.name == options.stage)
     record = Record(options.file)
     place = Place(device(options.rehearse), options.rehearse, options.model)
-    about = place.device.about()
-    record.content["surroundings"] = {**about, "commit": options.commit or about["commit"] or "unknown"}
+    if not record.content["surroundings"]:
+        about = place.device.about()
+        record.content["surroundings"] = {**about, "commit": options.commit or about["commit"] or "unknown"}
     parts = {part.name: part for part in stage.parts}
     for name in record.named(WAITING):
         record.start(name)
@@ -55,28 +56,24 @@ def device(rehearse: bool) -> Device:
 
 def run(part: Part, place: Place, record: Record) -> bool:
     """One part, and whether the device is still there."""
-    import torch
-
-    from lfu_reg import LfUWarning
-
     module, function = part.function.split(":")
     try:
         with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", LfUWarning)
+            warnings.simplefilter("always")
             result = getattr(importlib.import_module(f"gpu.{module}"), function)(place)
             place.device.synchronize()  # errors of kernels come up late
         json.dumps(result)  # what cannot be written is a mistake of this part, too
         # Among them would be that the kernel does not work, and its twin has been measured.
-        said = dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, LfUWarning))
+        said = dict.fromkeys(str(w.message) for w in caught if w.category.__name__ == "LfUWarning")
         record.end(part.name, OK, result=result, warnings=list(said))
         return True
     except Skipped as reason:
         record.end(part.name, SKIPPED, why=str(reason))
         return True
-    except torch.OutOfMemoryError:
-        record.end(part.name, NO_MEMORY, error=traceback.format_exc())
-    except Exception:
-        record.end(part.name, FAILED, error=traceback.format_exc())
+    except Exception as error:
+        # By name: torch takes seconds to import, and a part that fails before it does has no need of it.
+        state = NO_MEMORY if type(error).__name__ == "OutOfMemoryError" else FAILED
+        record.end(part.name, state, error=traceback.format_exc())
     alive = place.device.is_alive()
     if alive:
         place.device.clear()  # the traceback, which held the tensors, is gone by now

@@ -6,10 +6,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from torch.profiler import ProfilerActivity, profile
-
-from lfu_reg.cli.environment import environment
-
 
 class Processor:
     """Has the methods of a `Device`."""
@@ -17,6 +13,8 @@ class Processor:
     name, impl, backend = "cpu", "torch", "gloo"
 
     def about(self) -> dict[str, Any]:
+        from lfu_reg.cli.environment import environment
+
         return environment("cpu")
 
     def synchronize(self) -> None: ...
@@ -49,6 +47,8 @@ class Processor:
         return result, lambda: result.copy_(function())
 
     def kernels(self, function: Callable[[], Any]) -> dict[str, tuple[int, float]]:
+        from torch.profiler import ProfilerActivity, profile
+
         with profile(activities=[ProfilerActivity.CPU]) as profiled:
             function()
         return {e.key: (e.count, e.self_cpu_time_total) for e in profiled.key_averages()}
