@@ -11,25 +11,24 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any, get_args
+from typing import Any
 from unittest import mock
 
 import torch
 from step.others import OTHERS
+from torch import nn
 
 import lfu_reg
 from gpu.place import Place
 from lfu_reg import LfURegularizer, LoRADeltas
 from lfu_reg.auxiliaries.base import Generators
 from lfu_reg.cli.errors import Unusable
-from lfu_reg.cli.methods import DEFAULT, LATE, RETAINED, make_method
+from lfu_reg.cli.methods import DEFAULT, MID_TRAINING, VARIANTS, make_method
 from lfu_reg.cli.overhead import measure
 from lfu_reg.cli.plan import Plan
 from lfu_reg.cli.published import PROCEDURES, Procedure
 from lfu_reg.cli.workloads import Setting, Workload, make_workload
-from lfu_reg.step.settings import StrategyName
 
-ABSENT = "not in this version"
 SHOWN = 15  # functions and kernels that are listed
 SECONDS = 100.0  # of interleaved rounds with all methods
 
@@ -42,19 +41,15 @@ class Beside(LoRADeltas):
         super().reset(generators)
 
 
-ONE_BACKWARD = {
-    f"{name}-one-backward": Procedure(
-        f"LfU {label}, one backward",
-        functools.partial(LfURegularizer, auxiliary=name, strategy="one-backward"),  # type: ignore[arg-type]
-    )
-    for name, label in (("steering", "steering"), ("lora", "LoRA"), ("weights", "weights"))
-}
-MORE = {
-    "lora-beside": Procedure("LfU LoRA, not folded", lambda model: LfURegularizer(model, Beside())),
-    **ONE_BACKWARD,
-    **OTHERS,
-}
-KEYS = (*DEFAULT, *MORE, *LATE, *RETAINED, *PROCEDURES)  # in order of worth
+def beside(model: nn.Module) -> LfURegularizer:
+    """In the middle of training, as all methods that are measured."""
+    reg = LfURegularizer(model, Beside())
+    reg.load_state_dict({**reg.state_dict(), "step": MID_TRAINING})
+    return reg
+
+
+MORE = {"lora-beside": Procedure("LfU LoRA, not folded", beside), **OTHERS}
+KEYS = tuple(dict.fromkeys((*DEFAULT, "lora-beside", *VARIANTS, *PROCEDURES, *MORE)))  # in order of worth
 
 
 def setting(place: Place) -> Setting:
@@ -166,10 +161,7 @@ def own_functions(profile: cProfile.Profile) -> list[dict[str, Any]]:
 def tried(place: Place) -> dict[str, dict[str, Any]]:
     """By key: milliseconds and peak of a second step, or the error in full."""
     found: dict[str, dict[str, Any]] = {}
-    for key in dict.fromkeys(KEYS):
-        if key in ONE_BACKWARD and "one-backward" not in get_args(StrategyName):
-            found[key] = {"absent": ABSENT}
-            continue
+    for key in KEYS:
         try:
             found[key] = alone(place, key)
         except Exception:

@@ -92,9 +92,9 @@ def _step(results: Results) -> list[Verdict]:
         found.append(Verdict(what, allowed, missing if ratio is None else f"{ratio:.3f}", _most(ratio, OVER_FLOOR)))
     alone = (part(results, "step", "methods") or {"methods": {}})["methods"]
     for key in EXACT:
-        name = f"{key}-one-backward"
+        name = f"{key}-one"
         ratio = rows[name]["ratio"] if name in rows else None
-        why = alone.get(name, {}).get("absent") or ("failed" if name in alone else missing)
+        why = "failed" if name in alone else missing
         what, allowed = f"one backward, {key}: time over SFT's", f"<= {ONE_BACKWARD}"
         found.append(Verdict(what, allowed, why if ratio is None else f"{ratio:.2f}", _most(ratio, ONE_BACKWARD)))
     for key in EXACT:
