@@ -8,6 +8,7 @@ through every way to fail.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import tempfile
 import time
@@ -90,4 +91,5 @@ def went_well(record: Record) -> bool:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once: files are complete, and children follow
     sys.exit(main())

@@ -8,7 +8,11 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
+import signal
 import sys
+import threading
+import time
 import traceback
 import warnings
 from pathlib import Path
@@ -31,6 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     (stage,) = (stage for stage in (FAILURES, *STAGES) if stage.name == options.stage)
     record = Record(options.file)
+    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
     place = Place(device(options.rehearse), options.rehearse, options.model)
     if not record.content["surroundings"]:
         about = place.device.about()
@@ -41,6 +46,13 @@ def main(arguments: list[str] | None = None) -> int:
         if not run(parts[name], place, record):
             return DEVICE_LOST
     return 0
+
+
+def end_with(parent: int) -> None:
+    """An orphan would go on to keep the device busy: it has a session of its own, which nobody else ends."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
 def device(rehearse: bool) -> Device:

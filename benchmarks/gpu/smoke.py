@@ -109,10 +109,10 @@ def compiled(place: Place) -> dict[str, Any]:
 
 
 def memory(place: Place) -> dict[str, Any]:
-    """What a step has taken is free after it."""
+    """What a step has taken is free after it; with the default settings, which compare gradients at the first steps."""
     made, held = workload(place), {}
     for name in AUXILIARIES:
-        with regularized(made, name) as loss_of:
+        with regularized(made, name, alpha=None, lam=None) as loss_of:
             after = []
             for _ in range(4):
                 loss_of().backward()
@@ -176,7 +176,7 @@ def regularized(made: Workload, name: str, **options: Any) -> Iterator[Callable[
     if name == "sft":
         yield lambda: made.sft_loss(made.model, made.batch)
         return
-    with LfURegularizer(made.model, name, seed=0, **STRONG, **options) as reg:
+    with LfURegularizer(made.model, name, seed=0, **{**STRONG, **options}) as reg:
         yield lambda: reg(made.model, made.batch, made.sft_loss)
 
 

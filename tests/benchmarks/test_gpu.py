@@ -117,6 +117,21 @@ def test_a_process_that_cannot_begin_is_started_once(tmp_path: Path) -> None:
     assert "no-such-option" in record.parts["raises"]["error"]
 
 
+def test_a_child_ends_with_its_parent(tmp_path: Path) -> None:
+    record = Record.begin(tmp_path / "failures.json", "failures", ["hangs"], rehearsal=True)
+    child = [sys.executable, "-m", "gpu.child", "failures", str(record.path), "--rehearse"]
+    parent = (
+        "import os, subprocess, sys, time; from gpu.record import Record; from pathlib import Path\n"
+        f"subprocess.Popen({child!r}, start_new_session=True)\n"
+        f"while not Record(Path({str(record.path)!r})).named('running'): time.sleep(0.1)\n"
+        "os._exit(1)"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{BENCHMARKS.parent}:{BENCHMARKS}"}
+    # The child has its parent's output, which ends when the last of both does: an orphan would run into the limit.
+    ran = subprocess.run([sys.executable, "-c", parent], env=environment, capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 1, ran.stderr
+
+
 def test_no_time_is_left(tmp_path: Path) -> None:
     record = runner.run_stage(FAILURES, tmp_path / "failures.json", time.monotonic(), [], {})
     assert {part["state"] for part in record.parts.values()} == {WAITING}
