@@ -21,9 +21,9 @@ def cost(step: dict[str, Any]) -> str:
     """What a step costs, from a result of `lfu-reg overhead`."""
     ratio = {row["key"]: row["ratio"] for row in step["rows"]}
     return (
-        f"* **Cost:** a step takes {ratio['steering']:.2f} (steering) to {ratio['lora']:.2f} (LoRA) times as long as plain fine-tuning, "
-        f"and {ratio['steering-late']:.2f} to {ratio['lora-late']:.2f} times on the last third of the layers: a small Llama "
-        "on one CPU thread. [What it costs](cost.md)\n"
+        f"* **Cost:** a step takes {ratio['steering']:.2f} (steering) to {ratio['lora']:.2f} (LoRA) times as long as "
+        f"plain fine-tuning, and {ratio['steering-late']:.2f} to {ratio['lora-late']:.2f} times on the last third of "
+        "the layers: a small Llama on one CPU thread. [What it costs](cost.md)\n"
     )
 
 
@@ -33,10 +33,10 @@ def evidence(data: Rows) -> str:
     _, in_domain = at_equal_rate(data, COMPARISON, "in_domain")[TASK, METHOD]
     plain = statistics.fmean(row["retention"] for row in sft_at(data, TASK, rate, COMPARISON))
     return (
-        f"* **Evidence:** fine-tuned on 64 examples of GSM8K, a model of 2.2 M parameters keeps {plain + retention.mean:.2f} of what it "
-        f"could do before, where plain fine-tuning keeps {plain:.2f} (p {retention.p:.3f}), for {-in_domain.mean:.3f} of "
-        "token accuracy on GSM8K. Where plain fine-tuning forgets little, it makes no difference. "
-        "[Does it help](evidence.md)\n"
+        f"* **Evidence:** fine-tuned on 64 examples of GSM8K, a model of 2.2 M parameters keeps "
+        f"{plain + retention.mean:.2f} of what it could do before, where plain fine-tuning keeps {plain:.2f} "
+        f"(p {retention.p:.3f}), for {-in_domain.mean:.3f} of token accuracy on GSM8K. Where plain fine-tuning forgets "
+        "little, it makes no difference. [Does it help](evidence.md)\n"
     )
 
 

@@ -22,10 +22,11 @@ HEADINGS = {
 INTRODUCTION = """\
 # Models
 
-Does it work with my model? Every model type that transformers {transformers} maps to a causal or a masked language model, and
-samples of other tasks, were made tiny, with random weights, and one step was compared with a separate, literal computation in
-float64 (torch {torch}, CPU). *Exact* means a relative error of at most 1e-8, in float64 unless a remark says otherwise. A model that is not listed works if it
-has blocks that return their hidden state; [what to do with one that does not](gotchas/unsupported-architectures.md).
+Does it work with my model? Every model type that transformers {transformers} maps to a causal or a masked language
+model, and samples of other tasks, were made tiny, with random weights, and one step was compared with a separate, literal
+computation (torch {torch}, CPU). *Exact* means a relative error of at most 1e-8, in float64 unless a remark says
+otherwise. A model that is not listed works if it has blocks that return their hidden state;
+[what to do with one that does not](gotchas/unsupported-architectures.md).
 
 {summary}
 
@@ -35,12 +36,13 @@ What the columns say:
 
 * **layers**: what `layers="all"` takes / what ran (a vision tower does not run on text).
 * **maps**: linear maps with a LoRA delta.
-* **error**: the largest relative error of any parameter's gradient, or of what the consistency term adds to all of them, with steering vectors, LoRA deltas, weights, and steering vectors under dropout.
-* **effect**: what the consistency term adds to the gradient, relative to the gradient of the SFT loss; the smallest of these, so
-  agreement is not agreement about nothing.
+* **error**: the largest relative error of any parameter's gradient, or of what the consistency term adds to all of
+  them, with steering vectors, LoRA deltas, weights, and steering vectors under dropout.
+* **effect**: what the consistency term adds to the gradient, relative to the gradient of the SFT loss; the smallest of
+  these, so agreement is not agreement about nothing.
 * Hooks, parameters, buffers and outputs after `remove()` are bit for bit those of plain fine-tuning, for each.
 
-<!-- Written by `make zoo`, which goes on where it was stopped; do not edit. Each single error: tests/zoo/results.csv. -->
+<!-- Written by `make zoo`, which goes on where it was stopped; do not edit. All errors: tests/zoo/results.csv. -->
 """
 
 
@@ -81,7 +83,7 @@ def _largest_error(row: dict[str, str]) -> str:
     found = {name: row[name] for name in ("steering", "lora", "weights", "dropout") if row[name] not in ("", "none")}
     numbers = [cell for cell in found.values() if cell[0].isdigit()]
     words = [f"{name} {cell}" for name, cell in found.items() if not cell[0].isdigit()]
-    return ", ".join([*([max(numbers, key=float)] if numbers else []), *words])
+    return ", ".join([max(numbers, key=float), *words]) if numbers else ""
 
 
 if __name__ == "__main__":
