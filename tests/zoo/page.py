@@ -23,9 +23,9 @@ INTRODUCTION = """\
 # Models
 
 Does it work with my model? Every model type that transformers {transformers} maps to a causal or a masked language
-model, and samples of other tasks, were made tiny, with random weights, and one step was compared with a separate, literal
-computation (torch {torch}, CPU). *Exact* means a relative error of at most 1e-8, in float64 unless a remark says
-otherwise. A model that is not listed works if it has blocks that return their hidden state;
+model, and samples of other tasks, were made tiny, with random weights, and one step was compared with a separate,
+literal computation (torch {torch}, CPU). *Exact* means a relative error of at most 1e-8, in float64 unless a remark
+says otherwise. A model that is not listed works if it has blocks that return their hidden state;
 [what to do with one that does not](gotchas/unsupported-architectures.md).
 
 {summary}
