@@ -74,7 +74,8 @@ def _table(rows: list[dict[str, str]]) -> str:
         if row["dtype"] != "float64" and row["outcome"] != "not built":
             remark = f"{row['dtype']}. {remark}"
         cells = [row["model_type"], row["class_name"], f"{row['blocks']} / {row['ran']}", row["linears"]]
-        lines.append(f"| {' | '.join([*cells, _largest_error(row), row['effect'], remark])} |")
+        figures = [figure.replace("e-", "e\u2011") for figure in (_largest_error(row), row["effect"])]  # unbroken
+        lines.append(f"| {' | '.join([*cells, *figures, remark])} |")
     return "\n".join(lines) + "\n"
 
 
