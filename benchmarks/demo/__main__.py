@@ -32,8 +32,8 @@ REAL = (
     *("--rates", "4e-3", "--scales", "0.5", "--strengths", "1", "--lfu-steps", "exact,one-backward", "--seeds", "1"),
 )
 SMALL = (
-    *("--steps", "60", "--batch", "8", "--tokens", "64", "--train", "128", "--held-out", "64"),
-    *("--rates", "2e-3,8e-3", "--scales", "0.5,0.75", "--strengths", "0.3,1", "--seeds", "3"),
+    *("--steps", "40", "--batch", "8", "--tokens", "64", "--train", "128", "--held-out", "64"),
+    *("--rates", "2e-3,4e-3,8e-3", "--scales", "0.5,0.75", "--strengths", "0.3,1", "--seeds", "3"),
 )
 
 

@@ -64,7 +64,7 @@ def compare(
             raise Unusable(f"compare needs {needed}, which is not installed: pip install 'lfu_reg[compare]'")
     plain: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
     console = Console(**plain)
-    console = console if console.is_terminal else Console(width=140, **plain)
+    console = console if console.is_terminal else Console(width=160, **plain)
     check_device(device)
     if threads is not None:
         check_threads(threads)

@@ -58,10 +58,11 @@ def show(rows: Sequence[Row], base: Row, questions: Sequence[tuple[str, str]], c
 
 def _table(rows: Sequence[Row], base: Row) -> Table:
     """A line per setting and scale: SFT's best rate at all scales, and what was trained as it is."""
-    parts = list(base["kept"])
     table = Table(title="Means over seeds", title_justify="left")
     columns = ["", "seeds", "step", "x SFT", "MB", "held-out loss", "tokens right", "answers right"]
-    columns += [*(f"{name} loss" for name in parts), "KL to base", "forgotten"]
+    for name in base["kept"]:
+        columns += [f"{name} loss", *(["right"] * _has_answers(base, name))]
+    columns += ["KL to base", "forgotten"]
     for number, column in enumerate(columns):
         table.add_column(column, justify="left" if number == 0 else "right", no_wrap=number == 0, overflow="fold")
     table.add_row("base model", "", "", "", "", *_scores([base], base), end_section=True)
@@ -81,14 +82,21 @@ def _table(rows: Sequence[Row], base: Row) -> Table:
     return table
 
 
+def _has_answers(base: Row, name: str) -> bool:
+    """Whether the base model gives some of the answers of a part; of a text it gives no piece whole."""
+    return bool(base["kept"][name]["exact"])
+
+
 def _scores(points: Sequence[Row], base: Row) -> list[str]:
     def mean(*path: str) -> float:
         return fmean(_at(point, path) for point in points)
 
     kept = []
     for name in base["kept"]:
-        right = mean("kept", name, "exact")
-        kept.append(f"{mean('kept', name, 'loss'):.3f}" + (f" ({right:.2f} right)" if right else ""))
+        kept += [
+            f"{mean('kept', name, 'loss'):.3f}",
+            *([f"{mean('kept', name, 'exact'):.2f}"] * _has_answers(base, name)),
+        ]
     return [
         _with_spread([point["domain"]["loss"] for point in points]),
         f"{mean('domain', 'token_accuracy'):.2f}",
@@ -100,7 +108,7 @@ def _scores(points: Sequence[Row], base: Row) -> list[str]:
 
 
 def _with_spread(values: Sequence[float]) -> str:
-    return f"{fmean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
+    return f"{fmean(values):.3f}" + (f"±{stdev(values):.3f}" if len(values) > 1 else "")
 
 
 def _at(point: Row, path: Sequence[str]) -> float:
