@@ -28,8 +28,8 @@ OUT = Path("runs/demo")
 
 # Some minutes on two cores. The rate is one at which SFT learns and forgets: at a lower one there is nothing to keep.
 REAL = (
-    *("--steps", "12", "--batch", "4", "--tokens", "96", "--train", "48", "--held-out", "20"),
-    *("--rates", "4e-3", "--scales", "0.5", "--strengths", "1", "--lfu-steps", "exact,one-backward", "--seeds", "1"),
+    *("--steps", "12", "--batch", "4", "--tokens", "96", "--train", "48", "--held-out", "16"),
+    *("--rates", "2e-3", "--scales", "0.5", "--strengths", "1", "--lfu-steps", "exact,one-backward", "--seeds", "1"),
 )
 SMALL = (
     *("--steps", "40", "--batch", "8", "--tokens", "64", "--train", "128", "--held-out", "64"),
