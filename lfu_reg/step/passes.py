@@ -113,9 +113,8 @@ class Passes(SecondPass):
             hooks.recording(),
         ):
             loss = sft.first(attached.devices(), check_value=self._progress.step == 0)
-        # A region that runs again to its end has to have run to its end, with all of its graph.
         checkpointed = "checkpoint" in noted
-        self._runs_whole = checkpointed and not checkpoints.repeats_stop_early()
+        self._repeats_whole = checkpointed and not checkpoints.repeats_stop_early()
         # Without what stands in the place of forward methods for the pass: it is not to be put back after pass 2.
         self._changes = changes = attached.state.changes()
         # Loops return a dummy loss for an empty batch, zero times the sum of all parameters.

@@ -52,7 +52,7 @@ class SecondPass:
     _changes: Changes | None = None
     _shared: SharedBackward | None = None
     _failure: str | None = None  # why pass 2 cannot begin where pass 1 did
-    _runs_whole = False  # whether pass 2 has to run to its end, with all of its graph
+    _repeats_whole = False  # whether a region runs again to its end, and so needs all of its graph where it came to it
 
     def total(self) -> Tensor:
         """l_SFT + lam * l_cons, differentiable."""
@@ -98,7 +98,7 @@ class SecondPass:
             raise ValueError(checks.CANNOT_DIVIDE.format(number=len(samples)))
         answers = [] if self._shared is None else attached.reused.answers(self._shared.start, samples)
         with self._auxiliary.shards_moved(), ExitStack() as stack:
-            quiet = attached.tail_may_be_quiet and not self.engine.is_sharded and not self._runs_whole
+            quiet = attached.tail_may_be_quiet and not self.engine.is_sharded and not self._repeats_whole
             try:
                 perturbed = self._run_second(stack, samples, answers, quiet)
             except Exception:
@@ -133,7 +133,7 @@ class SecondPass:
 
     def _run_second(self, stack: ExitStack, samples: Tensor | None, answers: list[Patch], quiet: bool) -> ForwardPass:
         attached, record, settings = self._attached, self.clean.record, self._settings
-        may_leave = settings.leave_early and not self.engine.is_sharded and not self._runs_whole
+        may_leave = settings.leave_early and not self.engine.is_sharded
         perturbed = ForwardPass(
             self._sft.tokens.select(samples),
             apply=True,
