@@ -100,7 +100,6 @@ class AttachedModel:
         if anything_is_compiled(model):
             with self.hooks.installed(stay=True):
                 pass
-        self.sites = tuple(sites)
         self._coverage = Coverage(self.layers, sites, self._diagnostics)
         self._targets = Targets(model, [*chosen, *sites, *self.reused.blocks])
         self.state = ModuleState(model)

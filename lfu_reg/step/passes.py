@@ -175,8 +175,7 @@ class Passes(SecondPass):
         attached, clean = self._attached, self.clean
         # A hook on a tensor below the cut would see the sum of both terms, and need not be linear.
         cut = None if self._strategy.keeps_graph or hooked else attached.reused.cut(changes, clean.record.states)
-        # A site that fired more often is shared with another layer, perhaps below the cut.
-        if cut is not None and all(clean.record.fired[name] <= 1 for name in attached.sites):
+        if cut is not None:
             shared = shared_backward(loss, cut, clean.anchor)
             # A scaled loss may have to be backpropagated again, which the part that waits would not follow.
             if shared is not None and not float16_in_play(clean, [loss, *leaves]):

@@ -1237,4 +1237,12 @@ MUTANTS = (
         "                pass\n",
         "tests/model/test_patching.py",
     ),
+    Mutant(
+        8,
+        "inputs that come out of weights which move are not compared",
+        "hooks/entries.py",
+        "        if self._auxiliary.moves_weights:\n            return True\n",
+        "",
+        "tests/step/test_shared_backward.py::test_embeddings_from_outside",
+    ),
 )
