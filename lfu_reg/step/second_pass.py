@@ -71,11 +71,13 @@ class SecondPass:
         auxiliary, hooks = self._auxiliary, self._attached.hooks
         checks.check_batch(batch)
         auxiliary.require_gradients(True)
-        fwd = ForwardPass(self._sft.tokens_of(batch), capture=None, apply=True, patches=list(auxiliary.pass2_patches()))
-        with auxiliary.shards_moved(), self._again(), hooks.run(fwd):
-            with hooks.recording():
-                loss = self._sft.again(batch)
-            scale = self._strategy.backward_explicit(loss, fwd)
+        with auxiliary.shards_moved(), self._again():
+            patches = list(auxiliary.pass2_patches())
+            fwd = ForwardPass(self._sft.tokens_of(batch), capture=None, apply=True, patches=patches)
+            with hooks.run(fwd):
+                with hooks.recording():
+                    loss = self._sft.again(batch)
+                scale = self._strategy.backward_explicit(loss, fwd)
         auxiliary.require_gradients(False)
         return scale
 
@@ -151,17 +153,17 @@ class SecondPass:
     def _run_second(self, stack: ExitStack, samples: Tensor | None, answers: list[Patch], quiet: bool) -> ForwardPass:
         attached, record, settings = self._attached, self.clean.record, self._settings
         may_leave = settings.leave_early and not self.engine.is_sharded
-        perturbed = ForwardPass(
-            self._sft.tokens.select(samples),
-            apply=True,
-            capture="attached",
-            patches=[*self._auxiliary.pass2_patches(), *answers],
-            leave="never" if not may_leave else "always" if settings.leave_early is True else "clear",
-            leave_after=len(record.states),
-            quiet_tail=quiet,
-        )
         with ExitStack() as inner:
             inner.enter_context(self._again(but_blocks=bool(answers)))
+            perturbed = ForwardPass(
+                self._sft.tokens.select(samples),
+                apply=True,
+                capture="attached",
+                patches=[*self._auxiliary.pass2_patches(), *answers],  # of weights as they were before pass 1
+                leave="never" if not may_leave else "always" if settings.leave_early is True else "clear",
+                leave_after=len(record.states),
+                quiet_tail=quiet,
+            )
             inner.enter_context(attached.hooks.run(perturbed))
             with attached.hooks.recording(), nothing_saved() if settings.is_one_backward else nullcontext():
                 self._sft.repeat(samples, record.batch_size)

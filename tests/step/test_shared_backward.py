@@ -377,7 +377,9 @@ SHARED = {
 @pytest.mark.parametrize("name", ["steering", "lora"])
 def test_the_loop_runs_in_both_passes(name: str, reason: str) -> None:
     case = SHARED[reason]
-    twice = reason == "perturbed blocks that run twice" and name == "steering"  # which acts behind the block that ends it
+    twice = (
+        reason == "perturbed blocks that run twice" and name == "steering"
+    )  # which acts behind the block that ends it
     assert is_shared(case.make(), case, name, layers=[1, 2]) == (not twice)
     run_pair(case, name, reg_options={"layers": [1, 2]}).check()
 
