@@ -188,12 +188,12 @@ class LfURegularizer(Controls):
             with passes.second(samples) as h_prime:
                 l_cons, distances = consistency(self.distance, h, h_prime, samples, settings)
                 strength.moved = displacement(h, h_prime, samples) if strength.is_due else None
-                weighted = passes.backward(l_cons)
+                passes.backward(l_cons)
             # l_SFT + lam * l_cons (Eq. 6).
             loss = passes.total()
             progress.empty_steps += (empty := passes.clean.record.is_empty())
             look = strength.look(tokens_count=not empty, sensible_alpha=lambda: passes.find_alpha(samples))
-            diagnostics.watch(progress.step // settings.every, sft_loss, weighted, gradient_norm, look)
+            diagnostics.watch(progress.step // settings.every, sft_loss, l_cons.detach(), gradient_norm, look)
         terms = {"loss": loss, "sft_loss": sft_loss, "consistency_loss": l_cons, "ascent_grad_norm": gradient_norm}
         self.metrics = metrics.regularized_step(terms, h, distances, progress, strength)
         return loss

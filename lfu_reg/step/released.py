@@ -31,6 +31,7 @@ class Released:
         self._shared: SharedBackward | None = None
         self._float16, self._scale = False, 1.0
         self._gradients: dict[int, tuple[Tensor, Tensor | None]] = {}
+        self._perturbed: tuple[Tensor, Pairs, float] | None = None
 
     def backward_clean(
         self, sft_loss: Tensor, leaves: list[Tensor], clean: ForwardPass, shared: SharedBackward | None
@@ -53,12 +54,23 @@ class Released:
         """A backward down to the components."""
         return down_to_components(sft_loss, fwd, self._auxiliary, self._scales.ascent, self._trained, float16=True)
 
-    def backward_perturbed(self, l_cons: Tensor, strength: StepStrength) -> None:
-        """A second backward, added lam times to the first."""
+    def backward_perturbed(self, l_cons: Tensor) -> None:
+        """A second backward."""
         pairs: Pairs = []
         scale = 1.0
         if l_cons.requires_grad:
             pairs, scale = self._differentiate(l_cons, leaves_of(l_cons), self._scales.perturbed)
+        self._perturbed = l_cons.detach(), pairs, scale
+
+    def total(self, strength: StepStrength) -> Tensor:
+        """The loss that hands both terms' gradients over, the second one's lam times."""
+        if self._perturbed is not None:
+            self._add_perturbed(*self._perturbed, strength)
+        if self._shared is not None:
+            self._add(self._below(self._shared.backward), 1.0)
+        return returned_loss(self._value, self._gradients.values(), self._scale)
+
+    def _add_perturbed(self, l_cons: Tensor, pairs: Pairs, scale: float, strength: StepStrength) -> None:
         pairs, at_cut = self._without_start(pairs)
         whole = above = None
         if strength.compares:
@@ -76,13 +88,7 @@ class Released:
         self._add(pairs, scale, lam)
         if self._shared is not None and at_cut is not None:
             self._shared.collect(at_cut * _on(lam, at_cut))
-        self._value = self._value + (lam * l_cons.detach()).to(self._value)
-
-    def total(self) -> Tensor:
-        """The loss that hands both terms' gradients over."""
-        if self._shared is not None:
-            self._add(self._below(self._shared.backward), 1.0)
-        return returned_loss(self._value, self._gradients.values(), self._scale)
+        self._value = self._value + (lam * l_cons).to(self._value)
 
     def _without_start(self, pairs: Pairs) -> tuple[list[tuple[Tensor, Tensor | None]], Tensor | None]:
         """The pairs of pass 2 but for the leaf that it started from, and that one's gradient."""

@@ -60,7 +60,7 @@ class SecondPass:
         """l_SFT + lam * l_cons, differentiable."""
         assert self._changes is not None
         with self._attached.hooks.run(self.clean), self._changes.on_copies():
-            return self._strategy.total()
+            return self._strategy.total(self._strength)
 
     def gradient_here(self, batch: Any) -> float:
         """Let the auxiliary collect g where it is now, from a pass that gives nothing else; returns its factor.
@@ -132,7 +132,7 @@ class SecondPass:
             if repeated:
                 yield self._states_of(perturbed, samples)
             elif in_lockstep:  # other ranks go through its backward
-                self._strategy.backward_perturbed(_zero_of(perturbed), self._strength)
+                self._strategy.backward_perturbed(_zero_of(perturbed))
         if not repeated:
             raise PlainSFT(self.total())
 
