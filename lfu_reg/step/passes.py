@@ -175,8 +175,10 @@ class Passes(SecondPass):
     def _share(self, loss: Tensor, leaves: list[Tensor], changes: Changes, *, hooked: bool) -> list[Tensor]:
         """Let both passes share what no perturbation reaches, where that is exact; gives all leaves."""
         attached, clean = self._attached, self.clean
-        # A hook on a tensor below the cut would see the sum of both terms, and need not be linear.
-        cut = None if self._strategy.keeps_graph or hooked else attached.reused.cut(changes, clean.record.states)
+        # A hook on a tensor below the cut would see the sum of both terms, and need not be linear. To compare gradients
+        # the part below is gone through twice, which who saves tensors elsewhere does not expect.
+        apart = hooked or (self._strength.compares and clean.record.saves_elsewhere)
+        cut = None if self._strategy.keeps_graph or apart else attached.reused.cut(changes, clean.record.states)
         # A site that fired more often is shared with another layer, perhaps below the cut.
         if cut is not None and all(clean.record.fired[name] <= 1 for name in attached.sites):
             shared = shared_backward(loss, cut, clean.anchor)
