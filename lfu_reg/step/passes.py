@@ -174,8 +174,10 @@ class Passes(SecondPass):
     def _share(self, loss: Tensor, leaves: list[Tensor], changes: Changes, *, hooked: bool) -> list[Tensor]:
         """Let both passes share what no perturbation reaches, where that is exact; gives all leaves."""
         attached, clean = self._attached, self.clean
-        # A hook on a tensor below the cut would see the sum of both terms, and need not be linear.
-        cut = None if self._strategy.keeps_graph or hooked else attached.reused.cut(changes, clean.record.states)
+        # A hook on a tensor below the cut would see the sum of both terms, and need not be linear. To compare gradients
+        # the part below is gone through twice, which who saves tensors elsewhere does not expect.
+        apart = hooked or (self._strength.compares and clean.record.saves_elsewhere)
+        cut = None if self._strategy.keeps_graph or apart else attached.reused.cut(changes, clean.record.states)
         if cut is not None:
             shared = shared_backward(loss, cut, clean.anchor)
             # A scaled loss may have to be backpropagated again, which the part that waits would not follow.
