@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lfu_reg.auxiliaries import Auxiliary, make_auxiliary
+from lfu_reg.auxiliaries import Auxiliary, AuxiliaryName, make_auxiliary
 from lfu_reg.diagnostics import Diagnostics
 from lfu_reg.distances import DistanceChoice, make_distance
 from lfu_reg.distances.base import Reduction
@@ -23,7 +23,7 @@ from lfu_reg.model.compile import failures_explained, unwrapped
 from lfu_reg.model.layers import LayerChoice
 from lfu_reg.model.rng import check_seed
 from lfu_reg.model.tokens import TokenMask
-from lfu_reg.step import checks, metrics
+from lfu_reg.step import checks, loss_checks, metrics
 from lfu_reg.step.ascent import Ascent
 from lfu_reg.step.attached_model import AttachedModel
 from lfu_reg.step.consistency import consistency, relative_distance
@@ -89,7 +89,7 @@ class LfURegularizer(Controls):
     def __init__(
         self,
         model: nn.Module,
-        auxiliary: str | Auxiliary = "lora",
+        auxiliary: AuxiliaryName | Auxiliary = "lora",
         *,
         layers: LayerChoice = "all",
         alpha: Schedule | None = None,
@@ -140,7 +140,7 @@ class LfURegularizer(Controls):
             RuntimeError: after `remove()`, for layers that do not run, and for reentrant checkpointing.
         """
         checks.check_is_attached(model, self._attached.model)
-        checks.check_loss_function(sft_loss_fn)
+        loss_checks.check_loss_function(sft_loss_fn, model)
         if not self._is_active():
             return sft_loss_fn(model, batch)
         checks.check_batch(batch)
@@ -150,8 +150,8 @@ class LfURegularizer(Controls):
         alpha, lam = value_at("alpha", settings.alpha, step), value_at("lam", settings.lam, step)
         try:
             if step % settings.every or lam == 0 or progress.waits():
-                raise PlainSFT(checks.check_loss(sft_loss_fn(model, batch), first=step == 0))
-            with failures_explained():
+                raise PlainSFT(loss_checks.check_loss(sft_loss_fn(model, batch), model, first=step == 0))
+            with failures_explained(), loss_checks.errors_explained():
                 sft = SFTLoss(sft_loss_fn, model, batch, settings.token_mask, settings.ignore_index)
                 loss = self._regularized(sft, undesirable, alpha, lam)
         except PlainSFT as plain:

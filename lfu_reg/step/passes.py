@@ -18,7 +18,6 @@ from lfu_reg.model import checkpoints
 from lfu_reg.model.compile import anything_is_compiled, entrances, graphs_for_two_backwards
 from lfu_reg.model.graph import graph_of, now
 from lfu_reg.model.module_state import Changes
-from lfu_reg.step import checks
 from lfu_reg.step.attached_model import AttachedModel
 from lfu_reg.step.float16 import float16_in_play
 from lfu_reg.step.gradients import Retained
@@ -141,12 +140,7 @@ class Passes(SecondPass):
         """Take d (lam * l_cons) / d theta."""
         if not consistency_term.requires_grad:
             self._diagnostics.warn_once("no gradient", NO_GRADIENT)
-        try:
-            self._strategy.backward_perturbed(consistency_term)
-        except RuntimeError as error:
-            if "through the graph a second time" in str(error):
-                raise RuntimeError(checks.FREED) from error
-            raise
+        self._strategy.backward_perturbed(consistency_term)
 
     def _share(self, loss: Tensor, leaves: list[Tensor], changes: Changes, *, hooked: bool) -> list[Tensor]:
         """Let both passes share what no perturbation reaches, where that is exact; gives all leaves."""
