@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 import sys
 import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from statistics import fmean, median, pstdev
 
 import torch
@@ -16,8 +18,10 @@ from torch import Tensor
 
 LOOK_EVERY = 50
 
-# The consistency term is negligible below this part of the SFT loss, if it stays there for a whole window.
-NEGLIGIBLE = 1e-5
+# Regularized steps at whose beginning the strength is looked at, besides those that everything is looked at.
+FIRST_LOOKS = 3
+# Outside of these, in lengths of the SFT loss's gradient, that of the consistency term is nothing or everything.
+NEGLIGIBLE, OVERWHELMING = 1e-3, 30.0
 # The perturbed states are as far from the clean ones as from zero: nothing of the model is left in them.
 COLLAPSED = 1.0
 # So much above its median, the consistency term is exploding.
@@ -48,6 +52,48 @@ EVAL_MODE = (
     "LfURegularizer was called on a model in eval mode with gradients enabled: it returns the plain SFT loss there. "
     "Call model.train() to have the regularizer applied."
 )
+
+
+NO_EFFECT = (
+    "LfU has no effect: the gradient of lam * l_cons is {ratio:.1e} of that of the SFT loss. Use {cure} instead of "
+    "{given} (useful are .3 to 3 times the SFT loss's gradient)."
+)
+TOO_MUCH = (
+    "LfU outweighs the SFT loss: the gradient of lam * l_cons is {ratio:.0f} times as long. Use {cure} instead of "
+    "{given} (useful are .3 to 3 times the SFT loss's gradient)."
+)
+ROUNDING_NOISE = (
+    "LfU measures rounding: the hidden states move by {distance:.1e} of their length, and what they are computed in "
+    "rounds by {eps:.1e}. Try alpha={alpha:.2g} instead of alpha={given:.2g}, or give strength and leave alpha out, "
+    "which sets it so."
+)
+COLLAPSE = (
+    "LfU collapses the model: the perturbed hidden states are {distance:.2f} times their own length away from the "
+    "clean ones. alpha={given:.3g} is too large for this model: try alpha={alpha:.2g}, or give strength and leave "
+    "alpha out."
+)
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a step shows of how strong it is.
+
+    Attributes:
+        figures: "gradient_ratio" and "relative_distance", where they were measured.
+        alpha, lam: what the step ran with.
+        strength: what lam follows from, None where it is fixed.
+        eps: relative rounding of the hidden states.
+        tokens_count: whether any does.
+        sensible_alpha: finds one for the displacement that is aimed at, by passes of its own.
+    """
+
+    figures: Mapping[str, Tensor]
+    alpha: float
+    lam: float | Tensor
+    strength: float | None
+    eps: float
+    tokens_count: bool
+    sensible_alpha: Callable[[], float]
 
 
 class LfUWarning(UserWarning):
@@ -81,21 +127,45 @@ class Diagnostics:
         sft_loss: Tensor,
         weighted: Tensor,
         gradient_norm: Tensor,
-        relative_distance: Tensor | None,
-        alpha: float,
+        look: Look,
     ) -> None:
         """Take note of one step, and look at the last ones when it is due."""
         self._window.append((sft_loss, weighted, gradient_norm))
-        if not self.is_due(turn):
+        due = self.is_due(turn)
+        if (due or turn < FIRST_LOOKS) and look.tokens_count and look.alpha:
+            self._how_strong(look)
+        if not due:
             return
         self._period = (turn + 1) // LOOK_EVERY
         sft, consistency, norms = ([float(value) for value in column] for column in zip(*self._window, strict=True))
         self._window = []
         rounding = torch.finfo(torch.promote_types(sft_loss.dtype, torch.float32)).eps
-        self._no_effect(sft, consistency, norms, alpha, rounding, complete=len(sft) >= LOOK_EVERY - 1)
-        if relative_distance is not None:
-            self._collapse(consistency, float(relative_distance), alpha)
+        self._no_effect(sft, consistency, norms, look.alpha, rounding, complete=len(sft) >= LOOK_EVERY - 1)
+        self._explosion(consistency)
         self._oscillation(sft, consistency)
+
+    def _how_strong(self, look: Look) -> None:
+        distance = float(look.figures.get("relative_distance", math.nan))
+        if distance > COLLAPSED:
+            if "collapse" not in self._told:
+                alpha = look.sensible_alpha()
+                self.warn_once("collapse", COLLAPSE.format(distance=distance, given=look.alpha, alpha=alpha))
+            return
+        if distance < look.eps:
+            if "rounding noise" not in self._told:
+                alpha, given = look.sensible_alpha(), look.alpha
+                message = ROUNDING_NOISE.format(distance=distance, eps=look.eps, alpha=alpha, given=given)
+                self.warn_once("rounding noise", message)
+            return
+        ratio = float(look.figures.get("gradient_ratio", math.nan))
+        lam = float(look.lam)
+        cure, setting = "strength=1", f"strength={look.strength}"
+        if look.strength is None:
+            cure, setting = f"strength=1, or lam={lam / ratio if ratio else math.inf:.2g}", f"lam={lam:.3g}"
+        if 0 < ratio < NEGLIGIBLE:
+            self.warn_once("negligible", NO_EFFECT.format(ratio=ratio, cure=cure, given=setting))
+        elif ratio > OVERWHELMING:
+            self.warn_once("overwhelming", TOO_MUCH.format(ratio=ratio, cure=cure, given=setting))
 
     def _no_effect(
         self,
@@ -127,22 +197,14 @@ class Diagnostics:
                 "The ascent gradient was not finite in some steps; they ran without a perturbation. In float16 use a "
                 "GradScaler, and check the loss for overflow.",
             )
-        ratios = [c / abs(s) for s, c in zip(sft, consistency, strict=True) if s]
-        if complete and ratios and max(ratios) < NEGLIGIBLE:
+        if complete and not any(consistency):
             self.warn_once(
-                "negligible",
-                f"LfU has no effect: for {len(ratios)} steps lam * l_cons was at most {max(ratios):.1e} of the SFT "
-                "loss. Raise alpha (the perturbation) or lam (its weight).",
+                "no distance",
+                f"LfU has no effect: for {len(consistency)} steps lam * l_cons was zero. Raise alpha (the "
+                "perturbation), or give strength and leave alpha out; and check that tokens count (labels, masks).",
             )
 
-    def _collapse(self, consistency: list[float], relative_distance: float, alpha: float) -> None:
-        if relative_distance > COLLAPSED:
-            self.warn_once(
-                "collapse",
-                f"LfU collapses the model: the perturbed hidden states are {relative_distance:.2f} times their own "
-                f"length away from the clean ones. alpha={alpha:g} is too large for this model: try "
-                f"alpha={alpha / 10:g}.",
-            )
+    def _explosion(self, consistency: list[float]) -> None:
         finite = [value for value in consistency if math.isfinite(value)]
         usual = median(self._history) if self._history else 0.0
         if len(self._history) >= 2 and finite and median(finite) > EXPLODED * usual > 0:

@@ -26,13 +26,14 @@ from lfu_reg.model.tokens import TokenMask
 from lfu_reg.step import checks, loss_checks, metrics
 from lfu_reg.step.ascent import Ascent
 from lfu_reg.step.attached_model import AttachedModel
-from lfu_reg.step.consistency import consistency, relative_distance
+from lfu_reg.step.consistency import consistency, displacement
 from lfu_reg.step.controls import Controls
 from lfu_reg.step.passes import Passes
+from lfu_reg.step.plain_sft import PlainSFT
 from lfu_reg.step.progress import Progress
-from lfu_reg.step.second_pass import PlainSFT
-from lfu_reg.step.settings import Schedule, Settings, StopGradient, StrategyName, value_at
+from lfu_reg.step.settings import Schedule, Settings, StopGradient, StrategyName
 from lfu_reg.step.sft_loss import LossFunction, SFTLoss
+from lfu_reg.step.strength import StepStrength
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -57,8 +58,11 @@ class LfURegularizer(Controls):
         model: any module. Wrap it (PEFT, DDP, FSDP, compile) before or after.
         auxiliary: theta_aux: "lora", "steering", "weights", "random" or an `Auxiliary` object.
         layers: K, the layers whose hidden states are compared and (but for "weights") perturbed; see `choose_layers`.
-        alpha: length of the ascent step (Eq. 2), or a callable of the step number. None: the paper's value.
-        lam: lambda, the weight of the consistency term (Eq. 6), or a callable of the step number. None: the paper's.
+        strength: how long the gradient of lam * l_cons is, in lengths of that of l_SFT; sets lam at each step. A number
+            or a callable of the step number, as are the next two. None: 1, where lam is not given.
+        alpha: length of the ascent step (Eq. 2). None: what `displacement` asks for; the paper's value beside lam.
+        lam: lambda, the weight of the consistency term (Eq. 6), instead of `strength`.
+        displacement: relative length ||h' - h|| / ||h|| that alpha is set for; more where rounding is coarser.
         reduction: "mean" (the paper's lambda) or "sum" (Eq. 5 to the letter) over the hidden dimension.
         distance: "mse", "cosine", "contrastive", "logit_kl", a `Distance`, or a function of (clean, perturbed), both
             [tokens, hidden], that returns a scalar.
@@ -92,8 +96,10 @@ class LfURegularizer(Controls):
         auxiliary: AuxiliaryName | Auxiliary = "lora",
         *,
         layers: LayerChoice = "all",
+        strength: Schedule | None = None,
         alpha: Schedule | None = None,
         lam: Schedule | None = None,
+        displacement: float = 1e-2,
         reduction: Reduction = "mean",
         distance: DistanceChoice = "mse",
         stop_gradient: StopGradient = "clean",
@@ -109,15 +115,15 @@ class LfURegularizer(Controls):
         process_group: ProcessGroup | None = None,
     ) -> None:
         self.auxiliary, self.distance = make_auxiliary(auxiliary), make_distance(distance)
-        alpha = self.auxiliary.default_alpha if alpha is None else alpha
-        lam = self.auxiliary.default_lam if lam is None else lam
-        terms = (alpha, lam, reduction, stop_gradient, token_mask, ignore_index)
+        strength = 1.0 if strength is None and lam is None else strength
+        alpha = self.auxiliary.default_alpha if strength is None and alpha is None else alpha
+        terms = (alpha, lam, strength, displacement, reduction, stop_gradient, token_mask, ignore_index)
         amounts = (ascent_steps, every, batch_fraction, strategy, leave_early, sync_perturbation)
         self.settings = Settings(*terms, *amounts)
         check_seed(seed)
         model = unwrapped(model)
         checks.check_model(model)
-        self._disabled, self._diagnostics, self._progress = False, Diagnostics(), Progress(seed)
+        self._disabled, self._diagnostics, self._progress = False, Diagnostics(), Progress(seed, self.settings)
         self._ascent = Ascent(self.auxiliary, self.settings, self._progress, process_group)
         self._attached = AttachedModel(model, layers, self.auxiliary, self.distance, self._diagnostics)
 
@@ -145,52 +151,52 @@ class LfURegularizer(Controls):
             return sft_loss_fn(model, batch)
         checks.check_batch(batch)
         self._attached.follow()
-        progress, settings = self._progress, self.settings
+        progress = self._progress
         progress.step = step = progress.begin(self._attached.model, batch)
-        alpha, lam = value_at("alpha", settings.alpha, step), value_at("lam", settings.lam, step)
+        strength = progress.strength.at(step)
         try:
-            if step % settings.every or lam == 0 or progress.waits():
+            if step % self.settings.every or strength.is_zero:
                 raise PlainSFT(loss_checks.check_loss(sft_loss_fn(model, batch), model, first=step == 0))
-            with failures_explained(), loss_checks.errors_explained():
-                sft = SFTLoss(sft_loss_fn, model, batch, settings.token_mask, settings.ignore_index)
-                loss = self._regularized(sft, undesirable, alpha, lam)
+            strength.engine = self._attached.engine_of(model, first=step == 0)
+            with failures_explained(), loss_checks.errors_explained(), strength.together(self._attached.devices()):
+                if progress.waits():
+                    raise PlainSFT(loss_checks.check_loss(sft_loss_fn(model, batch), model, first=False))
+                sft = SFTLoss(sft_loss_fn, model, batch, self.settings.token_mask, self.settings.ignore_index)
+                loss = self._regularized(sft, undesirable, strength)
         except PlainSFT as plain:
             loss = plain.loss
-            self.metrics = metrics.plain_step(loss, self.metrics, progress, alpha=alpha, lam=lam)
+            self.metrics = metrics.plain_step(loss, progress, strength)
         except BaseException:
             self.auxiliary.reset(torch.Generator)
             raise
         progress.step = step + 1
         return loss
 
-    def _regularized(self, sft: SFTLoss, undesirable: Any, alpha: float, lam: float) -> Tensor:
-        progress, settings = self._progress, self.settings
-        passes = Passes(self._attached, self.auxiliary, sft, settings, progress, self._diagnostics)
+    def _regularized(self, sft: SFTLoss, undesirable: Any, strength: StepStrength) -> Tensor:
+        progress, settings, diagnostics = self._progress, self.settings, self._diagnostics
+        passes = Passes(self._attached, self.auxiliary, sft, settings, strength, progress, diagnostics)
         self._ascent.begin(passes.engine, self._attached.devices())
         draws = progress.draws()
-        with passes.running(draws.generator):
+        with passes.running(progress.generators(draws)):
             # Pass 1. theta_aux is at "no change", so the SFT forward is the auxiliary forward, too (Eq. 1, 3), and one
             # backward gives d l_SFT / d theta and g = d l_SFT / d theta_aux.
             sft_loss, h = passes.first(observe=undesirable is None)
             # Ascent: theta_aux <- theta_aux + alpha * g / ||g|| (Eq. 2).
-            gradient_norm = self._ascent(alpha, passes, undesirable)
+            gradient_norm = self._ascent(strength.alpha, passes, undesirable)
             # Pass 2: the hidden states of the undesirable self (Eq. 4), and their distance to the clean ones (Eq. 5).
             samples = draws.samples(passes.clean.record.batch_size, settings.batch_fraction)
+            if strength.searches:
+                strength.alpha = passes.find_alpha(samples)
             with passes.second(samples) as h_prime:
                 l_cons, distances = consistency(self.distance, h, h_prime, samples, settings)
-                passes.backward(lam * l_cons)
+                strength.moved = displacement(h, h_prime, samples) if strength.is_due else None
+                weighted = passes.backward(l_cons)
             # l_SFT + lam * l_cons (Eq. 6).
             loss = passes.total()
-        turn = progress.step // settings.every
-        reached = relative_distance(h, h_prime, samples) if self._diagnostics.is_due(turn) else None
-        self._diagnostics.watch(turn, sft_loss, (lam * l_cons).detach(), gradient_norm, reached, alpha)
-        progress.empty_steps += passes.clean.record.is_empty()
-        terms = {
-            "loss": loss,
-            "sft_loss": sft_loss,
-            "consistency_loss": l_cons,
-            "ascent_grad_norm": gradient_norm,
-            "relative_distance": self.metrics.get("relative_distance") if reached is None else reached,
-        }
-        self.metrics = metrics.regularized_step(terms, h, distances, progress, alpha=alpha, lam=lam)
+            empty = passes.clean.record.is_empty()
+            look = strength.look(tokens_count=not empty, sensible_alpha=lambda: passes.find_alpha(samples))
+            diagnostics.watch(progress.step // settings.every, sft_loss, weighted, gradient_norm, look)
+        progress.empty_steps += empty
+        terms = {"loss": loss, "sft_loss": sft_loss, "consistency_loss": l_cons, "ascent_grad_norm": gradient_norm}
+        self.metrics = metrics.regularized_step(terms, h, distances, progress, strength)
         return loss

@@ -148,6 +148,13 @@ class Auxiliary(ABC):
     def ascend(self, alpha: float) -> Tensor:
         """Eq. 2. Move the components by alpha * g / ||g||, forget g, and return ||g||."""
 
+    def collect_later(self) -> None:  # noqa: B027  taps collect by themselves
+        """Collect g from the caller's backward, too."""
+
+    def rescale(self, factor: float) -> bool:
+        """Move the components `factor` times as far as they are; False where that is not possible."""
+        return False
+
     @abstractmethod
     def perturbation(self) -> dict[str, Any]:
         """The components by name, detached."""

@@ -26,6 +26,7 @@ class OutputAuxiliary(Auxiliary):
 
     def __init__(self) -> None:
         self._components: dict[str, Components] = {}
+        self._starts: dict[str, Components] = {}  # of those that were moved
         self._gradients: dict[str, list[Tensor | None]] = {}
         self._generators: Generators = torch.Generator
         self._required = False
@@ -96,7 +97,8 @@ class OutputAuxiliary(Auxiliary):
 
     def reset(self, generators: Generators) -> None:
         """Forget components and gradients."""
-        self._components, self._gradients, self._generators, self._required = {}, {}, generators, False
+        self._components, self._starts, self._gradients = {}, {}, {}
+        self._generators, self._required = generators, False
 
     def observe(self, call: Call) -> GradientRule:
         """`gradient_rule`, adding what it gives to g."""
@@ -165,9 +167,17 @@ class OutputAuxiliary(Auxiliary):
         norm = gradient_norm(gradients)
         for (name, i), step in zip(moving, ascend(gradients, alpha, per_group=per_group, norm=norm), strict=True):
             components = list(self._components[name])
+            self._starts.setdefault(name, self._components[name])
             components[i] = components[i].detach() + step
             self._components[name] = tuple(components)
         return norm
+
+    def rescale(self, factor: float) -> bool:
+        """From where each component started, `factor` times as far."""
+        for name, starts in self._starts.items():
+            pairs = zip(starts, self._components[name], strict=True)
+            self._components[name] = tuple(torch.lerp(start.detach(), moved, factor) for start, moved in pairs)
+        return True
 
     def perturbation(self) -> dict[str, Any]:
         """Name of a site to its component, or to the tuple of them where there are several."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ class WeightDeltas(Auxiliary):
         self._parameters: dict[str, nn.Parameter] = {}
         self._deltas: dict[str, Tensor] = {}
         self._gradients: dict[str, Tensor] = {}
+        self._handles: list[Any] = []
 
     def sites(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> Mapping[str, nn.Module]:
         """Remember the model. There are no sites: nothing happens at outputs."""
@@ -55,7 +57,9 @@ class WeightDeltas(Auxiliary):
 
     def reset(self, generators: Generators) -> None:
         """Forget deltas and gradients."""
-        self._deltas, self._gradients = {}, {}
+        for handle in self._handles:
+            handle.remove()
+        self._deltas, self._gradients, self._handles = {}, {}, []
         if self.shards is not None:
             self.shards.reshard()  # so that the parameters seen here are the shards
         # Looked up once a step: while pass 2 runs, moved tensors stand in the place of the parameters.
@@ -107,6 +111,17 @@ class WeightDeltas(Auxiliary):
             self._deltas[name] = self._deltas[name] + step if name in self._deltas else step
         self._gradients = {}
         return norm
+
+    def collect_later(self) -> None:
+        """By hooks on the parameters, until the next step."""
+        for name, parameter in self._parameters.items():
+            collect = partial(self._gradients.__setitem__, name)
+            self._handles.append(parameter.register_hook(collect))  # type: ignore[no-untyped-call]
+
+    def rescale(self, factor: float) -> bool:
+        """Every delta, times `factor`."""
+        self._deltas = {name: delta * factor for name, delta in self._deltas.items()}
+        return True
 
     def perturbation(self) -> dict[str, Any]:
         """Parameter name to delta."""

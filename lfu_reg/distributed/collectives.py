@@ -22,6 +22,13 @@ def all_agree(value: bool, groups: Sequence[ProcessGroup], device: torch.device)
     return value
 
 
+def summed(tensor: Tensor, groups: Sequence[ProcessGroup]) -> Tensor:
+    """The sum over ranks, written into the tensor."""
+    for group in groups:
+        dist.all_reduce(tensor, group=group)
+    return tensor
+
+
 def averaged(tensors: Mapping[str, Tensor], groups: Sequence[ProcessGroup]) -> dict[str, Tensor]:
     """The mean over ranks of every tensor, by one all-reduce per group, device and dtype."""
     kinds: dict[tuple[torch.device, torch.dtype], list[str]] = {}

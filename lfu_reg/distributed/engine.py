@@ -31,6 +31,7 @@ class Engine:
     shards: Shards | None = None  # of FSDP2
     groups: tuple[ProcessGroup, ...] = ()  # the ranks that batches are spread over, one per dimension of the mesh
     in_lockstep: bool = False  # forward passes communicate, so every rank has to run the same number of them
+    may_run_out: bool = False  # of batches, under DDP's `join`: then it takes no part in collectives of ours
 
     @property
     def is_sharded(self) -> bool:
@@ -62,12 +63,12 @@ def engine_of(model: nn.Module, attached: nn.Module, layers: Iterable[nn.Module]
         if type(parameter).__name__ == "DTensor":
             return Engine(TENSOR_PARALLEL, in_lockstep=True)
     for ddp in wrappers_of(model, attached):
-        return Engine("DDP", groups=(ddp.process_group,), in_lockstep=_forward_communicates(ddp))
+        joined = bool(getattr(getattr(ddp, "_join_config", None), "enable", False))
+        lockstep = not joined and _forward_communicates(ddp)
+        return Engine("DDP", groups=(ddp.process_group,), in_lockstep=lockstep, may_run_out=joined)
     return Engine()
 
 
 def _forward_communicates(ddp: Any) -> bool:
-    if getattr(getattr(ddp, "_join_config", None), "enable", False):
-        return False  # ranks that have run out of batches take no part in collectives of ours
     broadcasts = ddp.broadcast_buffers and any(True for _ in ddp.module.buffers())
     return broadcasts or any(isinstance(module, nn.SyncBatchNorm) for module in ddp.modules())

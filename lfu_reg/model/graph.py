@@ -75,6 +75,15 @@ def graph_of(loss: Tensor, since: int = 0, stop: tuple[Any, int] | None = None) 
     return Graph(found, seen, outside)
 
 
+def reenters(loss: Tensor) -> bool:
+    """Whether reentrant checkpointing hides a part of the graph from `autograd.grad`."""
+    try:
+        graph_of(loss)
+    except RuntimeError:
+        return True
+    return False
+
+
 def leaves_of(loss: Tensor) -> list[Tensor]:
     """Leaf tensors that `loss` depends on, each once."""
     return graph_of(loss).leaves

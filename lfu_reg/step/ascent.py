@@ -12,6 +12,7 @@ from torch import Tensor
 from lfu_reg.auxiliaries import Auxiliary
 from lfu_reg.distributed.engine import Engine
 from lfu_reg.distributed.shared_ascent import SharedAscent
+from lfu_reg.step.one_backward import ONE_STEP
 from lfu_reg.step.passes import Passes
 from lfu_reg.step.progress import Progress
 from lfu_reg.step.settings import Settings
@@ -52,6 +53,11 @@ class Ascent:
 
     def __call__(self, alpha: float, passes: Passes, undesirable: Any) -> Tensor:
         """theta_aux <- theta_aux + alpha * g / ||g||, `ascent_steps` times; returns the last ||g||."""
+        if self._settings.is_one_backward:
+            if undesirable is not None:
+                raise ValueError(ONE_STEP.format(what="undesirable="))
+            self._progress.direction.hand_over(self._auxiliary)
+            return self._auxiliary.ascend(alpha)
         batch = passes.batch if undesirable is None else undesirable
         # Gradients of gradients inside of the loss depend on the components in ways that no tap sees.
         crossed = passes.clean.gate.is_crossed and not self._auxiliary.moves_weights

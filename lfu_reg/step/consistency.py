@@ -63,16 +63,29 @@ def consistency(
         return torch.stack(terms).sum(), torch.stack(distances)
 
 
-def relative_distance(clean: Sequence[State], perturbed: Sequence[State], samples: Tensor | None) -> Tensor:
-    """||h' - h|| / ||h|| over the tokens that count and all layers, detached: how far the perturbation reached."""
+def displacement(clean: Sequence[State], perturbed: Sequence[State], samples: Tensor | None) -> tuple[Tensor, Tensor]:
+    """||h' - h|| and ||h|| over the tokens that count and all layers, detached."""
     moved, length = [], []
     for before, after in zip(clean, perturbed, strict=True):
         states = before.of(samples).detach(), after.hidden.detach()
         h, h_prime = (rows(state, after.tokens.axis, after.tokens.index).float() for state in states)
         moved.append((h_prime - h).norm().to(clean[0].hidden.device))
         length.append(h.norm().to(clean[0].hidden.device))
-    ratio: Tensor = torch.stack(moved).norm() / torch.stack(length).norm().clamp_min(torch.finfo(torch.float32).tiny)
-    return ratio
+    return torch.stack(moved).norm(), torch.stack(length).norm().clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def relative_distance(clean: Sequence[State], perturbed: Sequence[State], samples: Tensor | None) -> Tensor:
+    """||h' - h|| / ||h||: how far the perturbation reached."""
+    moved, length = displacement(clean, perturbed, samples)
+    return moved / length
+
+
+def rounding(states: Sequence[State]) -> float:
+    """Relative rounding of the coarsest dtype that hidden states have, or are computed in under autocast."""
+    dtypes = {state.hidden.dtype for state in states}
+    kinds = {state.hidden.device.type for state in states}
+    dtypes |= {torch.get_autocast_dtype(kind) for kind in kinds if torch.is_autocast_enabled(kind)}
+    return max(torch.finfo(dtype).eps for dtype in dtypes)
 
 
 def _hidden_last(hidden: Tensor, axis: int) -> Tensor:

@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
-from lfu_reg.auxiliaries import Auxiliary
+from lfu_reg.auxiliaries import Auxiliary, AuxiliaryName, make_auxiliary
 from lfu_reg.diagnostics import EVAL_MODE, Diagnostics
 from lfu_reg.distances.base import Distance
 from lfu_reg.step.ascent import Ascent
@@ -34,6 +35,19 @@ class Controls:
     _progress: Progress
     _disabled: bool
 
+    @classmethod
+    def paper(cls, model: nn.Module, auxiliary: AuxiliaryName | Auxiliary = "lora", **settings: Any) -> Self:
+        """A regularizer with the paper's alpha and lambda of the auxiliary, which are those of models of 1 to 8 B.
+
+        Args:
+            model: any module.
+            auxiliary: as for `LfURegularizer`, as are all settings.
+            **settings: of `LfURegularizer`.
+        """
+        chosen = make_auxiliary(auxiliary)
+        given = {"alpha": chosen.default_alpha, "lam": chosen.default_lam, **settings}
+        return cls(model, chosen, **given)  # type: ignore[call-arg]
+
     def _is_active(self) -> bool:
         if self._disabled or is_repeating() or not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
             return False
@@ -56,7 +70,7 @@ class Controls:
             self._disabled = before
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to continue bit for bit: step count, seed of all draws, scales of float16."""
+        """What a resumed run needs to go on bit for bit: step, seed, float16's scales, what sets alpha and lam."""
         return self._progress.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

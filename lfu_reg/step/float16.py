@@ -24,6 +24,8 @@ from lfu_reg.model.graph import gradients_of
 
 # GradScaler's: the first scale, and so many steps without an overflow until it is doubled.
 FIRST_SCALE = 2.0**16
+# A mean over tokens, layers and features has smaller ones, and nothing else multiplies l_cons before its backward.
+FIRST_PERTURBED = 2.0**24
 GROWTH_INTERVAL = 2000
 
 Gradients = tuple["Tensor | None", ...]
@@ -32,9 +34,8 @@ Gradients = tuple["Tensor | None", ...]
 class LossScale:
     """The scale of one kind of backward; remembered from step to step."""
 
-    def __init__(self) -> None:
-        self.value = FIRST_SCALE
-        self.good_steps = 0
+    def __init__(self, value: float = FIRST_SCALE) -> None:
+        self.value, self.good_steps = value, 0
 
     def gradients(
         self,
@@ -98,7 +99,7 @@ class LossScales:
 
     clean: LossScale = field(default_factory=LossScale)
     ascent: LossScale = field(default_factory=LossScale)
-    perturbed: LossScale = field(default_factory=LossScale)
+    perturbed: LossScale = field(default_factory=lambda: LossScale(FIRST_PERTURBED))
 
     def state_dict(self) -> dict[str, tuple[float, int]]:
         """Name to scale and number of good steps."""
@@ -107,7 +108,7 @@ class LossScales:
     def load_state_dict(self, state: Mapping[str, Sequence[float]]) -> None:
         """Continue with these; what is missing starts anew."""
         for name, scale in vars(self).items():
-            value, good_steps = state.get(name, (FIRST_SCALE, 0))
+            value, good_steps = state.get(name, (scale.value, 0))
             scale.value, scale.good_steps = float(value), int(good_steps)
 
 

@@ -1,8 +1,13 @@
 """The figures of a step, as a user logs them.
 
-"loss", "sft_loss", "consistency_loss", "ascent_grad_norm" (||g||), "distance/<layer>", "relative_distance"
-(||h' - h|| / ||h||, measured at the first regularized step and every 50th), "empty_steps" (how many had no token that
-counts, so that l_cons = 0), "unrepeatable_steps" (at how many the loss was tried and did not repeat), "alpha", "lam".
+"loss", "sft_loss", "consistency_loss", "ascent_grad_norm" (||g||), "distance/<layer>", "alpha", "lam",
+"gradient_ratio" (|lam grad l_cons| / |grad l_SFT| over the trained parameters), "gradient_cosine" (between the two),
+"relative_distance" (||h' - h|| / ||h||), "empty_steps" (how many had no token that counts, so that l_cons = 0),
+"unrepeatable_steps" (at how many the loss was tried and did not repeat).
+
+The ratio is of this step where `strength` sets lam. The cosine and the distance, and with a fixed lam the ratio, are
+measured at the first ten regularized steps and at every tenth, and stay until they are measured again: the price is one
+more reading of the gradients and of the hidden states.
 
 Tensors are detached and stay on their devices, so only who reads a figure waits for it.
 """
@@ -16,43 +21,32 @@ from torch import Tensor
 
 from lfu_reg.hooks.forward_pass import State
 from lfu_reg.step.progress import Progress
+from lfu_reg.step.strength import StepStrength
 
 
-def plain_step(
-    loss: Tensor, before: Mapping[str, Any], progress: Progress, *, alpha: float, lam: float
-) -> dict[str, Any]:
-    """Of a step that is plain SFT; the last relative distance stays."""
-    kept = {key: before[key] for key in ("relative_distance",) if key in before}
-    return {
-        "loss": loss.detach(),
-        "sft_loss": loss.detach(),
-        **kept,
-        "unrepeatable_steps": progress.unrepeatable_steps,
-        "alpha": alpha,
-        "lam": lam,
-    }
+def plain_step(loss: Tensor, progress: Progress, strength: StepStrength) -> dict[str, Any]:
+    """Of a step that is plain SFT; what was measured last stays."""
+    return {"loss": loss.detach(), "sft_loss": loss.detach(), **_of_any_step(progress, strength)}
 
 
 def regularized_step(
-    terms: Mapping[str, Tensor | None],
-    states: Sequence[State],
-    distances: Tensor,
-    progress: Progress,
-    *,
-    alpha: float,
-    lam: float,
+    terms: Mapping[str, Tensor], states: Sequence[State], distances: Tensor, progress: Progress, strength: StepStrength
 ) -> dict[str, Any]:
     """Of a step with it: its terms, and the distance of each of the K states to its perturbed twin."""
     return {
-        **{
-            name: value.detach() if value is not None and value.requires_grad else value
-            for name, value in terms.items()
-        },
+        **{name: value.detach() for name, value in terms.items()},
         **{f"distance/{label}": value for label, value in zip(_labels(states), distances, strict=True)},
         "empty_steps": progress.empty_steps,
+        **_of_any_step(progress, strength),
+    }
+
+
+def _of_any_step(progress: Progress, strength: StepStrength) -> dict[str, Any]:
+    return {
+        **strength.figures,
         "unrepeatable_steps": progress.unrepeatable_steps,
-        "alpha": alpha,
-        "lam": lam,
+        "alpha": strength.alpha,
+        "lam": strength.lam,
     }
 
 

@@ -19,14 +19,17 @@ from lfu_reg.model.compile import anything_is_compiled, entrances, graphs_for_tw
 from lfu_reg.model.graph import graph_of, now
 from lfu_reg.model.module_state import Changes
 from lfu_reg.step.attached_model import AttachedModel
+from lfu_reg.step.consistency import rounding
 from lfu_reg.step.float16 import float16_in_play
-from lfu_reg.step.gradients import Retained
+from lfu_reg.step.plain_sft import PlainSFT
 from lfu_reg.step.progress import Progress
-from lfu_reg.step.second_pass import PlainSFT, SecondPass
+from lfu_reg.step.retained import Retained
+from lfu_reg.step.second_pass import SecondPass
 from lfu_reg.step.settings import Settings
 from lfu_reg.step.sft_loss import SFTLoss, tensors_in
 from lfu_reg.step.shared_backward import shared_backward
 from lfu_reg.step.strategy_choice import choose_strategy
+from lfu_reg.step.strength import StepStrength
 
 
 class Passes(SecondPass):
@@ -37,6 +40,7 @@ class Passes(SecondPass):
         auxiliary: theta_aux.
         sft: the loss function of the step.
         settings: of the regularizer.
+        strength: alpha and lam of the step.
         progress: what outlives the step.
         diagnostics: warns.
 
@@ -56,13 +60,13 @@ class Passes(SecondPass):
         auxiliary: Auxiliary,
         sft: SFTLoss,
         settings: Settings,
+        strength: StepStrength,
         progress: Progress,
         diagnostics: Diagnostics,
     ) -> None:
         self._attached, self._auxiliary, self._sft, self._settings = attached, auxiliary, sft, settings
-        self._progress, self._diagnostics = progress, diagnostics
-        self.batch = sft.batch
-        self.engine = attached.engine_of(sft.model, first=progress.step == 0)
+        self._strength, self._progress, self._diagnostics = strength, progress, diagnostics
+        self.batch, self.engine = sft.batch, strength.engine
         self._trained = [p for p in sft.model.parameters() if p.requires_grad]
         self._strategy = choose_strategy(settings, self.engine, auxiliary, progress.scales, self._trained)
 
@@ -71,7 +75,9 @@ class Passes(SecondPass):
         """Hooks are on the model for the block, and theta_aux starts at "no change"."""
         attached, auxiliary = self._attached, self._auxiliary
         auxiliary.shards = self.engine.shards
-        auxiliary.may_fold = not self.engine.is_sharded and not entrances(self._sft.model)
+        auxiliary.may_fold = not (self.engine.is_sharded or entrances(self._sft.model) or self._is_one_backward)
+        if self._is_one_backward:
+            self._progress.direction.collect(auxiliary)
         auxiliary.reset(generators)
         try:
             with attached.hooks.installed(stay=anything_is_compiled(self._sft.model)):
@@ -95,7 +101,7 @@ class Passes(SecondPass):
         self.clean = clean = ForwardPass(
             sft.tokens,
             observe=observe,
-            capture="detached" if self._settings.stop_gradient == "clean" else "cloned",
+            capture="detached" if self._settings.stop_gradient == "clean" and not self._is_one_backward else "cloned",
             patches=list(self._auxiliary.pass1_patches()) if observe else [],
         )
         reuse = not self._strategy.keeps_graph and not self.engine.in_lockstep
@@ -120,6 +126,8 @@ class Passes(SecondPass):
         # Loops return a dummy loss for an empty batch, zero times the sum of all parameters.
         if not clean.record.states and (attached.has_run or not bool(loss.detach())):
             raise PlainSFT(loss)
+        if self._is_one_backward:
+            return self._first_of_one(loss, changes)
         graph = graph_of(loss, since)
         if graph.reaches_outside and not self._strategy.keeps_graph:
             self._strategy = Retained(self._auxiliary, self._progress.scales, self._trained)
@@ -129,6 +137,7 @@ class Passes(SecondPass):
             raise RuntimeError(checkpoints.OFFLOADED)
         leaves = self._share(loss, graph.leaves, changes, hooked="hook" in noted)
         attached.check_clean(clean, leaves, sft.model, self._turn)
+        self._strength.eps = rounding(clean.record.states)
         self._look_at_states(changes)
         if not self._strategy.scales_float16 and float16_in_play(clean, [loss, *leaves]):
             self._diagnostics.warn_once("float16 shards", UNSCALED_FLOAT16)
@@ -136,11 +145,25 @@ class Passes(SecondPass):
             self.scale = self._strategy.backward_clean(loss, leaves, clean, self._shared)
         return loss.detach(), clean.record.states
 
-    def backward(self, consistency_term: Tensor) -> None:
-        """Take d (lam * l_cons) / d theta."""
-        if not consistency_term.requires_grad:
+    def _first_of_one(self, loss: Tensor, changes: Changes) -> tuple[Tensor, list[State]]:
+        """Nothing is differentiated yet; without a direction the step only brings one."""
+        clean, attached = self.clean, self._attached
+        attached.check_clean(clean, [*self._trained, clean.anchor], self._sft.model, self._turn)
+        self._strength.eps = rounding(clean.record.states)
+        self._look_at_states(changes)
+        self._strategy.backward_clean(loss, [], clean, None)
+        if not self._progress.direction.is_known:
+            raise PlainSFT(loss)
+        cut = attached.reused.cut(changes, clean.record.states)
+        self._start = None if cut is None else cut.detach()
+        return loss.detach(), clean.record.states
+
+    def backward(self, l_cons: Tensor) -> Tensor:
+        """Take d (lam * l_cons) / d theta, and return lam * l_cons, detached."""
+        if not l_cons.requires_grad:
             self._diagnostics.warn_once("no gradient", NO_GRADIENT)
-        self._strategy.backward_perturbed(consistency_term)
+        self._strategy.backward_perturbed(l_cons, self._strength)
+        return self._strength.lam * l_cons.detach()
 
     def _share(self, loss: Tensor, leaves: list[Tensor], changes: Changes, *, hooked: bool) -> list[Tensor]:
         """Let both passes share what no perturbation reaches, where that is exact; gives all leaves."""
@@ -166,6 +189,10 @@ class Passes(SecondPass):
         elif changes.late:
             self._failure = f"the forward wrote to {changes.late[0]}, for the first time"
         hooks.overwritten = (hooks.overwritten or set()) | written
+
+    @property
+    def _is_one_backward(self) -> bool:
+        return self._settings.is_one_backward
 
     @property
     def _turn(self) -> int:

@@ -12,10 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from lfu_reg.auxiliaries.base import Generators
 from lfu_reg.model.rng import StepDraws
 from lfu_reg.step.checks import check_state
+from lfu_reg.step.direction import Direction
 from lfu_reg.step.float16 import LossScales
 from lfu_reg.step.same_step import SameStep
+from lfu_reg.step.settings import Settings
+from lfu_reg.step.strength import Strength
 
 # Steps after which a loss that never repeats is tried again, at most.
 LONGEST_WAIT = 64
@@ -26,16 +30,20 @@ class Progress:
 
     Args:
         seed: of all draws; None for torch's initial one.
+        settings: of the regularizer.
 
     Attributes:
         step: number of the next step, or of the present one during a step.
         seed: of all draws.
         scales: of float16.
         empty_steps: how many steps had no token that counts.
+        strength: what is known of alpha and lam.
+        direction: of steps with one backward.
         unrepeatable_steps: how many steps were plain SFT, as the loss did not repeat.
     """
 
-    def __init__(self, seed: int | None) -> None:
+    def __init__(self, seed: int | None, settings: Settings) -> None:
+        self.strength, self.direction = Strength(settings), Direction()
         self.step, self.seed = 0, torch.initial_seed() % 2**31 if seed is None else int(seed)
         self.scales = LossScales()
         self.empty_steps = self.unrepeatable_steps = 0
@@ -54,6 +62,10 @@ class Progress:
         """The draws of this step."""
         return StepDraws(self.seed, self._drawn_at)
 
+    def generators(self, draws: StepDraws) -> Generators:
+        """Those of the components; a direction that outlives its step needs the components to be the same."""
+        return StepDraws(self.seed, 0).generator if self.strength.settings.is_one_backward else draws.generator
+
     def waits(self) -> bool:
         """Whether the loss did not repeat lately, so that it is not called twice at this step."""
         return self.step < self._resume_at
@@ -65,12 +77,14 @@ class Progress:
         self.unrepeatable_steps += not repeated
 
     def state_dict(self) -> dict[str, Any]:
-        """Step count, seed of all draws, scales of float16."""
-        return {"step": self.step, "seed": self.seed, "loss_scales": self.scales.state_dict()}
+        """Step count, seed of all draws, scales of float16, and what alpha and lam follow from."""
+        parts = {"loss_scales": self.scales.state_dict(), "strength": self.strength.state_dict()}
+        return {"step": self.step, "seed": self.seed, **parts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a `state_dict`."""
         check_state(state)
         self.step, self.seed = int(state["step"]), int(state["seed"])
         self.scales.load_state_dict(state.get("loss_scales", {}))
+        self.strength.load_state_dict(state.get("strength", {}))
         self._drawn_at, self._wait, self._resume_at = self.step, 0, 0

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,19 +22,18 @@ from lfu_reg.model.patching import Patch
 from lfu_reg.model.rng import random_state_kept
 from lfu_reg.step import checks
 from lfu_reg.step.attached_model import AttachedModel
+from lfu_reg.step.consistency import relative_distance
 from lfu_reg.step.gradients import Strategy
+from lfu_reg.step.one_backward import OneBackward, nothing_saved
+from lfu_reg.step.plain_sft import PlainSFT
 from lfu_reg.step.progress import Progress
 from lfu_reg.step.settings import Settings
 from lfu_reg.step.sft_loss import SFTLoss
 from lfu_reg.step.shared_backward import SharedBackward
+from lfu_reg.step.strength import StepStrength
 
-
-class PlainSFT(Exception):
-    """This step is plain SFT, whose loss this is, with its gradients."""
-
-    def __init__(self, loss: Tensor) -> None:
-        super().__init__()
-        self.loss = loss
+# How often pass 2 is tried for the sake of alpha at the first step, and what is near enough.
+TRIES, CLOSE = 6, 3.0
 
 
 class SecondPass:
@@ -45,12 +45,14 @@ class SecondPass:
     _auxiliary: Auxiliary
     _sft: SFTLoss
     _settings: Settings
+    _strength: StepStrength
     _progress: Progress
     _diagnostics: Diagnostics
     _strategy: Strategy
     _trained: list[Tensor]
     _changes: Changes | None = None
     _shared: SharedBackward | None = None
+    _start: Tensor | None = None  # what pass 2 starts from where nothing below is differentiated with it
     _failure: str | None = None  # why pass 2 cannot begin where pass 1 did
     _runs_whole = False  # whether pass 2 has to run to its end, with all of its graph
 
@@ -77,6 +79,20 @@ class SecondPass:
         auxiliary.require_gradients(False)
         return scale
 
+    def find_alpha(self, samples: Tensor | None) -> float:
+        """The alpha that reaches the displacement, tried out by passes without a backward; theta_aux moves with it.
+
+        Ranks whose forward passes communicate take the first guess, and come nearer from step to step.
+        """
+        alpha, h = self._strength.alpha, self.clean.record.states
+        for _ in range(0 if self.engine.in_lockstep else TRIES):
+            with self.second(samples) as h_prime:
+                factor = self._strength.factor(float(relative_distance(h, h_prime, samples)))
+            if 1 / CLOSE < factor < CLOSE or not self._auxiliary.rescale(factor):
+                break
+            alpha *= factor
+        return alpha
+
     @contextmanager
     def second(self, samples: Tensor | None) -> Iterator[list[State]]:
         """Pass 2: the loss function is called again, with the components in place; gives the perturbed states.
@@ -96,7 +112,8 @@ class SecondPass:
             raise PlainSFT(self.total())
         if samples is not None and self._sft.has_drawn():  # a smaller batch draws others: dropout would be compared
             raise ValueError(checks.CANNOT_DIVIDE.format(number=len(samples)))
-        answers = [] if self._shared is None else attached.reused.answers(self._shared.start, samples)
+        start = self._start if self._shared is None else self._shared.start
+        answers = [] if start is None else attached.reused.answers(start, samples)
         with self._auxiliary.shards_moved(), ExitStack() as stack:
             quiet = attached.tail_may_be_quiet and not self.engine.is_sharded and not self._runs_whole
             try:
@@ -111,9 +128,9 @@ class SecondPass:
                 perturbed = self._run_second(stack, samples, [], False)
             repeated = self._check_second(perturbed, samples)
             if repeated:
-                yield perturbed.record.states
+                yield self._states_of(perturbed, samples)
             elif in_lockstep:  # other ranks go through its backward
-                self._strategy.backward_perturbed(_zero_of(perturbed))
+                self._strategy.backward_perturbed(_zero_of(perturbed), self._strength)
         if not repeated:
             raise PlainSFT(self.total())
 
@@ -146,10 +163,19 @@ class SecondPass:
         with ExitStack() as inner:
             inner.enter_context(self._again(but_blocks=bool(answers)))
             inner.enter_context(attached.hooks.run(perturbed))
-            with attached.hooks.recording():
+            with attached.hooks.recording(), nothing_saved() if settings.is_one_backward else nullcontext():
                 self._sft.repeat(samples, record.batch_size)
             stack.push(inner.pop_all())
         return perturbed
+
+    def _states_of(self, perturbed: ForwardPass, samples: Tensor | None) -> list[State]:
+        """The perturbed states; as leaves beside the clean ones where these carry the gradient."""
+        if not isinstance(self._strategy, OneBackward):
+            return perturbed.record.states
+        states = [replace(state, hidden=state.hidden.detach().requires_grad_()) for state in perturbed.record.states]
+        pairs = zip(self.clean.record.states, states, strict=True)
+        self._strategy.states = [(before.of(samples), after.hidden) for before, after in pairs]
+        return states
 
     def _check_second(self, perturbed: ForwardPass, samples: Tensor | None) -> bool:
         """Whether pass 2 repeated pass 1; warns if not."""

@@ -14,7 +14,12 @@ from lfu_reg.model.tokens import TokenMask
 
 Schedule: TypeAlias = float | Callable[[int], float]
 StopGradient: TypeAlias = Literal["clean", "perturbed", "none"]
-StrategyName: TypeAlias = Literal["auto", "released", "retained"]
+StrategyName: TypeAlias = Literal["auto", "released", "retained", "one-backward"]
+
+BOTH = (
+    "lam={lam!r} and strength={strength!r}; allowed is one of them: strength sets lam at each step, such that the "
+    "gradient of the consistency term is strength times as long as that of the SFT loss."
+)
 
 
 @dataclass(frozen=True)
@@ -25,8 +30,10 @@ class Settings:
         TypeError, ValueError: for a setting that is not allowed, or contradicts another.
     """
 
-    alpha: Schedule
-    lam: Schedule
+    alpha: Schedule | None
+    lam: Schedule | None
+    strength: Schedule | None = None
+    displacement: float = 1e-2
     reduction: Reduction = "mean"
     stop_gradient: StopGradient = "clean"
     token_mask: TokenMask | None = None
@@ -40,8 +47,13 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Check them all."""
-        check_schedule("alpha", self.alpha)
-        check_schedule("lam", self.lam)
+        for name in ("alpha", "lam", "strength"):
+            if (value := getattr(self, name)) is not None:
+                check_schedule(name, value)
+        if (self.lam is None) == (self.strength is None):
+            raise ValueError(BOTH.format(lam=self.lam, strength=self.strength))
+        if not 0 < check_number("displacement", self.displacement) < 1:
+            raise ValueError(f"displacement={self.displacement!r}; allowed are numbers between 0 and 1.")
         words = {
             "reduction": get_args(Reduction),
             "stop_gradient": get_args(StopGradient),
@@ -56,11 +68,26 @@ class Settings:
         _check_fraction("batch_fraction", self.batch_fraction)
         if isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, int):
             raise ValueError(f"ignore_index={self.ignore_index!r}; allowed are whole numbers, as in cross_entropy.")
-        if self.strategy == "released" and self.stop_gradient != "clean":
+        if self.strategy in ("released", "one-backward") and self.stop_gradient != "clean":
             raise ValueError(
-                f"strategy='released' frees the graph of the clean pass, through which "
+                f"strategy={self.strategy!r} holds the clean hidden states fixed, through which "
                 f"stop_gradient={self.stop_gradient!r} sends gradients. Use strategy='auto' or 'retained'."
             )
+        if self.is_one_backward and self.ascent_steps > 1:
+            raise ValueError(
+                f"ascent_steps={self.ascent_steps} takes gradients at points on the way, which "
+                "strategy='one-backward' has none of. Use strategy='auto', or ascent_steps=1."
+            )
+        if self.is_one_backward and self.sync_perturbation:
+            raise ValueError(
+                "sync_perturbation=True averages the direction inside of the step; with strategy='one-backward' it "
+                "comes from earlier backward passes. Use strategy='auto', or sync_perturbation=False."
+            )
+
+    @property
+    def is_one_backward(self) -> bool:
+        """Whether the direction is known before the step."""
+        return self.strategy == "one-backward"
 
 
 def check_schedule(name: str, value: object) -> None:

@@ -48,9 +48,18 @@ class SharedBackward:
 
     def backward(self) -> list[tuple[Tensor, Tensor | None]]:
         """Every leaf below with its gradient, from all that was collected; frees the graph."""
-        if self._gradient is None:
+        return self._down(self._gradient)
+
+    def backward_of_first(self) -> list[tuple[Tensor, Tensor | None]]:
+        """The same for what pass 1 alone has brought; keeps the graph for pass 2's."""
+        pairs, self._gradient = self._down(self._gradient, keep_graph=True), None
+        return pairs
+
+    def _down(self, gradient: Tensor | None, *, keep_graph: bool = False) -> list[tuple[Tensor, Tensor | None]]:
+        if gradient is None:
             return [(leaf, None) for leaf in self.below]
-        return list(zip(self.below, gradients_of(self._cut, self.below, self._gradient), strict=True))
+        found = gradients_of(self._cut, self.below, gradient, keep_graph=keep_graph)
+        return list(zip(self.below, found, strict=True))
 
 
 def shared_backward(sft_loss: Tensor, cut: Tensor, anchor: Tensor) -> SharedBackward | None:

@@ -9,7 +9,10 @@ from torch import Tensor
 from lfu_reg.auxiliaries import Auxiliary
 from lfu_reg.distributed.engine import TENSOR_PARALLEL, Engine
 from lfu_reg.step.float16 import LossScales
-from lfu_reg.step.gradients import Released, ReleasedShards, Retained, Strategy
+from lfu_reg.step.gradients import Strategy
+from lfu_reg.step.one_backward import OneBackward
+from lfu_reg.step.released import Released, ReleasedShards
+from lfu_reg.step.retained import Retained
 from lfu_reg.step.settings import Settings
 
 SHARDED_RELEASED = (
@@ -27,6 +30,8 @@ def choose_strategy(
     settings: Settings, engine: Engine, auxiliary: Auxiliary, scales: LossScales, trained: Sequence[Tensor]
 ) -> Strategy:
     """The strategy of one step; raises where the engine's sharded parameters rule out what was asked for."""
+    if settings.is_one_backward:
+        return OneBackward(auxiliary, () if engine.is_sharded else trained)
     retained = settings.strategy == "retained" or settings.stop_gradient != "clean"
     if not engine.is_sharded:
         return Retained(auxiliary, scales, trained) if retained else Released(auxiliary, scales, trained)

@@ -1,0 +1,76 @@
+"""The gradients of l_SFT and of l_cons side by side: how long each is, and how far they point the same way."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lfu_reg.auxiliaries.ascent import gradient_norm
+from lfu_reg.distributed.tensor_parallel import whole
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two gradients over the same parameters.
+
+    Attributes:
+        sft, consistency: their norms, scalars in at least float32.
+        product: inner product, scalar.
+    """
+
+    sft: Tensor
+    consistency: Tensor
+    product: Tensor
+
+
+def compare(
+    sft: Iterable[tuple[Tensor, Tensor | None]],
+    consistency: Iterable[tuple[Tensor, Tensor | None]],
+    trained: Collection[Tensor],
+    *,
+    scales: tuple[float, float] = (1.0, 1.0),
+    with_product: bool,
+) -> Comparison | None:
+    """Compare them over the trained parameters; None where neither reaches one.
+
+    Args:
+        sft: pairs of a leaf and its gradient.
+        consistency: the same of the other term.
+        trained: the parameters that count; all leaves where it is empty.
+        scales: what the gradients were multiplied by.
+        with_product: whether the inner product is wanted, which reads both once more.
+    """
+    counts = {id(parameter) for parameter in trained}
+    first, second = (
+        {id(leaf): g for leaf, g in pairs if g is not None and (not counts or id(leaf) in counts)}
+        for pairs in (sft, consistency)
+    )
+    if not first and not second:
+        return None
+    norms = [_norm(found) / scale for found, scale in zip((first, second), scales, strict=True)]
+    product = norms[0].new_zeros(())
+    for key in first.keys() & second.keys() if with_product else ():
+        product += _product(first[key], second[key]).to(product)
+    return Comparison(norms[0], norms[1], product / (scales[0] * scales[1]))
+
+
+def _norm(gradients: Mapping[int, Tensor]) -> Tensor:
+    return gradient_norm([_dense(g) for g in gradients.values()]) if gradients else torch.zeros((), device="cpu")
+
+
+def _product(first: Tensor, second: Tensor) -> Tensor:
+    first, second = (_real(_dense(gradient)) for gradient in (first, second))
+    dtype = torch.promote_types(first.dtype, torch.float32)
+    product: Tensor = (first.to(dtype) * second.to(dtype)).sum()
+    return whole(product)
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    return gradient.to_dense() if gradient.is_sparse else gradient
+
+
+def _real(gradient: Tensor) -> Tensor:
+    return torch.view_as_real(gradient.resolve_conj()) if gradient.is_complex() else gradient

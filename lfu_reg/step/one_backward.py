@@ -1,0 +1,117 @@
+"""One ordinary backward: the direction is known beforehand, and pass 2 is a forward that nothing is kept of.
+
+      loss = l_SFT + lam * l_cons,    d loss / d h_l = d l_SFT / d h_l + lam * d l_cons / d h'_l
+
+The clean hidden states carry the gradient of l_cons with respect to the perturbed ones, so it reaches theta by the
+clean pass's Jacobian instead of the perturbed one's: a bias of order alpha, which the displacement keeps small. In
+return the caller's backward is that of plain SFT, with its graph alone: reentrant checkpointing, FSDP1, ZeRO and
+optimizers that step inside of the backward see nothing unusual.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lfu_reg.auxiliaries import Auxiliary
+from lfu_reg.hooks.forward_pass import ForwardPass
+from lfu_reg.model.graph import grad_set_aside, reenters
+from lfu_reg.step.comparison import Comparison, compare
+from lfu_reg.step.float16 import LossScale
+from lfu_reg.step.shared_backward import SharedBackward
+from lfu_reg.step.strength import StepStrength
+
+NOTHING_KEPT = (
+    "sft_loss_fn takes a gradient of its own in its second call, of which strategy='one-backward' keeps no graph. Use "
+    "strategy='auto'."
+)
+ONE_STEP = (
+    "strategy='one-backward' takes its direction from earlier backward passes. {what} asks for one of its own: use "
+    "strategy='auto'."
+)
+
+
+class OneBackward:
+    """Nothing is differentiated in the step, but for the comparison of gradients where it is due."""
+
+    keeps_graph = False
+    scales_float16 = True  # the caller's GradScaler does
+
+    def __init__(self, auxiliary: Auxiliary, trained: Sequence[Tensor]) -> None:
+        self._auxiliary, self._trained = auxiliary, trained
+        self._sft_loss = self._carried = torch.zeros((), device="cpu")
+        self.states: list[tuple[Tensor, Tensor]] = []  # h_l in pass 1's graph, and h'_l
+
+    def backward_clean(
+        self, sft_loss: Tensor, leaves: list[Tensor], clean: ForwardPass, shared: SharedBackward | None
+    ) -> float:
+        """None; the caller's backward brings the next step's direction."""
+        self._sft_loss, self._gate = sft_loss, clean.gate
+        self._gate.is_open = True
+        self._auxiliary.collect_later()
+        return 1.0
+
+    def backward_explicit(self, sft_loss: Tensor, fwd: ForwardPass) -> float:
+        """Refused."""
+        raise ValueError(ONE_STEP.format(what="A loss with gradients of gradients"))
+
+    def backward_perturbed(self, l_cons: Tensor, strength: StepStrength) -> None:
+        """Have the clean states carry the gradient of l_cons with respect to the perturbed ones."""
+        h = [state for state, _ in self.states]
+        h_prime = [leaf for _, leaf in self.states]
+        found = torch.autograd.grad(l_cons, h_prime, allow_unused=True) if l_cons.requires_grad else (None,) * len(h)
+        carriers = [(state, g) for state, g in zip(h, found, strict=True) if g is not None and state.requires_grad]
+        whole = self._compare(carriers) if strength.compares and strength.may_compare and carriers else None
+        lam = strength.weigh(whole, None, self._sft_loss.device)
+        self._carried = _carry(lam * l_cons.detach(), lam, carriers)
+
+    def total(self) -> Tensor:
+        """l_SFT + lam * l_cons, with pass 1's graph."""
+        return self._sft_loss + self._carried.to(self._sft_loss.device)
+
+    def _compare(self, carriers: Sequence[tuple[Tensor, Tensor]]) -> Comparison | None:
+        """Both terms' gradients, each by a backward of its own."""
+        if not self._trained or reenters(self._sft_loss):
+            return None
+        self._gate.is_open = False
+        terms = self._sft_loss, _carry(self._sft_loss.detach() * 0, 1.0, carriers)
+        try:
+            with grad_set_aside(self._trained):
+                first, second = (
+                    LossScale().gradients(term, self._trained, float16=False, keep_graph=True)[0] for term in terms
+                )
+        finally:
+            self._gate.is_open = True
+        sft, consistency = (zip(self._trained, found, strict=True) for found in (first, second))
+        return compare(sft, consistency, self._trained, with_product=True)
+
+
+def _carry(value: Tensor, lam: float | Tensor, carriers: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """`value`, whose gradient with respect to each state is lam times the tensor beside it."""
+    result: Tensor = _Carried.apply(value, lam, [g for _, g in carriers], *(state for state, _ in carriers))  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Carried(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, lam: float | Tensor, gradients: list[Tensor], *states: Tensor) -> Tensor:
+        ctx.lam, ctx.gradients = lam, gradients
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        factor = ctx.lam * grad_output
+        return None, None, None, *(g * factor.to(g.device, g.dtype) for g in ctx.gradients)
+
+
+def nothing_saved() -> AbstractContextManager[Any]:
+    """Operations in the block take part in a graph as in any forward, and keep nothing for its backward."""
+    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, _unpack)
+
+
+def _unpack(packed: None) -> Tensor:
+    raise RuntimeError(NOTHING_KEPT)

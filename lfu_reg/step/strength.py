@@ -1,0 +1,194 @@
+"""How strong the regularizer is: lam from the gradients of both terms, alpha from how far the hidden states move.
+
+The gradient of l_cons grows with alpha, and differs by orders of magnitude between models at the same alpha and lam.
+Two figures that carry over are set instead:
+
+    strength       |lam * grad l_cons| / |grad l_SFT| over the trained parameters
+    displacement   ||h' - h|| / ||h|| over the hidden states: small enough to be linear, large enough not to be rounding
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lfu_reg.diagnostics import Look
+from lfu_reg.distributed.collectives import summed
+from lfu_reg.distributed.engine import Engine
+from lfu_reg.step.comparison import Comparison
+from lfu_reg.step.plain_sft import PlainSFT
+from lfu_reg.step.settings import Settings, value_at
+
+# Where the search for alpha starts, and the smallest displacement that is aimed at, in units of the states' rounding.
+FIRST_ALPHA, ABOVE_ROUNDING = 0.1, 8
+# Regularized steps at which everything is measured: the first ones, and one in so many.
+FIRST_STEPS, MEASURE_EVERY = 10, 10
+
+UNKNOWN = (
+    "strength={strength} sets lam from the gradients of both terms, and under {engine} with a retained graph they "
+    "cannot be taken one by one. Give lam (and alpha), as LfURegularizer.paper(model, ...) does, or shard the model "
+    "with FSDP2 (torch.distributed.fsdp.fully_shard) and leave strategy='auto', stop_gradient='clean'."
+)
+
+
+class Strength:
+    """Sets alpha and lam, and remembers what was measured.
+
+    Args:
+        settings: of the regularizer.
+
+    Attributes:
+        figures: "gradient_ratio", "gradient_cosine" and "relative_distance" as they were measured last.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.figures: dict[str, Tensor] = {}
+        self.alpha: float | None = None  # what the displacement asks for, once it is known
+        self.ratio: Tensor | None = None  # |grad l_cons| / |grad l_SFT| when it was last known
+        self.correction: Tensor | None = None  # from that ratio above the shared part to that of everything
+
+    def at(self, step: int) -> StepStrength:
+        """What holds at a step."""
+        return StepStrength(self, step)
+
+    def state_dict(self) -> dict[str, float]:
+        """What the next step starts from."""
+        held = {"alpha": self.alpha, "ratio": self.ratio, "correction": self.correction}
+        return {name: float(value) for name, value in held.items() if value is not None}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from it; what is missing is measured anew."""
+        self.figures, self.alpha = {}, state.get("alpha")
+        self.ratio, self.correction = (
+            torch.tensor(state[name], dtype=torch.float64, device="cpu") if name in state else None
+            for name in ("ratio", "correction")
+        )
+
+
+class StepStrength:
+    """Alpha and lam of one step.
+
+    Args:
+        strength: outlives the step.
+        step: its number.
+
+    Attributes:
+        alpha: length of the ascent step.
+        lam: weight of the consistency term: a number, or a scalar tensor once the gradients are known.
+        is_zero: whether the step is plain SFT.
+        is_due: whether everything is measured at this step.
+        compares: whether the gradients of both terms are compared, where the strategy has them.
+        may_compare: whether it may run further backward passes for that.
+        searches: whether alpha has to be found first.
+        engine: says over which ranks figures are added up.
+        eps: relative rounding of the hidden states.
+        moved: ||h' - h|| and ||h|| at a step that is due.
+    """
+
+    engine = Engine()
+    eps = 0.0
+    moved: tuple[Tensor, Tensor] | None = None
+
+    def __init__(self, strength: Strength, step: int) -> None:
+        self._strength, settings = strength, strength.settings
+        turn = step // settings.every
+        self.is_due = turn < FIRST_STEPS or turn % MEASURE_EVERY == 0
+        # A step of one backward has to run two more of them to compare gradients.
+        self.may_compare = not settings.is_one_backward or turn <= FIRST_STEPS // 3 or turn % (5 * MEASURE_EVERY) == 0
+        fixed, found = settings.alpha, strength.alpha
+        self.alpha = value_at("alpha", fixed, step) if fixed is not None else found or FIRST_ALPHA
+        self.searches = fixed is None and found is None
+        self._rho = None if settings.strength is None else value_at("strength", settings.strength, step)
+        self.lam: float | Tensor = 0.0 if settings.lam is None else value_at("lam", settings.lam, step)
+        self.is_zero = self._rho == 0 if settings.lam is None else self.lam == 0
+        self.compares = self._rho is not None or self.is_due
+        self._exchanged = False
+
+    @property
+    def figures(self) -> Mapping[str, Tensor]:
+        """What was measured last."""
+        return self._strength.figures
+
+    def look(self, *, tokens_count: bool, sensible_alpha: Callable[[], float]) -> Look:
+        """What the diagnostics look at."""
+        figures = self.figures if self.is_due else {}
+        return Look(figures, self.alpha, self.lam, self._rho, self.eps, tokens_count, sensible_alpha)
+
+    def factor(self, relative_distance: float) -> float:
+        """What alpha has to be multiplied by for the displacement that is aimed at, a hundredfold at most."""
+        aim = max(self._strength.settings.displacement, ABOVE_ROUNDING * self.eps)
+        if not math.isfinite(relative_distance):
+            return 0.01
+        return min(max(aim / max(relative_distance, 1e-30), 0.01), 100.0)
+
+    def weigh(self, whole: Comparison | None, above: Comparison | None, device: torch.device) -> float | Tensor:
+        """Set lam, and return it.
+
+        Args:
+            whole: over all trained parameters, None where that was not measured.
+            above: over those above the shared part of the graph, None where nothing is shared.
+            device: of the figures.
+
+        Raises:
+            ValueError: if it follows from gradients that no step has been able to measure.
+        """
+        if not self.compares:
+            return self.lam
+        figures = self._exchange(whole, above, device)
+        strength, ratio = self._strength, None
+        if whole is not None or above is not None:
+            ratios = (figures[1:6:3] / figures[0:6:3]).sqrt()  # whole, above
+            if whole is None:
+                ratio = ratios[1] if strength.correction is None else ratios[1] * strength.correction
+            else:
+                ratio = ratios[0]
+                strength.correction = None if above is None else ratios[0] / ratios[1]
+                if self.is_due:
+                    strength.figures["gradient_cosine"] = _or_zero(
+                        figures[2] / (figures[0] * figures[1]).sqrt()
+                    ).float()
+            strength.ratio = ratio
+        if self.moved is not None:
+            strength.figures["relative_distance"] = (figures[6] / figures[7]).sqrt().float()
+            if strength.settings.alpha is None:  # the next steps have the one that would have been right for this step
+                strength.alpha = self.alpha * self.factor(float(strength.figures["relative_distance"]))
+        if self._rho is not None:
+            if strength.ratio is None:
+                raise ValueError(UNKNOWN.format(strength=self._rho, engine=self.engine.name))
+            self.lam = _or_zero(self._rho / strength.ratio.to(device)).float()
+        if ratio is not None:
+            strength.figures["gradient_ratio"] = _or_zero(ratio * self.lam).float()
+        return self.lam
+
+    @contextmanager
+    def together(self, devices: Sequence[torch.device]) -> Iterator[None]:
+        """All ranks add their figures up once in the block, also those whose step turns out to be plain SFT."""
+        try:
+            yield
+        except PlainSFT:
+            if self.compares and not self._exchanged and self.engine.groups:
+                self._exchange(None, None, next(iter(devices), torch.device("cpu")))
+            raise
+
+    def _exchange(self, whole: Comparison | None, above: Comparison | None, device: torch.device) -> Tensor:
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        zero = torch.zeros((), dtype=dtype, device=device)
+        numbers: list[Tensor] = []
+        for found in (whole, above):  # lengths are added up by their squares
+            three = (zero,) * 3 if found is None else (found.sft, found.consistency, found.product)
+            numbers += [number.to(zero) ** power for number, power in zip(three, (2, 2, 1), strict=True)]
+        numbers += [length.to(zero) ** 2 for length in self.moved or (zero, zero)]
+        self._exchanged = True
+        figures = torch.stack(numbers)
+        return figures if self.engine.may_run_out else summed(figures, self.engine.groups)
+
+
+def _or_zero(figure: Tensor) -> Tensor:
+    """The figure, and zero where a gradient of length zero, infinity or NaN leaves none."""
+    return torch.where(torch.isfinite(figure), figure, torch.zeros_like(figure))
