@@ -55,7 +55,7 @@ types: $(VENV)/.stamp-dev  ## mypy --strict on the package
 	$(BIN)/mypy
 
 docs: $(VENV)/.stamp-dev  ## build the documentation into site/
-	$(BIN)/mkdocs build --strict --quiet
+	$(BIN)/zensical build --strict
 
 clean:  ## remove the environment and everything built
-	rm -rf $(VENV) site runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) site .cache runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -14,7 +14,7 @@ ON_GPU = ("Llama-3.1-8B, LoRA tuning, bfloat16, 4 x 512 tokens, a GPU", "step_cu
 OVER_FLOOR, PEAK, OUTSIDE = 1.03, 1.10, 1  # the last in percent
 MISSING = "not measured"
 
-TEXT = """## What we aim for, and where we are
+TEXT = """## Aims of development
 
 Ratios to SFT of exact steps on all layers; in bold what reaches the aim.
 
@@ -23,7 +23,7 @@ MISSED = """
 LoRA deltas on all layers, and the weights themselves, act from the first block on. So an exact step has no block to
 reuse and goes through all of them twice: it cannot be below the floor of its run, nor can it reach an aim that is. What
 it costs above the floor are the products of the deltas, the ascent, the distance, and the step's own calls (tables of
-phases below). To come below: a later first layer (`layers="late"`, exact for its own objective), or an estimate
+phases above). To come below: a later first layer (`layers="late"`, exact for its own objective), or an estimate
 (`batch_fraction`, `every`).
 
 Calls outside of the passes take milliseconds of Python that grow with the number of modules and not with their size
