@@ -79,7 +79,9 @@ class OneBackward:
             return self._sft_loss
         whole = self._compare(self._carriers) if strength.compares and strength.pays and self._carriers else None
         lam = strength.weigh(whole, None, self._sft_loss.device)
-        return self._sft_loss + _carry(lam * self._l_cons, lam, self._carriers).to(self._sft_loss.device)
+        return self._sft_loss + _carry((lam * self._l_cons).to(self._l_cons.dtype), lam, self._carriers).to(
+            self._sft_loss.device
+        )
 
     def _compare(self, carriers: Sequence[tuple[Tensor, Tensor]]) -> Comparison | None:
         """Both terms' gradients, each by a backward of its own."""

@@ -19,7 +19,6 @@ from lfu_reg.model.compile import anything_is_compiled, entrances, graphs_for_tw
 from lfu_reg.model.graph import graph_of, now
 from lfu_reg.model.module_state import Changes
 from lfu_reg.model.walk import parameters_of
-from lfu_reg.step import checks
 from lfu_reg.step.attached_model import AttachedModel
 from lfu_reg.step.consistency import rounding
 from lfu_reg.step.float16 import float16_in_play
@@ -121,9 +120,8 @@ class Passes(SecondPass):
             hooks.recording(),
         ):
             loss = sft.first(attached.devices(), check_value=self._progress.step == 0)
-        # A region that runs again to its end has to have run to its end, with all of its graph.
         checkpointed = "checkpoint" in noted
-        self._runs_whole = checkpointed and not checkpoints.repeats_stop_early()
+        self._repeats_whole = checkpointed and not checkpoints.repeats_stop_early()
         # Without what stands in the place of forward methods for the pass: it is not to be put back after pass 2.
         self._changes = changes = attached.state.changes()
         # Loops return a dummy loss for an empty batch, zero times the sum of all parameters.
@@ -165,20 +163,16 @@ class Passes(SecondPass):
         """Take d l_cons / d theta."""
         if not l_cons.requires_grad:
             self._diagnostics.warn_once("no gradient", NO_GRADIENT)
-        try:
-            self._strategy.backward_perturbed(l_cons)
-        except RuntimeError as error:
-            if "through the graph a second time" in str(error):
-                raise RuntimeError(checks.FREED) from error
-            raise
+        self._strategy.backward_perturbed(l_cons)
 
     def _share(self, loss: Tensor, leaves: list[Tensor], changes: Changes, *, hooked: bool) -> list[Tensor]:
         """Let both passes share what no perturbation reaches, where that is exact; gives all leaves."""
         attached, clean = self._attached, self.clean
-        # A hook on a tensor below the cut would see the sum of both terms, and need not be linear.
-        cut = None if self._strategy.keeps_graph or hooked else attached.reused.cut(changes, clean.record.states)
-        # A site that fired more often is shared with another layer, perhaps below the cut.
-        if cut is not None and all(clean.record.fired[name] <= 1 for name in attached.sites):
+        # A hook on a tensor below the cut would see the sum of both terms, and need not be linear. To compare gradients
+        # the part below is gone through twice, which who saves tensors elsewhere does not expect.
+        apart = hooked or (self._strength.compares and clean.record.saves_elsewhere)
+        cut = None if self._strategy.keeps_graph or apart else attached.reused.cut(changes, clean.record.states)
+        if cut is not None:
             shared = shared_backward(loss, cut, clean.anchor)
             # A scaled loss may have to be backpropagated again, which the part that waits would not follow.
             if shared is not None and not float16_in_play(clean, [loss, *leaves]):

@@ -69,8 +69,8 @@ class Retained:
         if self._l_cons is None:
             return self._sft_loss
         whole = self._compare(self._l_cons) if strength.compares and strength.pays else None
-        term = strength.weigh(whole, None, self._sft_loss.device) * self._l_cons
-        return self._sft_loss + term.to(self._sft_loss.device)
+        lam = strength.weigh(whole, None, self._sft_loss.device)
+        return self._sft_loss + (lam * self._l_cons).to(self._sft_loss.device, self._l_cons.dtype)
 
     def _compare(self, l_cons: Tensor) -> Comparison | None:
         if not self._trained or not l_cons.requires_grad:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
@@ -30,10 +31,10 @@ from lfu_reg.step.progress import Progress
 from lfu_reg.step.settings import Settings
 from lfu_reg.step.sft_loss import SFTLoss
 from lfu_reg.step.shared_backward import SharedBackward
-from lfu_reg.step.strength import StepStrength
+from lfu_reg.step.strength import CLOSE, StepStrength
 
-# How often pass 2 is tried for the sake of alpha at the first step, and what is near enough.
-TRIES, CLOSE = 6, 3.0
+# How often pass 2 is tried for the sake of alpha at the first step.
+TRIES = 6
 
 
 class SecondPass:
@@ -54,7 +55,7 @@ class SecondPass:
     _shared: SharedBackward | None = None
     _start: Tensor | None = None  # what pass 2 starts from where nothing below is differentiated with it
     _failure: str | None = None  # why pass 2 cannot begin where pass 1 did
-    _runs_whole = False  # whether pass 2 has to run to its end, with all of its graph
+    _repeats_whole = False  # whether a region runs again to its end, and so needs all of its graph where it came to it
 
     def total(self) -> Tensor:
         """l_SFT + lam * l_cons, differentiable."""
@@ -71,11 +72,13 @@ class SecondPass:
         auxiliary, hooks = self._auxiliary, self._attached.hooks
         checks.check_batch(batch)
         auxiliary.require_gradients(True)
-        fwd = ForwardPass(self._sft.tokens_of(batch), capture=None, apply=True, patches=list(auxiliary.pass2_patches()))
-        with auxiliary.shards_moved(), self._again(), hooks.run(fwd):
-            with hooks.recording():
-                loss = self._sft.again(batch)
-            scale = self._strategy.backward_explicit(loss, fwd)
+        with auxiliary.shards_moved(), self._again():
+            patches = list(auxiliary.pass2_patches())
+            fwd = ForwardPass(self._sft.tokens_of(batch), capture=None, apply=True, patches=patches)
+            with hooks.run(fwd):
+                with hooks.recording():
+                    loss = self._sft.again(batch)
+                scale = self._strategy.backward_explicit(loss, fwd)
         auxiliary.require_gradients(False)
         return scale
 
@@ -91,6 +94,18 @@ class SecondPass:
             if 1 / CLOSE < factor < CLOSE or not self._auxiliary.rescale(factor):
                 break
             alpha *= factor
+        return alpha
+
+    def sensible_alpha(self, samples: Tensor | None) -> float:
+        """The same once the step is done, which leaves theta_aux where the step had it; NaN where that cannot be."""
+        strength = self._strength
+        if self.engine.in_lockstep:
+            return strength.alpha * strength.factor(float(strength.figures["relative_distance"]))
+        try:
+            alpha = self.find_alpha(samples)
+        except PlainSFT:
+            return math.nan
+        self._auxiliary.rescale(strength.alpha / alpha)
         return alpha
 
     @contextmanager
@@ -115,7 +130,7 @@ class SecondPass:
         start = self._start if self._shared is None else self._shared.start
         answers = [] if start is None else attached.reused.answers(start, samples)
         with self._auxiliary.shards_moved(), ExitStack() as stack:
-            quiet = attached.tail_may_be_quiet and not self.engine.is_sharded and not self._runs_whole
+            quiet = attached.tail_may_be_quiet and not self.engine.is_sharded and not self._repeats_whole
             try:
                 perturbed = self._run_second(stack, samples, answers, quiet)
             except Exception:
@@ -150,18 +165,18 @@ class SecondPass:
 
     def _run_second(self, stack: ExitStack, samples: Tensor | None, answers: list[Patch], quiet: bool) -> ForwardPass:
         attached, record, settings = self._attached, self.clean.record, self._settings
-        may_leave = settings.leave_early and not self.engine.is_sharded and not self._runs_whole
-        perturbed = ForwardPass(
-            self._sft.tokens.select(samples),
-            apply=True,
-            capture="attached",
-            patches=[*self._auxiliary.pass2_patches(), *answers],
-            leave="never" if not may_leave else "always" if settings.leave_early is True else "clear",
-            leave_after=len(record.states),
-            quiet_tail=quiet,
-        )
+        may_leave = settings.leave_early and not self.engine.is_sharded
         with ExitStack() as inner:
             inner.enter_context(self._again(but_blocks=bool(answers)))
+            perturbed = ForwardPass(
+                self._sft.tokens.select(samples),
+                apply=True,
+                capture="attached",
+                patches=[*self._auxiliary.pass2_patches(), *answers],  # of weights as they were before pass 1
+                leave="never" if not may_leave else "always" if settings.leave_early is True else "clear",
+                leave_after=len(record.states),
+                quiet_tail=quiet,
+            )
             inner.enter_context(attached.hooks.run(perturbed))
             with attached.hooks.recording(), nothing_saved() if settings.is_one_backward else nullcontext():
                 self._sft.repeat(samples, record.batch_size)

@@ -7,11 +7,12 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from lfu_reg.auxiliaries import AuxiliaryName
 from lfu_reg.cli.compare.encoding import Tokens, collate
 from lfu_reg.cli.compare.plan import ONE_BACKWARD, Run
 from lfu_reg.cli.saved_bytes import SavedBytes
@@ -95,7 +96,9 @@ def regularizer(model: nn.Module, run: Run, auxiliary: str) -> LfURegularizer | 
     if run.step is None:
         return None
     strategy: StrategyName = "one-backward" if run.step == ONE_BACKWARD else "auto"
-    return LfURegularizer(model, auxiliary, strength=run.strength, strategy=strategy, seed=run.seed)
+    return LfURegularizer(
+        model, cast(AuxiliaryName, auxiliary), strength=run.strength, strategy=strategy, seed=run.seed
+    )
 
 
 def train(
