@@ -82,7 +82,8 @@ class Passes(SecondPass):
             self._progress.direction.collect(auxiliary)
         auxiliary.reset(generators)
         try:
-            with attached.hooks.installed(stay=anything_is_compiled(compiled)):
+            twice = graphs_for_two_backwards(self._strategy.keeps_graph or self._strength.compares)
+            with twice, attached.hooks.installed(stay=anything_is_compiled(compiled)):
                 yield
         finally:
             attached.reused.forget()
@@ -113,7 +114,6 @@ class Passes(SecondPass):
         since = now()
         with (
             checkpoints.noted() as noted,
-            graphs_for_two_backwards(self._strategy.keeps_graph),
             attached.wrappers.must_run(sft.model, attached.model, lambda: bool(clean.record.states)),
             attached.reused.recording(clean, reuse),
             hooks.run(clean),
@@ -163,7 +163,7 @@ class Passes(SecondPass):
         """Take d l_cons / d theta."""
         if not l_cons.requires_grad:
             self._diagnostics.warn_once("no gradient", NO_GRADIENT)
-        self._strategy.backward_perturbed(l_cons)
+        self._strategy.backward_perturbed(l_cons, self._strength)
 
     def _share(self, loss: Tensor, leaves: list[Tensor], changes: Changes, *, hooked: bool) -> list[Tensor]:
         """Let both passes share what no perturbation reaches, where that is exact; gives all leaves."""
