@@ -1,0 +1,62 @@
+"""What a step of one backward costs: processor time on the small Llama of docs/cost.md, interleaved with SFT.
+
+python -m strength.price   # in benchmarks/; appends a row a method and tuning to results/strength_price.csv
+"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+
+import torch
+
+from lfu_reg.cli.methods import LFU, Method, lfu_method, make_method
+from lfu_reg.cli.timing import Clock, interleaved, peak_bytes, ratios
+from lfu_reg.cli.workloads import Setting, Workload, make_workload
+from strength import store
+
+
+def methods_of(workload: Workload) -> list[Method]:
+    """SFT, the exact steps, and those of one backward."""
+    one = [
+        lfu_method(key, f"{label}, one backward", workload, {"strategy": "one-backward"}, key=f"{key}-one")
+        for key, label in LFU.items()
+    ]
+    return [make_method("sft", workload), *(make_method(key, workload) for key in LFU), *one]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure both tunings."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--tuning", nargs="+", default=["lora", "full"])
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    for tuning in options.tuning:
+        workload = make_workload(Setting("small", tuning, batch=options.batch, tokens=options.tokens))
+        methods = methods_of(workload)
+        # The first steps measure more than later ones do: ten of them for exact steps, four for one backward.
+        for method in methods:
+            for _ in range(12):
+                method.run()
+        clock = Clock("cpu")
+        seconds = interleaved(methods, clock, rounds=options.rounds, warmup=0)
+        peaks = {method.key: peak_bytes(method, "cpu") for method in methods}
+        for method in methods:
+            spread = ratios(seconds[method.key], seconds["sft"])
+            row = {"tuning": tuning, "method": method.label, "ratio": spread.median}
+            more = {
+                "low": spread.low,
+                "high": spread.high,
+                "ms": 1e3 * sorted(seconds[method.key])[options.rounds // 2],
+            }
+            peak = peaks[method.key] / peaks["sft"]
+            about = {"batch": options.batch, "tokens": options.tokens, "rounds": options.rounds}
+            store.append("price", {**row, **more, "peak": peak, **about})
+
+
+if __name__ == "__main__":
+    main()
