@@ -23,7 +23,7 @@ from lfu_reg import Auxiliary, LfURegularizer, LoRADeltas, SteeringVectors, Weig
 from strength import store
 from strength.sizes import AUXILIARIES, SIZES, batches_of, starting_point
 
-ALONE = 1e4
+MODEL, ALONE = "2.2M", 1e4
 Direction = Mapping[str, Tensor]
 SETTINGS = ((8, 12), (8, 40), (32, 12))  # batch, step
 MEASURED, BEFORE = 2, 3  # steps that are measured in a row, and exact directions kept before them
@@ -77,12 +77,12 @@ def main(arguments: list[str] | None = None) -> None:
 
 def cosines(auxiliary: str, size: int, start: int) -> dict[str, list[float]]:
     """Of every direction, at `MEASURED` steps from `start` on."""
-    model, twin = (starting_point("2.2M", 0) for _ in range(2))
-    recipe = Recipe(start + MEASURED, size, SIZES["2.2M"].recipe.lr, "lora", 96)
+    model, twin = (starting_point(MODEL, 0) for _ in range(2))
+    recipe = Recipe(start + MEASURED, size, SIZES[MODEL].recipe.lr, "lora", 96)
     optimizer, found, earlier = make_optimizer(model, recipe.lr), {}, []
     with LfURegularizer(model, auxiliary, strength=1.0, strategy="one-backward", seed=0) as reg:
         mean: Direction = {}
-        for number, batch in enumerate(batches_of("2.2M", 0, recipe)):
+        for number, batch in enumerate(batches_of(MODEL, 0, recipe)):
             before = mean
             reg(model, batch, sft_loss).backward()
             mean = dict(reg._progress.direction._mean)
