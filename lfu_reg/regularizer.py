@@ -66,15 +66,15 @@ class LfURegularizer(Controls):
         reduction: "mean" (the paper's lambda) or "sum" (Eq. 5 to the letter) over the hidden dimension.
         distance: "mse", "cosine", "contrastive", "logit_kl", a `Distance`, or a function of (clean, perturbed), both
             [tokens, hidden], that returns a scalar.
-        stop_gradient: which hidden states are detached: "clean" (Eq. 5), "perturbed" (the authors' steering code) or
-            "none".
+        stop_gradient: which hidden states are detached: "clean" (Eq. 5), "perturbed" (the authors' steering code, which
+            moves the model toward its undesirable self) or "none".
         token_mask: tensor shaped like the token dimensions (nonzero counts), or a callable of the batch that returns
             one. None: labels that are not ignored, where the attention mask allows, else every position.
         ignore_index: the label that the loss ignores, besides negative ones.
         ascent_steps: steps toward the undesirable, each with a call of `sft_loss_fn` of its own after the first.
         every: apply the regularizer at every k-th step only.
         batch_fraction: part of the samples that pass 2 runs on, drawn at random: an unbiased estimate for less time.
-        strategy: "released", "retained" (see `step/gradients.py`) or "auto": released where it can work.
+        strategy: "auto", "released", "retained" (see `step/gradients.py`) or "one-backward": nearly the same for less.
         leave_early: whether pass 2 leaves your code after the last chosen layer: "auto" where nothing but a return is
             cut off, True always, False never.
         seed: of LoRA's A, random directions and drawn samples. None: torch's initial seed.
@@ -118,8 +118,7 @@ class LfURegularizer(Controls):
         strength = 1.0 if strength is None and lam is None else strength
         alpha = self.auxiliary.default_alpha if strength is None and alpha is None else alpha
         terms = (alpha, lam, strength, displacement, reduction, stop_gradient, token_mask, ignore_index)
-        amounts = (ascent_steps, every, batch_fraction, strategy, leave_early, sync_perturbation)
-        self.settings = Settings(*terms, *amounts)
+        self.settings = Settings(*terms, ascent_steps, every, batch_fraction, strategy, leave_early, sync_perturbation)
         check_seed(seed)
         model = unwrapped(model)
         checks.check_model(model)
@@ -154,13 +153,13 @@ class LfURegularizer(Controls):
         progress = self._progress
         progress.step = step = progress.begin(self._attached.model, batch)
         strength = progress.strength.at(step)
+        is_off = strength.is_zero or step % self.settings.every > 0
         try:
-            if step % self.settings.every or strength.is_zero:
-                raise PlainSFT(checks.check_loss(sft_loss_fn(model, batch), first=step == 0))
-            strength.engine = self._attached.engine_of(model, first=step == 0)
+            if not is_off:
+                strength.engine = self._attached.engine_of(model, first=step == 0)
             with failures_explained(), strength.together(self._attached.devices()):
-                if progress.waits():
-                    raise PlainSFT(checks.check_loss(sft_loss_fn(model, batch), first=False))
+                if is_off or progress.waits():
+                    raise PlainSFT(checks.check_loss(sft_loss_fn(model, batch), first=step == 0))
                 sft = SFTLoss(sft_loss_fn, model, batch, self.settings.token_mask, self.settings.ignore_index)
                 loss = self._regularized(sft, undesirable, strength)
         except PlainSFT as plain:
@@ -176,15 +175,14 @@ class LfURegularizer(Controls):
         progress, settings, diagnostics = self._progress, self.settings, self._diagnostics
         passes = Passes(self._attached, self.auxiliary, sft, settings, strength, progress, diagnostics)
         self._ascent.begin(passes.engine, self._attached.devices())
-        draws = progress.draws()
-        with passes.running(progress.generators(draws)):
+        with passes.running(progress.generators()):
             # Pass 1. theta_aux is at "no change", so the SFT forward is the auxiliary forward, too (Eq. 1, 3), and one
             # backward gives d l_SFT / d theta and g = d l_SFT / d theta_aux.
             sft_loss, h = passes.first(observe=undesirable is None)
             # Ascent: theta_aux <- theta_aux + alpha * g / ||g|| (Eq. 2).
             gradient_norm = self._ascent(strength.alpha, passes, undesirable)
             # Pass 2: the hidden states of the undesirable self (Eq. 4), and their distance to the clean ones (Eq. 5).
-            samples = draws.samples(passes.clean.record.batch_size, settings.batch_fraction)
+            samples = progress.samples(passes.clean.record.batch_size, settings.batch_fraction)
             if strength.searches:
                 strength.alpha = passes.find_alpha(samples)
             with passes.second(samples) as h_prime:
@@ -193,10 +191,9 @@ class LfURegularizer(Controls):
                 weighted = passes.backward(l_cons)
             # l_SFT + lam * l_cons (Eq. 6).
             loss = passes.total()
-            empty = passes.clean.record.is_empty()
+            progress.empty_steps += (empty := passes.clean.record.is_empty())
             look = strength.look(tokens_count=not empty, sensible_alpha=lambda: passes.find_alpha(samples))
             diagnostics.watch(progress.step // settings.every, sft_loss, weighted, gradient_norm, look)
-        progress.empty_steps += empty
         terms = {"loss": loss, "sft_loss": sft_loss, "consistency_loss": l_cons, "ascent_grad_norm": gradient_norm}
         self.metrics = metrics.regularized_step(terms, h, distances, progress, strength)
         return loss

@@ -11,6 +11,7 @@ from lfu_reg import Auxiliary, LfURegularizer, LoRADeltas, RandomDirections, Ste
 from methods.base import Batch, LossFunction, Method
 from methods.lam_control import RatioToSFT, annealed
 from methods.masks import MASKS
+from methods.opposite_direction import OppositeDirection
 from methods.wrong_answers import WrongAnswers, wrong_answers
 
 FLAVOURS: dict[str, Callable[[], Auxiliary]] = {
@@ -21,6 +22,8 @@ FLAVOURS: dict[str, Callable[[], Auxiliary]] = {
     "weights": WeightDeltas,
     "random": lambda: RandomDirections(LoRADeltas()),
     "random-steering": lambda: RandomDirections(SteeringVectors()),
+    "negative": lambda: OppositeDirection(LoRADeltas()),
+    "negative-steering": lambda: OppositeDirection(SteeringVectors()),
 }
 ASCENTS = ("same", "other", "undesirable")
 

@@ -9,12 +9,14 @@ and siblings without hooks get idle ones (`ModelHooks`).
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
+
+from lfu_reg.model.walk import modules_of
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -64,7 +66,7 @@ def untraced_itself(function: F) -> F:
 def entrances(model: nn.Module) -> dict[nn.Module, nn.Module]:
     """Every module in `model` that is compiled for itself, with what to call so that it runs compiled."""
     found: dict[nn.Module, nn.Module] = {}
-    for module in model.modules():
+    for module in modules_of(model):
         if type(module).__name__ == "OptimizedModule":
             found[unwrapped(module)] = module
         elif vars(module).get("_compiled_call_impl") is not None:
@@ -72,11 +74,11 @@ def entrances(model: nn.Module) -> dict[nn.Module, nn.Module]:
     return found
 
 
-def anything_is_compiled(model: nn.Module) -> bool:
-    """Whether a module of the model is compiled, or something else in this process that may call it, as a loss is."""
+def anything_is_compiled(found: Collection[nn.Module]) -> bool:
+    """Whether the `entrances` of a model are some, or something else was compiled that may call it, as a loss is."""
     utilities: Any = sys.modules.get("torch._dynamo.utils")
     frames = 0 if utilities is None else utilities.counters["frames"]["total"]
-    return frames > 0 or bool(entrances(model))
+    return frames > 0 or bool(found)
 
 
 def unwrapped(model: Any) -> Any:

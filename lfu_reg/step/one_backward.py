@@ -65,7 +65,7 @@ class OneBackward:
         h_prime = [leaf for _, leaf in self.states]
         found = torch.autograd.grad(l_cons, h_prime, allow_unused=True) if l_cons.requires_grad else (None,) * len(h)
         carriers = [(state, g) for state, g in zip(h, found, strict=True) if g is not None and state.requires_grad]
-        whole = self._compare(carriers) if strength.compares and strength.may_compare and carriers else None
+        whole = self._compare(carriers) if strength.compares and strength.pays and carriers else None
         lam = strength.weigh(whole, None, self._sft_loss.device)
         self._carried = _carry(lam * l_cons.detach(), lam, carriers)
 

@@ -18,6 +18,7 @@ from lfu_reg.model import checkpoints
 from lfu_reg.model.compile import anything_is_compiled, entrances, graphs_for_two_backwards
 from lfu_reg.model.graph import graph_of, now
 from lfu_reg.model.module_state import Changes
+from lfu_reg.model.walk import parameters_of
 from lfu_reg.step import checks
 from lfu_reg.step.attached_model import AttachedModel
 from lfu_reg.step.consistency import rounding
@@ -68,7 +69,7 @@ class Passes(SecondPass):
         self._attached, self._auxiliary, self._sft, self._settings = attached, auxiliary, sft, settings
         self._strength, self._progress, self._diagnostics = strength, progress, diagnostics
         self.batch, self.engine = sft.batch, strength.engine
-        self._trained = [p for p in sft.model.parameters() if p.requires_grad]
+        self._trained = [p for p in parameters_of(sft.model) if p.requires_grad]
         self._strategy = choose_strategy(settings, self.engine, auxiliary, progress.scales, self._trained)
 
     @contextmanager
@@ -76,12 +77,13 @@ class Passes(SecondPass):
         """Hooks are on the model for the block, and theta_aux starts at "no change"."""
         attached, auxiliary = self._attached, self._auxiliary
         auxiliary.shards = self.engine.shards
-        auxiliary.may_fold = not (self.engine.is_sharded or entrances(self._sft.model) or self._is_one_backward)
+        compiled = entrances(self._sft.model)
+        auxiliary.may_fold = not self.engine.is_sharded and not compiled
         if self._is_one_backward:
             self._progress.direction.collect(auxiliary)
         auxiliary.reset(generators)
         try:
-            with attached.hooks.installed(stay=anything_is_compiled(self._sft.model)):
+            with attached.hooks.installed(stay=anything_is_compiled(compiled)):
                 yield
         finally:
             attached.reused.forget()

@@ -62,7 +62,7 @@ class Retained:
     def backward_perturbed(self, l_cons: Tensor, strength: StepStrength) -> None:
         """Nothing but a note of the term; where that is due, both gradients are taken, to be compared."""
         whole = None
-        if strength.is_due and self._trained and l_cons.requires_grad:
+        if strength.compares and strength.pays and self._trained and l_cons.requires_grad:
             parts = []
             for loss, scale in ((self._sft_loss, self._scales.clean), (l_cons, self._scales.perturbed)):
                 with grad_set_aside(self._trained) as written:
