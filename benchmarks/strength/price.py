@@ -10,19 +10,12 @@ import warnings
 
 import torch
 
-from lfu_reg.cli.methods import LFU, Method, lfu_method, make_method
+from lfu_reg.cli.methods import LFU, make_method
 from lfu_reg.cli.timing import Clock, interleaved, peak_bytes, ratios
-from lfu_reg.cli.workloads import Setting, Workload, make_workload
+from lfu_reg.cli.workloads import Setting, make_workload
 from strength import store
 
-
-def methods_of(workload: Workload) -> list[Method]:
-    """SFT, the exact steps, and those of one backward."""
-    one = [
-        lfu_method(key, f"{label}, one backward", workload, {"strategy": "one-backward"}, key=f"{key}-one")
-        for key, label in LFU.items()
-    ]
-    return [make_method("sft", workload), *(make_method(key, workload) for key in LFU), *one]
+METHODS = ("sft", *LFU, *(f"{key}-one" for key in LFU))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -37,13 +30,8 @@ def main(arguments: list[str] | None = None) -> None:
     warnings.simplefilter("ignore")
     for tuning in options.tuning:
         workload = make_workload(Setting("small", tuning, batch=options.batch, tokens=options.tokens))
-        methods = methods_of(workload)
-        # The first steps measure more than later ones do: ten of them for exact steps, four for one backward.
-        for method in methods:
-            for _ in range(12):
-                method.run()
-        clock = Clock("cpu")
-        seconds = interleaved(methods, clock, rounds=options.rounds, warmup=0)
+        methods = [make_method(key, workload) for key in METHODS]
+        seconds = interleaved(methods, Clock("cpu"), rounds=options.rounds, warmup=3)
         peaks = {method.key: peak_bytes(method, "cpu") for method in methods}
         for method in methods:
             spread = ratios(seconds[method.key], seconds["sft"])

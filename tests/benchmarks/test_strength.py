@@ -13,6 +13,7 @@ pytest.importorskip("peft")
 from demo.train import Recipe
 from strength import directions, page, price, ratio, rounding, sizes, store, training
 
+from lfu_reg.cli.methods import make_method
 from lfu_reg.cli.workloads import Setting, make_workload
 
 pytestmark = pytest.mark.filterwarnings("ignore::lfu_reg.LfUWarning")
@@ -68,7 +69,8 @@ def test_the_direction_of_the_batch_itself_is_exact(quick: None, monkeypatch: py
 
 
 def test_methods_that_are_timed() -> None:
-    methods = price.methods_of(make_workload(Setting("tiny", "lora", batch=2, tokens=8)))
+    workload = make_workload(Setting("tiny", "lora", batch=2, tokens=8))
+    methods = [make_method(key, workload) for key in price.METHODS]
     assert [m.key for m in methods] == ["sft", "steering", "lora", "weights", "steering-one", "lora-one", "weights-one"]
     for method in methods:
         method.run()
