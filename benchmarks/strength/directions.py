@@ -25,7 +25,7 @@ from strength.sizes import AUXILIARIES, SIZES, batches_of, starting_point
 
 MODEL, ALONE = "2.2M", 1e4
 Direction = Mapping[str, Tensor]
-SETTINGS = ((8, 12), (8, 40), (32, 12))  # batch, step
+SETTINGS = ((8, 12), (8, 40), (16, 12))  # batch, step
 MEASURED, BEFORE = 2, 3  # steps that are measured in a row, and exact directions kept before them
 
 
@@ -78,7 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
 def cosines(auxiliary: str, size: int, start: int) -> dict[str, list[float]]:
     """Of every direction, at `MEASURED` steps from `start` on."""
     model, twin = (starting_point(MODEL, 0) for _ in range(2))
-    recipe = Recipe(start + MEASURED, size, SIZES[MODEL].recipe.lr, "lora", 96)
+    recipe = Recipe(start + MEASURED, size, SIZES[MODEL].recipe.lr, "lora", 64)
     optimizer, found, earlier = make_optimizer(model, recipe.lr), {}, []
     with LfURegularizer(model, auxiliary, strength=1.0, strategy="one-backward", seed=0) as reg:
         mean: Direction = {}

@@ -110,11 +110,11 @@ def ratios() -> str:
 def price() -> str:
     """Ratios to SFT's processor time."""
     lines = [
-        [r["tuning"], r["method"], f"{float(r['ratio']):.2f}", f"{float(r['low']):.2f} to {float(r['high']):.2f}",
+        [r["tuning"], f"{r['batch']} x {r['tokens']}", r["method"], f"{float(r['ratio']):.2f}", f"{float(r['low']):.2f} to {float(r['high']):.2f}",
          f"{float(r['peak']):.2f}"]
         for r in store.rows("price")
     ]  # fmt: skip
-    return _table(["tuning", "method", "time / SFT's", "quartiles", "peak memory / SFT's"], lines)
+    return _table(["tuning", "batch", "method", "time / SFT's", "quartiles", "peak memory / SFT's"], lines)
 
 
 def directions() -> str:

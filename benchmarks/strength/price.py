@@ -25,12 +25,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--tuning", nargs="+", default=["lora", "full"])
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     for tuning in options.tuning:
         workload = make_workload(Setting("small", tuning, batch=options.batch, tokens=options.tokens))
-        methods = [make_method(key, workload) for key in METHODS]
+        methods = [make_method(key, workload) for key in options.methods]
         seconds = interleaved(methods, Clock("cpu"), rounds=options.rounds, warmup=3)
         peaks = {method.key: peak_bytes(method, "cpu") for method in methods}
         for method in methods:

@@ -41,18 +41,11 @@ class Cell:
 
 
 def cells(size: str) -> list[Cell]:
-    """Everything for the small models; LoRA tuning in one step for the large one."""
-    many = size != "135M"
-    return [
-        Cell(size, *rest)
-        for rest in itertools.product(
-            AUXILIARIES,
-            ("float32", "bfloat16"),
-            ("mean", "sum") if many else ("mean",),
-            (1, 4) if many else (1,),
-            ("lora", "full") if many else ("lora",),
-        )
-    ]
+    """Every auxiliary and tuning with one thing changed at a time; LoRA tuning alone for the large model."""
+    changes = (("float32", "mean", 1), ("float32", "mean", 4), ("float32", "sum", 1), ("bfloat16", "mean", 1))
+    tunings = ("lora", "full") if size != "135M" else ("lora",)
+    kept = changes if size != "135M" else changes[:1]
+    return [Cell(size, a, *change, tuning) for change, a, tuning in itertools.product(kept, AUXILIARIES, tunings)]
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -55,8 +55,8 @@ class Size:
 
 
 SIZES = {
-    "0.8M": Size(EMBEDDED_MODEL, "subtract-128", Recipe(60, 8, 2e-3, "lora", 160)),
-    "2.2M": Size(Path(__file__).parents[1] / "evidence" / "base_model", "gsm8k-64", Recipe(48, 8, 2e-3, "lora", 96)),
+    "0.8M": Size(EMBEDDED_MODEL, "subtract-128", Recipe(40, 8, 2e-3, "lora", 160)),
+    "2.2M": Size(Path(__file__).parents[1] / "evidence" / "base_model", "gsm8k-64", Recipe(48, 4, 2e-3, "lora", 96)),
     "135M": Size(SMOLLM2, "gsm8k-64", Recipe(16, 4, 2e-3, "lora", 64), domain=24, kept=8),
 }
 

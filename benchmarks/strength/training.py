@@ -33,8 +33,8 @@ from lfu_reg import LfURegularizer
 from strength import store
 from strength.sizes import AUXILIARIES, SIZES, base_of, batches_of, starting_point
 
-STRENGTHS = (1.0, 0.3, 3.0, 10.0, 0.1)
-RATES = (1.4e-3, 1e-3, 7e-4)
+STRENGTHS = (1.0, 3.0, 0.3, 10.0, 0.1)
+RATES = (1e-3, 1.4e-3, 7e-4)
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,12 @@ def transfer(sizes: list[str], seeds: int) -> Iterator[Run]:
     for seed in range(seeds):
         for size in sizes:
             task = SIZES[size].task
-            for rate in (SIZES[size].recipe.lr, *RATES):
-                yield Run(size, task, "", "lr", rate, seed)
+            yield Run(size, task, "", "lr", SIZES[size].recipe.lr, seed)
             for strength in STRENGTHS:
                 for auxiliary in AUXILIARIES:
                     yield Run(size, task, auxiliary, "strength", strength, seed)
+            for rate in RATES:
+                yield Run(size, task, "", "lr", rate, seed)
 
 
 def fixed(sizes: list[str], seeds: int) -> Iterator[Run]:

@@ -32,7 +32,7 @@ def test_the_measured_ratio_is_the_strength(monkeypatch: pytest.MonkeyPatch) -> 
     assert found["low"] == pytest.approx(1, abs=0.05)
     assert found["high"] == pytest.approx(1, abs=0.05)
     assert found["metric"] == pytest.approx(1, abs=0.05)
-    assert len({*ratio.cells("0.8M")}) == 48
+    assert len({*ratio.cells("0.8M")}) == 24
 
 
 def test_a_step_is_the_consistency_term_alone(quick: None) -> None:
