@@ -7,7 +7,7 @@ ARGS   ?=
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo evidence evidence-again paper cost-cuda test mutants zoo lint types docs clean
+.PHONY: help demo evidence evidence-again paper gpu test mutants zoo lint types docs clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -33,9 +33,9 @@ evidence-again: $(VENV)/.stamp-bench  ## repeat its comparisons with fresh seeds
 paper: $(VENV)/.stamp-paper  ## tables of the paper beside the published ones: make paper ARGS="1 --model llama-3.1-8b"
 	cd benchmarks && $(abspath $(BIN))/python -m paper.run $(ARGS)
 
-cost-cuda: $(VENV)/.stamp-bench $(VENV)/.stamp-cli  ## measure the cost of a step on a GPU, and render the pages
-	cd benchmarks && $(abspath $(BIN))/python -m step --cuda
-	cd benchmarks && $(abspath $(BIN))/python -m step.page
+gpu: $(VENV)/.stamp-dev  ## every figure from a GPU in 25 minutes, and the pages that show them
+	-cd benchmarks && $(abspath $(BIN))/python -m gpu --out results/gpu $(ARGS)
+	cd benchmarks && $(abspath $(BIN))/python -m step.page && $(abspath $(BIN))/python -m kernel.page
 
 test: $(VENV)/.stamp-dev  ## run the tests
 	$(BIN)/python -m pytest -n auto --dist loadscope $(ARGS)
@@ -55,7 +55,7 @@ types: $(VENV)/.stamp-dev  ## mypy --strict on the package
 	$(BIN)/mypy
 
 docs: $(VENV)/.stamp-dev  ## build the documentation into site/
-	$(BIN)/mkdocs build --strict --quiet
+	$(BIN)/zensical build --strict
 
 clean:  ## remove the environment and everything built
-	rm -rf $(VENV) site runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) site .cache runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

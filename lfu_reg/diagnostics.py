@@ -1,7 +1,7 @@
 """The paper's failure signatures, each as one warning, with the cure: no effect, collapse, oscillation.
 
-Values stay on their device until they are looked at, every `LOOK_EVERY` steps (and at the first), so that the step
-needs no device synchronisation.
+Values stay on their device until they are looked at, every `LOOK_EVERY` steps (and at the first), and how strong the
+regularizer is where that was measured, so that other steps need no device synchronisation.
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ from torch import Tensor
 
 LOOK_EVERY = 50
 
-# Regularized steps at whose beginning the strength is looked at, besides those that everything is looked at.
-FIRST_LOOKS = 3
 # Outside of these, in lengths of the SFT loss's gradient, that of the consistency term is nothing or everything.
 NEGLIGIBLE, OVERWHELMING = 1e-3, 30.0
 # The perturbed states are as far from the clean ones as from zero: nothing of the model is left in them.
@@ -79,7 +77,7 @@ class Look:
     """What a step shows of how strong it is.
 
     Attributes:
-        figures: "gradient_ratio" and "relative_distance", where they were measured.
+        figures: "gradient_ratio" and "relative_distance", where they were measured at this very step.
         alpha, lam: what the step ran with.
         strength: what lam follows from, None where it is fixed.
         eps: relative rounding of the hidden states.
@@ -125,16 +123,15 @@ class Diagnostics:
         self,
         turn: int,
         sft_loss: Tensor,
-        weighted: Tensor,
+        l_cons: Tensor,
         gradient_norm: Tensor,
         look: Look,
     ) -> None:
         """Take note of one step, and look at the last ones when it is due."""
-        self._window.append((sft_loss, weighted, gradient_norm))
-        due = self.is_due(turn)
-        if (due or turn < FIRST_LOOKS) and look.tokens_count and look.alpha:
-            self._how_strong(look)
-        if not due:
+        self._window.append((sft_loss, look.lam * l_cons, gradient_norm))
+        if look.figures and look.tokens_count and look.alpha:
+            self._how_strong(look, gradient_norm)
+        if not self.is_due(turn):
             return
         self._period = (turn + 1) // LOOK_EVERY
         sft, consistency, norms = ([float(value) for value in column] for column in zip(*self._window, strict=True))
@@ -144,7 +141,7 @@ class Diagnostics:
         self._explosion(consistency)
         self._oscillation(sft, consistency)
 
-    def _how_strong(self, look: Look) -> None:
+    def _how_strong(self, look: Look, gradient_norm: Tensor) -> None:
         distance = float(look.figures.get("relative_distance", math.nan))
         if distance > COLLAPSED:
             if "collapse" not in self._told:
@@ -152,7 +149,7 @@ class Diagnostics:
                 self.warn_once("collapse", COLLAPSE.format(distance=distance, given=look.alpha, alpha=alpha))
             return
         if distance < look.eps:
-            if "rounding noise" not in self._told:
+            if "rounding noise" not in self._told and float(gradient_norm):
                 alpha, given = look.sensible_alpha(), look.alpha
                 message = ROUNDING_NOISE.format(distance=distance, eps=look.eps, alpha=alpha, given=given)
                 self.warn_once("rounding noise", message)

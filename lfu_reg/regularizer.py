@@ -58,10 +58,10 @@ class LfURegularizer(Controls):
         model: any module. Wrap it (PEFT, DDP, FSDP, compile) before or after.
         auxiliary: theta_aux: "lora", "steering", "weights", "random" or an `Auxiliary` object.
         layers: K, the layers whose hidden states are compared and (but for "weights") perturbed; see `choose_layers`.
-        strength: how long the gradient of lam * l_cons is, in lengths of that of l_SFT; sets lam at each step. A number
-            or a callable of the step number, as are the next two. None: 1, where lam is not given.
+        strength: length of lam * l_cons's gradient in lengths of l_SFT's; sets lam. None: 1, where lam is not given.
         alpha: length of the ascent step (Eq. 2). None: what `displacement` asks for; the paper's value beside lam.
-        lam: lambda, the weight of the consistency term (Eq. 6), instead of `strength`.
+        lam: lambda, the weight of the consistency term (Eq. 6), instead of `strength`. All three may be callables of
+            the step number.
         displacement: relative length ||h' - h|| / ||h|| that alpha is set for; more where rounding is coarser.
         reduction: "mean" (the paper's lambda) or "sum" (Eq. 5 to the letter) over the hidden dimension.
         distance: "mse", "cosine", "contrastive", "logit_kl", a `Distance`, or a function of (clean, perturbed), both
@@ -74,7 +74,7 @@ class LfURegularizer(Controls):
         ascent_steps: steps toward the undesirable, each with a call of `sft_loss_fn` of its own after the first.
         every: apply the regularizer at every k-th step only.
         batch_fraction: part of the samples that pass 2 runs on, drawn at random: an unbiased estimate for less time.
-        strategy: "auto", "released", "retained" (see `step/gradients.py`) or "one-backward": nearly the same for less.
+        strategy: "released", "retained" (`step/gradients.py`), "one-backward" (`step/one_backward.py`), or "auto".
         leave_early: whether pass 2 leaves your code after the last chosen layer: "auto" where nothing but a return is
             cut off, True always, False never.
         seed: of LoRA's A, random directions and drawn samples. None: torch's initial seed.
@@ -120,8 +120,7 @@ class LfURegularizer(Controls):
         terms = (alpha, lam, strength, displacement, reduction, stop_gradient, token_mask, ignore_index)
         self.settings = Settings(*terms, ascent_steps, every, batch_fraction, strategy, leave_early, sync_perturbation)
         check_seed(seed)
-        model = unwrapped(model)
-        checks.check_model(model)
+        checks.check_model(model := unwrapped(model))
         self._disabled, self._diagnostics, self._progress = False, Diagnostics(), Progress(seed, self.settings)
         self._ascent = Ascent(self.auxiliary, self.settings, self._progress, process_group)
         self._attached = AttachedModel(model, layers, self.auxiliary, self.distance, self._diagnostics)
@@ -188,12 +187,12 @@ class LfURegularizer(Controls):
             with passes.second(samples) as h_prime:
                 l_cons, distances = consistency(self.distance, h, h_prime, samples, settings)
                 strength.moved = displacement(h, h_prime, samples) if strength.is_due else None
-                weighted = passes.backward(l_cons)
+                passes.backward(l_cons)
             # l_SFT + lam * l_cons (Eq. 6).
             loss = passes.total()
             progress.empty_steps += (empty := passes.clean.record.is_empty())
-            look = strength.look(tokens_count=not empty, sensible_alpha=lambda: passes.find_alpha(samples))
-            diagnostics.watch(progress.step // settings.every, sft_loss, weighted, gradient_norm, look)
+            look = strength.look(tokens_count=not empty, sensible_alpha=lambda: passes.sensible_alpha(samples))
+            diagnostics.watch(progress.step // settings.every, sft_loss, l_cons.detach(), gradient_norm, look)
         terms = {"loss": loss, "sft_loss": sft_loss, "consistency_loss": l_cons, "ascent_grad_norm": gradient_norm}
         self.metrics = metrics.regularized_step(terms, h, distances, progress, strength)
         return loss

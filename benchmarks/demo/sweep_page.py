@@ -28,11 +28,11 @@ SHOWN = ("in_domain", "variation_mean", "variation_spread", "retention", "final_
 INTRODUCTION = """\
 # How the demo's settings were chosen
 
-Written by `python -m demo.sweep` in `benchmarks/` from the runs in `benchmarks/results/demo_sweep.csv`; do not edit.
-
 The demo fine-tunes its small embedded model on {train_size} examples of one skill in a new prompt format, once with
 correct answers and once with 30 % wrong ones. This sweep shows what alpha and lambda do there. It scores on a
 validation split and with seeds ({seeds}) that the demo does not use; the demo reports the test split.
+
+<!-- Written by `python -m demo.sweep` in benchmarks/ from benchmarks/results/demo_sweep.csv; do not edit. -->
 
 The rule:
 

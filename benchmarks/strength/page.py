@@ -109,11 +109,11 @@ def ratios() -> str:
 
 def price() -> str:
     """Ratios to SFT's processor time."""
-    lines = [
-        [r["tuning"], f"{r['batch']} x {r['tokens']}", r["method"], f"{float(r['ratio']):.2f}", f"{float(r['low']):.2f} to {float(r['high']):.2f}",
-         f"{float(r['peak']):.2f}"]
-        for r in store.rows("price")
-    ]  # fmt: skip
+    lines = []
+    for r in store.rows("price"):
+        quartiles = f"{float(r['low']):.2f} to {float(r['high']):.2f}"
+        ratio, peak = (f"{float(r[key]):.2f}" for key in ("ratio", "peak"))
+        lines.append([r["tuning"], f"{r['batch']} x {r['tokens']}", r["method"], ratio, quartiles, peak])
     return _table(["tuning", "batch", "method", "time / SFT's", "quartiles", "peak memory / SFT's"], lines)
 
 

@@ -45,8 +45,9 @@ class Controls:
             **settings: of `LfURegularizer`.
         """
         chosen = make_auxiliary(auxiliary)
-        given = {"alpha": chosen.default_alpha, "lam": chosen.default_lam, **settings}
-        return cls(model, chosen, **given)  # type: ignore[call-arg]
+        for name in {"alpha", "lam"} - settings.keys():
+            settings[name] = getattr(chosen, f"default_{name}")
+        return cls(model, chosen, **settings)  # type: ignore[call-arg]
 
     def _is_active(self) -> bool:
         if self._disabled or is_repeating() or not torch.is_grad_enabled() or torch.is_inference_mode_enabled():

@@ -43,7 +43,9 @@ class OneBackward:
 
     def __init__(self, auxiliary: Auxiliary, trained: Sequence[Tensor]) -> None:
         self._auxiliary, self._trained = auxiliary, trained
-        self._sft_loss = self._carried = torch.zeros((), device="cpu")
+        self._sft_loss = torch.zeros((), device="cpu")
+        self._l_cons: Tensor | None = None
+        self._carriers: list[tuple[Tensor, Tensor]] = []
         self.states: list[tuple[Tensor, Tensor]] = []  # h_l in pass 1's graph, and h'_l
 
     def backward_clean(
@@ -59,19 +61,27 @@ class OneBackward:
         """Refused."""
         raise ValueError(ONE_STEP.format(what="A loss with gradients of gradients"))
 
-    def backward_perturbed(self, l_cons: Tensor, strength: StepStrength) -> None:
-        """Have the clean states carry the gradient of l_cons with respect to the perturbed ones."""
+    def backward_perturbed(self, l_cons: Tensor) -> None:
+        """Take the gradient of l_cons with respect to the perturbed states, for the clean ones to carry."""
         h = [state for state, _ in self.states]
         h_prime = [leaf for _, leaf in self.states]
-        found = torch.autograd.grad(l_cons, h_prime, allow_unused=True) if l_cons.requires_grad else (None,) * len(h)
-        carriers = [(state, g) for state, g in zip(h, found, strict=True) if g is not None and state.requires_grad]
-        whole = self._compare(carriers) if strength.compares and strength.pays and carriers else None
-        lam = strength.weigh(whole, None, self._sft_loss.device)
-        self._carried = _carry(lam * l_cons.detach(), lam, carriers)
+        found: Sequence[Tensor | None] = [None] * len(h)
+        if l_cons.requires_grad:
+            found = torch.autograd.grad(l_cons, h_prime, allow_unused=True)
+        self._carriers = [
+            (state, g) for state, g in zip(h, found, strict=True) if g is not None and state.requires_grad
+        ]
+        self._l_cons = l_cons.detach()
 
-    def total(self) -> Tensor:
+    def total(self, strength: StepStrength) -> Tensor:
         """l_SFT + lam * l_cons, with pass 1's graph."""
-        return self._sft_loss + self._carried.to(self._sft_loss.device)
+        if self._l_cons is None:
+            return self._sft_loss
+        whole = self._compare(self._carriers) if strength.compares and strength.pays and self._carriers else None
+        lam = strength.weigh(whole, None, self._sft_loss.device)
+        return self._sft_loss + _carry((lam * self._l_cons).to(self._l_cons.dtype), lam, self._carriers).to(
+            self._sft_loss.device
+        )
 
     def _compare(self, carriers: Sequence[tuple[Tensor, Tensor]]) -> Comparison | None:
         """Both terms' gradients, each by a backward of its own."""

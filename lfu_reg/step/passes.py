@@ -161,23 +161,24 @@ class Passes(SecondPass):
         self._start = None if cut is None else cut.detach()
         return loss.detach(), clean.record.states
 
-    def backward(self, l_cons: Tensor) -> Tensor:
-        """Take d (lam * l_cons) / d theta, and return lam * l_cons, detached."""
+    def backward(self, l_cons: Tensor) -> None:
+        """Take d l_cons / d theta."""
         if not l_cons.requires_grad:
             self._diagnostics.warn_once("no gradient", NO_GRADIENT)
         try:
-            self._strategy.backward_perturbed(l_cons, self._strength)
+            self._strategy.backward_perturbed(l_cons)
         except RuntimeError as error:
             if "through the graph a second time" in str(error):
                 raise RuntimeError(checks.FREED) from error
             raise
-        return self._strength.lam * l_cons.detach()
 
     def _share(self, loss: Tensor, leaves: list[Tensor], changes: Changes, *, hooked: bool) -> list[Tensor]:
         """Let both passes share what no perturbation reaches, where that is exact; gives all leaves."""
         attached, clean = self._attached, self.clean
-        # A hook on a tensor below the cut would see the sum of both terms, and need not be linear.
-        cut = None if self._strategy.keeps_graph or hooked else attached.reused.cut(changes, clean.record.states)
+        # A hook on a tensor below the cut would see the sum of both terms, and need not be linear. To compare gradients
+        # the part below is gone through twice, which who saves tensors elsewhere does not expect.
+        apart = hooked or (self._strength.compares and clean.record.saves_elsewhere)
+        cut = None if self._strategy.keeps_graph or apart else attached.reused.cut(changes, clean.record.states)
         # A site that fired more often is shared with another layer, perhaps below the cut.
         if cut is not None and all(clean.record.fired[name] <= 1 for name in attached.sites):
             shared = shared_backward(loss, cut, clean.anchor)

@@ -31,6 +31,9 @@ class Released:
         self._shared: SharedBackward | None = None
         self._float16, self._scale = False, 1.0
         self._gradients: dict[int, tuple[Tensor, Tensor | None]] = {}
+        self._l_cons: Tensor | None = None
+        self._perturbed: Pairs = ()
+        self._perturbed_scale = 1.0
 
     def backward_clean(
         self, sft_loss: Tensor, leaves: list[Tensor], clean: ForwardPass, shared: SharedBackward | None
@@ -53,36 +56,43 @@ class Released:
         """A backward down to the components."""
         return down_to_components(sft_loss, fwd, self._auxiliary, self._scales.ascent, self._trained, float16=True)
 
-    def backward_perturbed(self, l_cons: Tensor, strength: StepStrength) -> None:
-        """A second backward, added lam times to the first."""
-        pairs: Pairs = []
-        scale = 1.0
+    def backward_perturbed(self, l_cons: Tensor) -> None:
+        """A second backward; what it brings waits for lam."""
+        self._l_cons = l_cons.detach()
         if l_cons.requires_grad:
-            pairs, scale = self._differentiate(l_cons, leaves_of(l_cons), self._scales.perturbed)
-        pairs, at_cut = self._without_start(pairs)
+            self._perturbed, self._perturbed_scale = self._differentiate(
+                l_cons, leaves_of(l_cons), self._scales.perturbed
+            )
+
+    def total(self, strength: StepStrength) -> Tensor:
+        """The loss that hands both terms' gradients over: the second's times lam, which may follow from both."""
+        if self._l_cons is not None:
+            self._weigh(self._l_cons, strength)
+        shared, self._shared = self._shared, None
+        if shared is not None:
+            self._add(self._below(shared.backward), 1.0)
+        return returned_loss(self._value, self._gradients.values(), self._scale)
+
+    def _weigh(self, l_cons: Tensor, strength: StepStrength) -> None:
+        pairs, at_cut = self._without_start(self._perturbed)
+        scale = self._perturbed_scale
         whole = above = None
-        if strength.compares:
-            above = self._compare(self._gradients.values(), pairs, scale, with_product=strength.is_due)
-            if self._shared is None:
-                whole, above = above, None
-            elif strength.is_due or above is None:
+        if strength.compares and self._shared is not None:
+            # What arrives at the cut stands for what lies below it, until that is measured again.
+            cut, arrived = self._shared.arrived
+            both = [*self._gradients.values(), (cut, arrived)], [*pairs, (cut, at_cut)]
+            above = self._compare(*both, scale, cut, with_product=False)
+            if strength.is_due or self._shared.is_small:
                 first, second = self._both_below(at_cut)
-                at_cut = None
-                together = [*self._gradients.values(), *first], [*pairs, *second]
-                whole = self._compare(*together, scale, with_product=True)
                 self._add(first, 1.0)
-                pairs = together[1]
+                at_cut, pairs = None, [*pairs, *second]
+        if strength.compares and self._shared is None:
+            whole = self._compare(self._gradients.values(), pairs, scale, with_product=strength.is_due)
         lam = strength.weigh(whole, above, self._value.device)
         self._add(pairs, scale, lam)
         if self._shared is not None and at_cut is not None:
             self._shared.collect(at_cut * _on(lam, at_cut))
-        self._value = self._value + (lam * l_cons.detach()).to(self._value)
-
-    def total(self) -> Tensor:
-        """The loss that hands both terms' gradients over."""
-        if self._shared is not None:
-            self._add(self._below(self._shared.backward), 1.0)
-        return returned_loss(self._value, self._gradients.values(), self._scale)
+        self._value = self._value + (lam * l_cons).to(self._value)
 
     def _without_start(self, pairs: Pairs) -> tuple[list[tuple[Tensor, Tensor | None]], Tensor | None]:
         """The pairs of pass 2 but for the leaf that it started from, and that one's gradient."""
@@ -102,8 +112,11 @@ class Released:
             pairs = backward()
         return [*pairs, *written]
 
-    def _compare(self, first: Iterable[Pair], second: Iterable[Pair], scale: float, **kind: bool) -> Comparison | None:
-        return compare(first, second, self._trained, scales=(self._scale, scale), **kind)
+    def _compare(
+        self, first: Iterable[Pair], second: Iterable[Pair], scale: float, *beside: Tensor, with_product: bool
+    ) -> Comparison | None:
+        trained = [*self._trained, *beside] if self._trained else ()
+        return compare(first, second, trained, scales=(self._scale, scale), with_product=with_product)
 
     def _differentiate(
         self, loss: Tensor, leaves: list[Tensor], scale: LossScale, clean: ForwardPass | None = None

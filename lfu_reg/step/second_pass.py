@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
@@ -30,10 +31,10 @@ from lfu_reg.step.progress import Progress
 from lfu_reg.step.settings import Settings
 from lfu_reg.step.sft_loss import SFTLoss
 from lfu_reg.step.shared_backward import SharedBackward
-from lfu_reg.step.strength import StepStrength
+from lfu_reg.step.strength import CLOSE, StepStrength
 
-# How often pass 2 is tried for the sake of alpha at the first step, and what is near enough.
-TRIES, CLOSE = 6, 3.0
+# How often pass 2 is tried for the sake of alpha at the first step.
+TRIES = 6
 
 
 class SecondPass:
@@ -60,7 +61,7 @@ class SecondPass:
         """l_SFT + lam * l_cons, differentiable."""
         assert self._changes is not None
         with self._attached.hooks.run(self.clean), self._changes.on_copies():
-            return self._strategy.total()
+            return self._strategy.total(self._strength)
 
     def gradient_here(self, batch: Any) -> float:
         """Let the auxiliary collect g where it is now, from a pass that gives nothing else; returns its factor.
@@ -91,6 +92,18 @@ class SecondPass:
             if 1 / CLOSE < factor < CLOSE or not self._auxiliary.rescale(factor):
                 break
             alpha *= factor
+        return alpha
+
+    def sensible_alpha(self, samples: Tensor | None) -> float:
+        """The same once the step is done, which leaves theta_aux where the step had it; NaN where that cannot be."""
+        strength = self._strength
+        if self.engine.in_lockstep:
+            return strength.alpha * strength.factor(float(strength.figures["relative_distance"]))
+        try:
+            alpha = self.find_alpha(samples)
+        except PlainSFT:
+            return math.nan
+        self._auxiliary.rescale(strength.alpha / alpha)
         return alpha
 
     @contextmanager
@@ -130,7 +143,7 @@ class SecondPass:
             if repeated:
                 yield self._states_of(perturbed, samples)
             elif in_lockstep:  # other ranks go through its backward
-                self._strategy.backward_perturbed(_zero_of(perturbed), self._strength)
+                self._strategy.backward_perturbed(_zero_of(perturbed))
         if not repeated:
             raise PlainSFT(self.total())
 

@@ -41,6 +41,16 @@ class SharedBackward:
         self._cut = cut
         self._gradient: Tensor | None = None
 
+    @property
+    def arrived(self) -> tuple[Tensor, Tensor | None]:
+        """The start, and what has been brought down to the cut."""
+        return self.start, self._gradient
+
+    @property
+    def is_small(self) -> bool:
+        """Whether going through it twice costs little."""
+        return 2 * len(self.below) <= len(self.above)
+
     def collect(self, gradient: Tensor | None) -> None:
         """Add what one of the passes brings down to the cut."""
         if gradient is not None and self.below:

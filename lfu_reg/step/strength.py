@@ -26,6 +26,8 @@ from lfu_reg.step.settings import Settings, value_at
 
 # Where the search for alpha starts, and the smallest displacement that is aimed at, in units of the states' rounding.
 FIRST_ALPHA, ABOVE_ROUNDING = 0.1, 8
+# What is near enough to the displacement that is aimed at.
+CLOSE = 3.0
 # Regularized steps at which everything is measured: the first ones, and one in so many.
 FIRST_STEPS, MEASURE_EVERY = 10, 10
 
@@ -51,7 +53,8 @@ class Strength:
         self.figures: dict[str, Tensor] = {}
         self.alpha: float | None = None  # what the displacement asks for, once it is known
         self.ratio: Tensor | None = None  # |grad l_cons| / |grad l_SFT| when it was last known
-        self.correction: Tensor | None = None  # from that ratio above the shared part to that of everything
+        self.correction: Tensor | None = None  # from that ratio at and above the shared part to that of everything
+        self.seen = 0  # how many of the first regularized steps there have been
 
     def at(self, step: int) -> StepStrength:
         """What holds at a step."""
@@ -59,16 +62,32 @@ class Strength:
 
     def state_dict(self) -> dict[str, float]:
         """What the next step starts from."""
-        held = {"alpha": self.alpha, "ratio": self.ratio, "correction": self.correction}
+        held = {"alpha": self.alpha, "ratio": self.ratio, "correction": self.correction, "seen": self.seen}
         return {name: float(value) for name, value in held.items() if value is not None}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from it; what is missing is measured anew."""
-        self.figures, self.alpha = {}, state.get("alpha")
+        self.figures, self.alpha, self.seen = {}, state.get("alpha"), int(state.get("seen", 0))
         self.ratio, self.correction = (
             torch.tensor(state[name], dtype=torch.float64, device="cpu") if name in state else None
             for name in ("ratio", "correction")
         )
+
+    def learn(self, figures: Tensor) -> Tensor:
+        """Take note of what ranks have measured together, and return the ratio of this step; all ranks do the same."""
+        ratios = (figures[1:6:3] / figures[0:6:3]).sqrt()  # over everything, above the shared part
+        measured = figures[0:6:3] + figures[1:6:3] > 0
+        one = torch.ones_like(ratios[0])
+        before = self.correction
+        correction = one if before is None else before.to(one)
+        found = ratios[0] / ratios[1]  # differs from batch to batch
+        found = found if before is None else (found * correction).sqrt()
+        correction = torch.where(measured.all(), found, correction)
+        self.correction = torch.where(torch.isfinite(correction), correction, one)
+        ratio = torch.where(measured[0], ratios[0], ratios[1] * self.correction)  # NaN where nothing was measured
+        known = ratio if self.ratio is None else self.ratio.to(one)
+        self.ratio = torch.where(torch.isfinite(ratio) & (ratio > 0), ratio, known)
+        return torch.where(measured.any(), ratio, self.ratio)
 
 
 class StepStrength:
@@ -97,12 +116,12 @@ class StepStrength:
 
     def __init__(self, strength: Strength, step: int) -> None:
         self._strength, settings = strength, strength.settings
-        turn = step // settings.every
+        turn, seen = step // settings.every, strength.seen
         fixed, found = settings.alpha, strength.alpha
         self.alpha = value_at("alpha", fixed, step) if fixed is not None else found or FIRST_ALPHA
         self.searches = fixed is None and found is None
-        self.is_due = turn < FIRST_STEPS or turn % MEASURE_EVERY == 0 or self.searches
-        rarely = turn < FIRST_STEPS // 3 or turn % (5 * MEASURE_EVERY) == 0
+        self.is_due = seen < FIRST_STEPS or turn % MEASURE_EVERY == 0 or self.searches
+        rarely = seen <= FIRST_STEPS // 3 or turn % (5 * MEASURE_EVERY) == 0
         self.pays = strength.ratio is None or (rarely if settings.is_one_backward else self.is_due)
         self._rho = None if settings.strength is None else value_at("strength", settings.strength, step)
         self.lam: float | Tensor = 0.0 if settings.lam is None else value_at("lam", settings.lam, step)
@@ -120,9 +139,9 @@ class StepStrength:
         figures = self.figures if self.is_due else {}
         return Look(figures, self.alpha, self.lam, self._rho, self.eps, tokens_count, sensible_alpha)
 
-    def factor(self, relative_distance: float) -> float:
+    def factor(self, relative_distance: float, eps: float | None = None) -> float:
         """What alpha has to be multiplied by for the displacement that is aimed at, a hundredfold at most."""
-        aim = max(self._strength.settings.displacement, ABOVE_ROUNDING * self.eps)
+        aim = max(self._strength.settings.displacement, ABOVE_ROUNDING * (self.eps if eps is None else eps))
         if not math.isfinite(relative_distance):
             return 0.01
         return min(max(aim / max(relative_distance, 1e-30), 0.01), 100.0)
@@ -132,7 +151,8 @@ class StepStrength:
 
         Args:
             whole: over all trained parameters, None where that was not measured.
-            above: over those above the shared part of the graph, None where nothing is shared.
+            above: over those above the shared part of the graph, and what arrives at its border; None where nothing is
+                shared.
             device: of the figures.
 
         Raises:
@@ -140,31 +160,31 @@ class StepStrength:
         """
         if not self.compares:
             return self.lam
-        figures = self._exchange(whole, above, device)
-        strength, ratio = self._strength, None
-        if whole is not None or above is not None:
-            ratios = (figures[1:6:3] / figures[0:6:3]).sqrt()  # whole, above
-            if whole is None:
-                ratio = ratios[1] if strength.correction is None else ratios[1] * strength.correction
-            else:
-                ratio = ratios[0]
-                strength.correction = None if above is None else ratios[0] / ratios[1]
-                if self.is_due:
-                    strength.figures["gradient_cosine"] = _or_zero(
-                        figures[2] / (figures[0] * figures[1]).sqrt()
-                    ).float()
-            strength.ratio = ratio
+        strength, figures = self._strength, self._exchange(whole, above, device)
+        ratio = strength.learn(figures)
+        self._set_alpha(figures)
+        if whole is not None and self.is_due:
+            strength.figures["gradient_cosine"] = _or_zero(figures[2] / (figures[0] * figures[1]).sqrt()).float()
         if self.moved is not None:
             strength.figures["relative_distance"] = (figures[6] / figures[7]).sqrt().float()
-            if strength.settings.alpha is None:  # the next steps have the one that would have been right for this step
-                strength.alpha = self.alpha * self.factor(float(strength.figures["relative_distance"]))
+        measured = whole is not None or above is not None
         if self._rho is not None:
-            if strength.ratio is None:
+            if not measured and not bool(torch.isfinite(ratio)):
                 raise ValueError(UNKNOWN.format(strength=self._rho, engine=self.engine.name))
-            self.lam = _or_zero(self._rho / strength.ratio.to(device)).float()
-        if ratio is not None:
+            self.lam = _or_zero(self._rho / ratio)
+        if measured:
             strength.figures["gradient_ratio"] = _or_zero(ratio * self.lam).float()
         return self.lam
+
+    def _set_alpha(self, figures: Tensor) -> None:
+        """The next steps have the alpha that would have been right for this step: the same on all ranks."""
+        if self.is_due and self._strength.settings.alpha is None:
+            _, _, moved, length, logarithm, eps, ranks = figures[4:].tolist()
+            if ranks and length:
+                factor = self.factor(math.sqrt(moved / length), eps / ranks)
+                # Half of the way where only batches differ, all of it where the last alpha was no more than a guess.
+                factor **= 1.0 if self.searches or not 1 / CLOSE < factor < CLOSE else 0.5
+                self._strength.alpha = math.exp(logarithm / ranks) * factor
 
     @contextmanager
     def together(self, devices: Sequence[torch.device]) -> Iterator[None]:
@@ -173,8 +193,13 @@ class StepStrength:
             yield
         except PlainSFT:
             if self.compares and not self._exchanged and self.engine.groups:
-                self._exchange(None, None, next(iter(devices), torch.device("cpu")))
+                self.moved, device = None, next(iter(devices), torch.device("cpu"))
+                figures = self._exchange(None, None, device)
+                self._strength.learn(figures)
+                self._set_alpha(figures)
+            self._strength.seen += self._strength.seen < FIRST_STEPS
             raise
+        self._strength.seen += self._strength.seen < FIRST_STEPS
 
     def _exchange(self, whole: Comparison | None, above: Comparison | None, device: torch.device) -> Tensor:
         dtype = torch.float32 if device.type == "mps" else torch.float64
@@ -184,8 +209,11 @@ class StepStrength:
             three = (zero,) * 3 if found is None else (found.sft, found.consistency, found.product)
             numbers += [number.to(zero) ** power for number, power in zip(three, (2, 2, 1), strict=True)]
         numbers += [length.to(zero) ** 2 for length in self.moved or (zero, zero)]
-        self._exchanged = True
+        # Ranks look for their first alpha one by one; from then on they have its mean.
+        own = (math.log(max(self.alpha, 1e-30)), self.eps, 1.0)
+        numbers += [zero] * 3 if self.moved is None else torch.tensor(own, dtype=dtype, device=device).unbind()
         figures = torch.stack(numbers)
+        self._exchanged = True
         return figures if self.engine.may_run_out else summed(figures, self.engine.groups)
 
 

@@ -191,7 +191,7 @@ class Gains(OutputAuxiliary):
 @pytest.mark.parametrize("strategy", ["released", "retained"])
 def test_a_users_own_auxiliary(strategy: str, steps: int) -> None:
     model = TINY.make()
-    reg = LfURegularizer(model, Gains(), strategy=strategy, ascent_steps=steps)
+    reg = LfURegularizer(model, Gains(), alpha=0.1, strategy=strategy, ascent_steps=steps)
     loss = reg(model, TINY.batch(), TINY.loss)
     loss.backward()
     gains = {name: torch.zeros(8, dtype=torch.float64, requires_grad=True) for name in reg.layers}

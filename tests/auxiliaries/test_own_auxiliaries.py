@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lfu_reg import Auxiliary, LfURegularizer, LoRADeltas, OutputAuxiliary, RandomDirections, SteeringVectors
 from lfu_reg.auxiliaries import return_checks
 from tests.support.models import TINY
-from tests.support.refusals import refuses, refuses_step
+from tests.support.refusals import refuses, refuses_step, says
 
 
 class Gains(OutputAuxiliary):
@@ -163,11 +163,14 @@ def test_direction(returned: Any) -> None:
 def test_defaults_are_missed_where_they_are_needed(wrap: Any) -> None:
     methods = {name: getattr(Gains, name) for name in ("sites", "start", "apply")}
     bare: type[Auxiliary] = type("Bare", (OutputAuxiliary,), methods)
+    refuses(TINY.make(), ("alpha was not given", "Bare", "default_alpha"), wrap(bare()), lam=0.1)
     for given, missing in (({"lam": 0.1}, "alpha"), ({"alpha": 0.1}, "lam")):
-        refuses(TINY.make(), (f"{missing} was not given", "Bare", f"default_{missing}"), wrap(bare()), **given)
+        with pytest.raises(ValueError, match=says(f"{missing} was not given", "Bare", f"default_{missing}")):
+            LfURegularizer.paper(TINY.make(), wrap(bare()), **given)
     model = TINY.make()
-    with LfURegularizer(model, wrap(bare()), alpha=0.1, lam=0.1) as reg:
-        reg(model, TINY.batch(), TINY.loss).backward()
+    for given in ({}, {"alpha": 0.1, "lam": 0.1}):
+        with LfURegularizer(model, wrap(bare()), **given) as reg:
+            reg(model, TINY.batch(), TINY.loss).backward()
 
 
 class Shifted(nn.Module):

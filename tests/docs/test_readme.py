@@ -51,6 +51,15 @@ def test_figures_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert page.aims(results) in written
 
 
+def test_the_first_page_has_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("scipy")
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    page = (ROOT / "docs/index.md").read_text()
+    assert importlib.import_module("home").filled(page) == page
+    assert "**Cost:** a step takes" in page
+    assert "**Evidence:** fine-tuned" in page
+
+
 def test_commands_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"^make (\w+)", (ROOT / "README.md").read_text(), re.MULTILINE):

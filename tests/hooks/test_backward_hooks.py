@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lfu_reg import LfURegularizer
+from lfu_reg.step.strength import FIRST_STEPS
 from tests.support.compare import assert_same_gradients, gradients_of
 from tests.support.harness import auxiliary
 from tests.support.models import LLAMA, TINY
@@ -41,12 +42,15 @@ def test_full_backward_hooks(name: str, strategy: str, first: str) -> None:
     if first == "hooks":
         watch()
     reg = attach(model, name, strategy)
+    reg.load_state_dict({**reg.state_dict(), "step": 11, "strength": {"seen": FIRST_STEPS}})  # nothing is measured
     if first == "regularizer":
         watch()
     loss = reg(model, LLAMA.batch(), LLAMA.loss)
     step_is_over = True
     loss.backward()
-    attach(plain, name, strategy)(plain, LLAMA.batch(), LLAMA.loss).backward()
+    twin = attach(plain, name, strategy)
+    twin.load_state_dict(reg.state_dict() | {"step": 11})
+    twin(plain, LLAMA.batch(), LLAMA.loss).backward()
     assert_same_gradients(gradients_of(model), gradients_of(plain))
     for layer in LLAMA.layers:
         within, after = ([late for where, late in seen if where == layer].count(late) for late in (False, True))

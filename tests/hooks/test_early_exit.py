@@ -169,7 +169,7 @@ def test_finally_is_run_by_an_exception_as_well() -> None:
         finally:
             ended.append(1)
 
-    with LfURegularizer(model, "steering") as reg:
+    with LfURegularizer(model, "steering", alpha=0.1) as reg:
         for _ in range(2):
             reg(model, LLAMA.batch(), loss)
     assert len(ended) == 4
@@ -230,7 +230,7 @@ def test_a_wrapper_that_resets_a_flag() -> None:
 
     model = LLAMA.make()
     wrapper = Wrapper(model)
-    with LfURegularizer(model, "steering") as reg:
+    with LfURegularizer(model, "steering", alpha=0.1) as reg:
         for _ in range(2):
             reg(wrapper, LLAMA.batch(), lambda m, b: m(b))
     assert len(wrapper.log) == 4
@@ -288,7 +288,7 @@ def test_a_hook_that_the_loss_puts_on_the_last_layer_runs() -> None:
         finally:
             handle.remove()
 
-    with LfURegularizer(model, "steering", leave_early=True) as reg:
+    with LfURegularizer(model, "steering", leave_early=True, alpha=0.1) as reg:
         reg(model, LLAMA.batch(), loss)
     assert len(calls) == 2
 
@@ -320,7 +320,7 @@ AFTER_THE_LAYERS = {
 def test_what_pass_2_leaves_out(case: Any, module: str, name: str) -> None:
     """With nobody else's hooks on the way, also where the model has copies of ours, the last norm runs once a step."""
     model, calls = case.make(), []
-    reg = LfURegularizer(model, name)
+    reg = LfURegularizer(model, name, alpha=0.1)
     for _ in range(2):
         handle = model.get_submodule(module).register_forward_pre_hook(lambda *_: calls.append(1))
         calls.clear()

@@ -177,7 +177,7 @@ def test_a_copy_running_inside_a_step_disturbs_nothing() -> None:
 @pytest.mark.parametrize("name", AUXILIARIES)
 def test_batch_is_not_mutated_and_the_loss_function_runs_twice(name: str, strategy: str) -> None:
     model, calls = TINY.make(), []
-    reg = LfURegularizer(model, make_auxiliary(name), strategy=strategy)
+    reg = LfURegularizer(model, make_auxiliary(name), alpha=0.1, strategy=strategy)
     batch = TINY.batch()
     kept = {key: value.clone() for key, value in batch.items()}
     objects = dict(batch)
@@ -196,7 +196,7 @@ def test_batch_is_not_mutated_and_the_loss_function_runs_twice(name: str, strate
 @pytest.mark.parametrize("name", AUXILIARIES)
 def test_a_loss_function_may_pop_from_the_batch(name: str, strategy: str) -> None:
     model, calls = TINY.make(), []
-    reg = LfURegularizer(model, make_auxiliary(name), strategy=strategy, seed=5)
+    reg = LfURegularizer(model, make_auxiliary(name), alpha=0.1, strategy=strategy, seed=5)
 
     def popping(module: Any, batch: Any) -> Tensor:
         calls.append(1)
@@ -205,7 +205,7 @@ def test_a_loss_function_may_pop_from_the_batch(name: str, strategy: str) -> Non
 
     loss = reg(model, TINY.batch(), popping).detach()
     twin = TINY.make()
-    untouched = LfURegularizer(twin, make_auxiliary(name), strategy=strategy, seed=5)
+    untouched = LfURegularizer(twin, make_auxiliary(name), alpha=0.1, strategy=strategy, seed=5)
     assert torch.equal(loss, untouched(twin, TINY.batch(), TINY.loss).detach())
     assert len(calls) == 2
 

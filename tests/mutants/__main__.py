@@ -11,7 +11,8 @@ from tests.mutants.run import ROOT, is_caught
 PAGE = Path("docs/mutants.md")
 _HEAD = """# Guards taken out
 
-Written by `make mutants`; do not edit. Each guard was taken out of a copy of the package, and the named test run on it.
+Each guard of the library was taken out of a copy of it, and the named test run on that copy: it has to fail.
+`make mutants` does so and writes this page.
 
 | row | guard | file | test | without the guard |
 |---|---|---|---|---|

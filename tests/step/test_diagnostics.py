@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lfu_reg import LfURegularizer, LfUWarning, SteeringVectors
+from lfu_reg.step.strength import FIRST_STEPS
 from tests.support.cases import seeded
 from tests.support.models import FROZEN, LLAMA, TINY
 from tests.support.plain_models import TinyLM
@@ -42,8 +43,9 @@ def test_negligible_term() -> None:
     model = TINY.make()
     told = warnings_of(LfURegularizer(model, "steering", alpha=1e-5, lam=0.1), model)
     assert len(told) == 1
-    assert "lam" in told[0]
-    assert "alpha" in told[0]
+    assert "no effect" in told[0]
+    assert "strength=1, or lam=" in told[0]
+    assert "instead of lam=0.1" in told[0]
 
 
 def off_at_looks(step: int) -> float:
@@ -131,7 +133,7 @@ def test_oscillation() -> None:
     def loss(m: Any, batch: Any) -> torch.Tensor:
         return TINY.loss(m, TINY.batch(0)) * (3.0 if state["step"] % 2 else 1.0)
 
-    told = warnings_of(LfURegularizer(model, "steering", alpha=alpha), model, loss=loss)
+    told = warnings_of(LfURegularizer(model, "steering", alpha=alpha, lam=0.1), model, loss=loss)
     assert any("lam" in message or "learning rate" in message for message in told)
     assert len(told) == 1
 
@@ -187,11 +189,11 @@ def test_metrics_are_of_the_last_step() -> None:
 
 
 def test_no_number_is_read_on_the_way() -> None:
-    """After the first steps, nothing waits for the device: no .item() and the like between two looks."""
+    """After the first steps, nothing waits for the device: no .item() and the like where nothing is measured."""
     model = TINY.make()
     reg = LfURegularizer(model, "steering")
     batch = TINY.batch()
-    for _ in range(2):
+    for _ in range(FIRST_STEPS + 1):
         reg(model, batch, TINY.loss)
     read: list[Any] = []
 
@@ -249,7 +251,7 @@ def test_a_forward_that_does_not_repeat_is_told_once_and_tried_again_ever_more_r
 def test_warnings_name_the_users_line(where: str) -> None:
     """However deep in the package they come from: Python then shows that line, and filters by module work."""
     model = TINY.make()
-    reg = LfURegularizer(model, "steering", lam=1e-30 if where == "at the figures" else None)
+    reg = LfURegularizer(model, "steering", alpha=0.1, lam=1e-30 if where == "at the figures" else None)
     model.train(where != "before a step")
     if where == "in a step":
         model.requires_grad_(False)

@@ -11,10 +11,13 @@ from torch.optim import optimizer
 
 from lfu_reg.step.progress import LONGEST_WAIT, Progress
 from lfu_reg.step.same_step import SameStep
+from lfu_reg.step.settings import Settings
+
+SETTINGS = Settings(alpha=0.1, lam=1.0)
 
 
 def test_the_wait_is_bounded() -> None:
-    progress, tried = Progress(0), []
+    progress, tried = Progress(0, SETTINGS), []
     for progress.step in range(4 * LONGEST_WAIT):
         if not progress.waits():
             tried.append(progress.step)
@@ -52,7 +55,7 @@ def test_nothing_counts_for_one_that_is_gone() -> None:
 
 def test_a_step_that_is_repeated_draws_the_same() -> None:
     """Also where it is counted as a step of its own, outside of an optimizer's closure."""
-    model, batch, progress, drawn = nn.Linear(2, 2), {"x": torch.zeros(2)}, Progress(0), []
+    model, batch, progress, drawn = nn.Linear(2, 2), {"x": torch.zeros(2)}, Progress(0, SETTINGS), []
     for given in (batch, batch, {"x": torch.zeros(2)}):
         progress.step = progress.begin(model, given)
         drawn.append(progress.draws().samples(1000, 0.5))

@@ -51,7 +51,7 @@ def test_alpha_and_lam_of_the_step_number() -> None:
 @pytest.mark.parametrize("every", [1, 2, 3])
 def test_every(every: int) -> None:
     model, calls = TINY.make(), []
-    reg = LfURegularizer(model, "steering", every=every)
+    reg = LfURegularizer(model, "steering", alpha=0.1, every=every)
     plain = TINY.loss(TINY.make(), TINY.batch()).detach()
     applied = []
     for _ in range(6):
@@ -96,7 +96,7 @@ def test_batch_fraction_is_unbiased(name: str, fraction: float, size: int, strat
 
 def test_batch_fraction_of_an_encoder_and_decoder() -> None:
     model = T5.make()
-    reg = LfURegularizer(model, "steering", batch_fraction=0.4)
+    reg = LfURegularizer(model, "steering", alpha=0.1, batch_fraction=0.4)
     values = set()
     for _ in range(12):
         reg(model, T5.batch(), T5.loss)
@@ -214,24 +214,30 @@ def observed(reg: LfURegularizer, model: Any, steps: range) -> list[int]:
 
 
 WHEN: dict[str, tuple[dict[str, Any], list[int]]] = {
-    "always": ({}, [0, 49, 99]),
-    "every=2": ({"every": 2}, [0, 98]),
-    "every=3": ({"every": 3}, [0]),
-    "warm-up": ({"lam": lambda step: 0.1 * (step >= 7)}, [7, 49, 99]),
-    "off when due": ({"lam": lambda step: 0.1 * ((step + 1) % 10 > 0)}, [0, 50, 100]),
+    "always": ({}, [*range(11), *range(20, 101, 10)]),
+    "every=2": ({"every": 2}, [*range(0, 21, 2), *range(40, 101, 20)]),
+    "every=3": ({"every": 3}, [*range(0, 31, 3), 60, 90]),
+    "warm-up": ({"lam": lambda step: 0.1 * (step >= 7)}, [*range(7, 17), *range(20, 101, 10)]),
+    "off when due": ({"lam": lambda step: 0.1 * (step % 10 > 0)}, [*range(1, 10), 11]),
 }
 
 
 @pytest.mark.parametrize(("options", "measured"), WHEN.values(), ids=WHEN)
 def test_looks_go_by_the_regularized_steps(options: dict[str, Any], measured: list[int]) -> None:
     model = TINY.make()
-    assert observed(LfURegularizer(model, "steering", **options), model, range(101)) == measured
+    """The first ten, and every tenth."""
+    assert observed(LfURegularizer(model, "steering", alpha=0.1, **options), model, range(101)) == measured
 
 
 @pytest.mark.parametrize(("options", "measured"), WHEN.values(), ids=WHEN)
 def test_a_resumed_run_looks_where_an_uninterrupted_one_does(options: dict[str, Any], measured: list[int]) -> None:
-    """And at its own first step, which is number 12 in each of these."""
-    model = TINY.make()
-    reg = LfURegularizer(model, "steering", **options)
-    reg.load_state_dict({**reg.state_dict(), "step": 12})
-    assert observed(reg, model, range(12, 101)) == [12, *(step for step in measured if step > 12)]
+    """Also where it is resumed among the first ones."""
+    for at in (4, 40):
+        model = TINY.make()
+        before = LfURegularizer(model, "steering", alpha=0.1, **options)
+        first = observed(before, model, range(at))
+        before.remove()
+        reg = LfURegularizer(model, "steering", alpha=0.1, **options)
+        reg.load_state_dict(before.state_dict())
+        assert first + observed(reg, model, range(at, 101)) == measured
+        reg.remove()

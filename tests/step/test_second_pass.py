@@ -47,7 +47,7 @@ def test_it_is_called_exactly_twice_at_every_step(name: str, strategy: str) -> N
 @pytest.mark.parametrize("steps", [2, 3])
 def test_further_ascent_steps_call_it_once_each(steps: int) -> None:
     model, calls = TINY.make(), []
-    reg = LfURegularizer(model, "steering", ascent_steps=steps)
+    reg = LfURegularizer(model, "steering", alpha=0.1, ascent_steps=steps)
     reg(model, TINY.batch(), lambda m, b: calls.append(reg.is_second_pass) or TINY.loss(m, b))
     assert calls == [False] + [True] * steps
 
@@ -360,7 +360,7 @@ def test_hooks_are_on_the_model_for_a_step_only() -> None:
         hooked.append(any(module._forward_hooks for module in m.modules()))
         return LLAMA.loss(m, batch)
 
-    with LfURegularizer(model, "lora") as reg:
+    with LfURegularizer(model, "lora", alpha=0.1) as reg:
         bare.check(model)
         reg(model, LLAMA.batch(), loss).backward()
         bare.check(model, gradients=False)

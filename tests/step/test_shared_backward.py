@@ -16,6 +16,7 @@ from lfu_reg import LfURegularizer, RandomDirections, SteeringVectors
 from lfu_reg.hooks.taps import Gate, tap
 from lfu_reg.model import checkpoints
 from lfu_reg.step.shared_backward import shared_backward
+from lfu_reg.step.strength import FIRST_STEPS
 from tests.support.cases import Batch, Case, next_token_loss, seeded
 from tests.support.checkpointed import CheckpointedLM, GroupedLM, PlainLM
 from tests.support.compare import assert_same_gradients, gradients_of
@@ -60,9 +61,10 @@ def runs(model: nn.Module, kind: type | tuple[type, ...]) -> Iterator[Counter[st
 
 
 def settled(model: nn.Module, case: Case, name: Any, **options: Any) -> LfURegularizer:
-    """A regularizer after its first step, which learns what the model writes to."""
+    """A regularizer that has learnt what the model writes to, at a step at which gradients are not compared."""
     reg = LfURegularizer(model, auxiliary(name) if isinstance(name, str) else name, alpha=ALPHA, lam=0.7, **options)
     reg(model, case.batch(), case.loss)
+    reg.load_state_dict({**reg.state_dict(), "step": 11, "strength": {"seen": FIRST_STEPS}})
     return reg
 
 

@@ -57,10 +57,9 @@ def test_matrix(name: str, case: Case, strategy: str, reduction: str, padding: s
 def test_default_strategy_and_the_papers_values(name: str) -> None:
     alpha, lam = {"lora": (0.1, 5.0), "steering": (0.1, 0.1), "weights": (0.1, 5.0)}[name]
     settings = {"alpha": alpha, "lam": lam}
-    pair = run_pair(LLAMA, name, reg_options={}, alpha=None, lam=None, setup=settings)
-    pair.check()
-    assert float(pair.reg.metrics["alpha"]) == pytest.approx(alpha)
-    assert float(pair.reg.metrics["lam"]) == pytest.approx(lam)
+    with LfURegularizer.paper(LLAMA.make(), name) as paper:
+        assert (paper.settings.alpha, paper.settings.lam) == (alpha, lam)
+    run_pair(LLAMA, name, **settings).check()
 
 
 @pytest.mark.parametrize("name", AUXILIARIES)

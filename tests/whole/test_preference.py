@@ -154,7 +154,7 @@ def test_two_calls_with_one_mask() -> None:
 def test_the_reference_does_not_count_as_a_hidden_state() -> None:
     """Called on the attached model under no_grad: not captured, not perturbed."""
     model, seen = PEFT.make(), []
-    reg = LfURegularizer(model, auxiliary("lora"))
+    reg = LfURegularizer(model, auxiliary("lora"), alpha=0.1)
     model.get_base_model().lm_head.register_forward_hook(lambda m, args, y: seen.append(torch.is_grad_enabled()))
     reg(model, pairs(), with_reference(with_disabled_adapter))
     assert seen == [False, True, False, False]  # pass 2 is out of the graph behind the last layer
