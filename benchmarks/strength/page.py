@@ -13,6 +13,7 @@ from strength import store
 from strength.sizes import AUXILIARIES, SIZES
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "choosing-a-strength.md"
+STRENGTHS = (0.1, 0.3, 1.0, 3.0, 10.0)
 Rows = list[dict[str, str]]
 MISSING = "not measured"
 
@@ -52,27 +53,30 @@ def rounding() -> str:
 
 
 def strengths() -> str:
-    """Score over strengths, the best one in bold, with the lambda that it came to."""
-    rows = [row for row in store.rows("training") if row["task"] == SIZES[row["size"]].task]
+    """Score over strengths, the best one in bold, with the alpha times lambda that it came to."""
+    rows = store.rows("training")
     lines = []
-    for size in SIZES:
-        mine = [row for row in rows if row["size"] == size]
+    for size, task in dict.fromkeys((row["size"], row["task"]) for row in _by_size(rows)):
+        mine = [row for row in rows if (row["size"], row["task"]) == (size, task)]
+        groups: dict[tuple[str, float], Rows] = defaultdict(list)
+        for row in mine:
+            if row["setting"] == "strength":
+                groups[row["auxiliary"], float(row["value"])].append(row)
         sft = _scores([r for r in mine if r["setting"] == "lr" and float(r["value"]) == SIZES[size].recipe.lr])
         for auxiliary in AUXILIARIES:
-            groups: dict[float, Rows] = {}
-            for row in mine:
-                if row["auxiliary"] == auxiliary and row["setting"] == "strength":
-                    groups.setdefault(float(row["value"]), []).append(row)
-            if not groups:
+            means = {0.0: sft} | {value: _scores(group) for (a, value), group in groups.items() if a == auxiliary}
+            found = {value: mean for value, mean in means.items() if mean is not None}
+            if len(found) < 4:  # runs of other plans alone
                 continue
-            means = {0.0: sft} | {value: _scores(group) for value, group in groups.items()}
-            best = min(means, key=means.__getitem__)
-            at_one = groups.get(1.0, [])
-            product, seeds = (_median(at_one, "product"), len({row["seed"] for row in at_one})) if at_one else ("", 0)
-            shown = [_marked(means.get(value), value == best) for value in (0.0, 0.1, 0.3, 1.0, 3.0, 10.0)]
-            lines.append([size, auxiliary, *shown, product, f"{seeds}"])
-    titles = ["model", "auxiliary", "0", "0.1", "0.3", "1", "3", "10", "alpha * lambda at 1", "seeds"]
-    return _table(titles, lines)
+            best = min(found, key=found.__getitem__)
+            shown = [_marked(found.get(value), value == best) for value in (0.0, *STRENGTHS)]
+            at_one = groups[auxiliary, 1.0]
+            seeds = min(len(groups[auxiliary, value]) for value in found if value)
+            lines.append(
+                [size, task, auxiliary, *shown, _median(at_one, "lam"), _median(at_one, "product"), f"{seeds}"]
+            )
+    titles = ["model", "task", "auxiliary", "0", *(f"{value:g}" for value in STRENGTHS)]
+    return _table([*titles, "lambda at 1", "alpha * lambda at 1", "seeds"], lines)
 
 
 def losses() -> str:
@@ -161,6 +165,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "directions": directions,
     "one-backward": one_backward,
 }
+
+
+def _by_size(rows: Rows) -> Rows:
+    order = list(SIZES)
+    return sorted(rows, key=lambda row: order.index(row["size"]))
 
 
 def _scores(rows: Rows) -> float | None:

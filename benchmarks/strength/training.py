@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from demo.eval import score
 from demo.train import make_optimizer, sft_loss
+from evidence.tasks import TASKS
 from torch import nn
 
 from lfu_reg import LfURegularizer
@@ -58,24 +59,24 @@ class Run:
     seed: int
 
 
-def transfer(sizes: list[str], seeds: int) -> Iterator[Run]:
+def transfer(sizes: list[str], seeds: int, task: str | None = None) -> Iterator[Run]:
     """The strengths for every auxiliary, and SFT over learning rates; a seed at a time."""
     for seed in range(seeds):
         for size in sizes:
-            task = SIZES[size].task
-            yield Run(size, task, "", "lr", SIZES[size].recipe.lr, seed)
+            chosen = task or SIZES[size].task
+            yield Run(size, chosen, "", "lr", SIZES[size].recipe.lr, seed)
             for strength in STRENGTHS:
                 for auxiliary in AUXILIARIES:
-                    yield Run(size, task, auxiliary, "strength", strength, seed)
+                    yield Run(size, chosen, auxiliary, "strength", strength, seed)
             for rate in RATES:
-                yield Run(size, task, "", "lr", rate, seed)
+                yield Run(size, chosen, "", "lr", rate, seed)
 
 
-def fixed(sizes: list[str], seeds: int) -> Iterator[Run]:
+def fixed(sizes: list[str], seeds: int, task: str | None = None) -> Iterator[Run]:
     """The lambda that strength 1 came to at the same seed, and three times more and less, held fixed."""
-    found = store.rows("training")
-    for row in found:
-        if row["setting"] == "strength" and row["value"] == "1" and row["size"] in sizes and int(row["seed"]) < seeds:
+    for row in store.rows("training"):
+        wanted = row["size"] in sizes and int(row["seed"]) < seeds and row["task"] == (task or SIZES[row["size"]].task)
+        if wanted and row["setting"] == "strength" and row["value"] == "1":
             for factor in (1, 1 / 3, 3):
                 lam = float(f"{float(row['lam']) * factor:.3g}")
                 yield Run(
@@ -83,23 +84,22 @@ def fixed(sizes: list[str], seeds: int) -> Iterator[Run]:
                 )
 
 
-def scores(sizes: list[str], seeds: int) -> Iterator[Run]:
+def scores(sizes: list[str], seeds: int, task: str | None = None) -> Iterator[Run]:
     """Exact steps and steps of one backward at strength 1, paired by seed."""
     for seed in range(seeds):
         for size in sizes:
-            for task in ("gsm8k-64", "dolly-64") if size != "0.8M" else ("subtract-128",):
-                for auxiliary in AUXILIARIES:
-                    for setting in ("strength", "one-backward"):
-                        yield Run(size, task, auxiliary, setting, 1.0, seed)
+            for auxiliary in AUXILIARIES:
+                for setting in ("strength", "one-backward"):
+                    yield Run(size, task or SIZES[size].task, auxiliary, setting, 1.0, seed)
 
 
-def perturbed(sizes: list[str], seeds: int) -> Iterator[Run]:
+def perturbed(sizes: list[str], seeds: int, task: str | None = None) -> Iterator[Run]:
     """stop_gradient="perturbed" at strength 1 and below."""
     for seed in range(seeds):
         for size in sizes:
             for value in (1.0, 0.3):
                 for auxiliary in AUXILIARIES:
-                    yield Run(size, SIZES[size].task, auxiliary, "perturbed", value, seed)
+                    yield Run(size, task or SIZES[size].task, auxiliary, "perturbed", value, seed)
 
 
 PLANS = {"transfer": transfer, "fixed": fixed, "scores": scores, "perturbed": perturbed}
@@ -111,10 +111,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("plan", choices=PLANS)
     parser.add_argument("--sizes", nargs="+", default=["2.2M"], choices=SIZES)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--task", choices=TASKS, help="instead of the size's own")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    for run in PLANS[options.plan](options.sizes, options.seeds):
+    for run in PLANS[options.plan](options.sizes, options.seeds, options.task):
         key = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in asdict(run).items()}
         if not store.has(store.rows("training"), **key):
             store.append("training", {**asdict(run), **figures(run)})

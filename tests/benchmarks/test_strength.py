@@ -94,11 +94,12 @@ def test_the_page_has_the_measured_tables() -> None:
 
 def test_the_best_strength_is_the_one_with_the_lowest_sum(monkeypatch: pytest.MonkeyPatch) -> None:
     task = sizes.SIZES["2.2M"].task
-    base = {"size": "2.2M", "task": task, "rise": "0.1", "product": "0.5", "seed": "0"}
+    base = {"size": "2.2M", "task": task, "rise": "0.1", "lam": "5", "product": "0.5", "seed": "0"}
     rows = [
         {**base, "auxiliary": "", "setting": "lr", "value": "0.002", "domain": "3.0"},
         {**base, "auxiliary": "lora", "setting": "strength", "value": "1", "domain": "2.5"},
         {**base, "auxiliary": "lora", "setting": "strength", "value": "3", "domain": "2.7"},
+        {**base, "auxiliary": "lora", "setting": "strength", "value": "10", "domain": "2.9"},
     ]
     monkeypatch.setattr(store, "rows", lambda name: rows)
-    assert "| 2.2M | lora | 3.100 |  |  | **2.600** | 2.800 |  | 0.5 | 1 |" in page.strengths()
+    assert "| 2.2M | gsm8k-64 | lora | 3.100 |  |  | **2.600** | 2.800 | 3.000 | 5 | 0.5 | 1 |" in page.strengths()
