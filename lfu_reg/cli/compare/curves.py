@@ -109,7 +109,7 @@ def half_width(spread: float, count: int, looked_at: int) -> float:
 
 def per_step(row: Mapping[str, Any]) -> float:
     """Seconds of a step: the median, the first left out, in which memory is counted."""
-    return median(row["step_seconds"][1:] or row["step_seconds"])
+    return float(median(row["step_seconds"][1:] or row["step_seconds"]))
 
 
 def cost(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> float:

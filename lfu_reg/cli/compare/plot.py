@@ -42,7 +42,9 @@ def draw(rows: Sequence[Mapping[str, Any]], base: Mapping[str, Any], file: Path)
     axes.set_ylabel(
         f"rise of the loss on {', '.join(kept)}, nats" if kept else "KL to the base model on its own answers, nats"
     )
-    axes.set_title("Learning against forgetting: lower left is better; lines are the adapter's scale from 0 to 1", fontsize=11)
+    axes.set_title(
+        "Learning against forgetting: lower left is better; lines are the adapter's scale from 0 to 1", fontsize=11
+    )
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=9)
     figure.savefig(file, dpi=150)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lfu_reg.auxiliaries import AuxiliaryName
 from lfu_reg.cli.compare.encoding import Tokens, collate
 from lfu_reg.cli.compare.plan import ONE_BACKWARD, Run
 from lfu_reg.cli.saved_bytes import SavedBytes
@@ -90,7 +91,7 @@ def sft_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return loss
 
 
-def regularizer(model: nn.Module, run: Run, auxiliary: str) -> LfURegularizer | None:
+def regularizer(model: nn.Module, run: Run, auxiliary: AuxiliaryName) -> LfURegularizer | None:
     """LfU of a run; None for plain SFT."""
     if run.step is None:
         return None
@@ -103,7 +104,7 @@ def train(
     run: Run,
     rows: Sequence[list[Tokens]],
     *,
-    auxiliary: str,
+    auxiliary: AuxiliaryName,
     pad: int,
     device: str,
     tick: Callable[[Run, float], object],
