@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 from torch import Tensor
 
@@ -104,7 +105,7 @@ class Passes(SecondPass):
         self.clean = clean = ForwardPass(
             sft.tokens,
             observe=observe,
-            capture="detached" if self._settings.stop_gradient == "clean" and not self._is_one_backward else "cloned",
+            capture=self._capture(),
             patches=list(self._auxiliary.pass1_patches()) if observe else [],
         )
         reuse = not self._strategy.keeps_graph and not self.engine.in_lockstep
@@ -190,6 +191,11 @@ class Passes(SecondPass):
         elif changes.late:
             self._failure = f"the forward wrote to {changes.late[0]}, for the first time"
         hooks.overwritten = (hooks.overwritten or set()) | written
+
+    def _capture(self) -> Literal["detached", "attached", "cloned"]:
+        if self._settings.stop_gradient != "clean":
+            return "cloned"
+        return "attached" if self._is_one_backward else "detached"
 
     @property
     def _is_one_backward(self) -> bool:
