@@ -150,7 +150,9 @@ class Passes(SecondPass):
     def _first_of_one(self, loss: Tensor, changes: Changes) -> tuple[Tensor, list[State]]:
         """Nothing is differentiated yet; without a direction the step only brings one."""
         clean, attached = self.clean, self._attached
-        attached.check_clean(clean, [*self._trained, clean.anchor], self._sft.model, self._turn)
+        # FSDP2's shards are on no graph, and what reentrant checkpoints hide is on none that could be walked.
+        leaves = [*self._trained, clean.anchor] if self.engine.shards is None else graph_of(loss).leaves
+        attached.check_clean(clean, leaves, self._sft.model, self._turn)
         self._strength.eps = rounding(clean.record.states)
         self._look_at_states(changes)
         self._strategy.backward_clean(loss, [], clean, None)
