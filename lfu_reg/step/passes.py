@@ -19,7 +19,6 @@ from lfu_reg.model.compile import anything_is_compiled, entrances, graphs_for_tw
 from lfu_reg.model.graph import graph_of, now
 from lfu_reg.model.module_state import Changes
 from lfu_reg.model.walk import parameters_of
-from lfu_reg.step import checks
 from lfu_reg.step.attached_model import AttachedModel
 from lfu_reg.step.consistency import rounding
 from lfu_reg.step.float16 import float16_in_play
@@ -164,12 +163,7 @@ class Passes(SecondPass):
         """Take d l_cons / d theta."""
         if not l_cons.requires_grad:
             self._diagnostics.warn_once("no gradient", NO_GRADIENT)
-        try:
-            self._strategy.backward_perturbed(l_cons)
-        except RuntimeError as error:
-            if "through the graph a second time" in str(error):
-                raise RuntimeError(checks.FREED) from error
-            raise
+        self._strategy.backward_perturbed(l_cons)
 
     def _share(self, loss: Tensor, leaves: list[Tensor], changes: Changes, *, hooked: bool) -> list[Tensor]:
         """Let both passes share what no perturbation reaches, where that is exact; gives all leaves."""

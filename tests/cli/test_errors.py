@@ -172,8 +172,8 @@ def test_a_folder_is_no_slip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     ("function", "message"),
     [
         ("flat", "has neither repeated blocks nor"),
-        ("no_scalar", "it has to return a scalar"),
-        ("detached", "does not depend on anything trainable"),
+        ("no_scalar", "it has to return a real scalar"),
+        ("detached", "depends on no trainable parameter"),
         ("two", "has to return (model, batch, sft_loss_fn)"),
         ("absent", "has no function 'absent'"),
     ],
