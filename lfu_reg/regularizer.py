@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lfu_reg.auxiliaries import Auxiliary, make_auxiliary
+from lfu_reg.auxiliaries import Auxiliary, AuxiliaryName, make_auxiliary
 from lfu_reg.diagnostics import Diagnostics
 from lfu_reg.distances import DistanceChoice, make_distance
 from lfu_reg.distances.base import Reduction
@@ -23,7 +23,7 @@ from lfu_reg.model.compile import failures_explained, unwrapped
 from lfu_reg.model.layers import LayerChoice
 from lfu_reg.model.rng import check_seed
 from lfu_reg.model.tokens import TokenMask
-from lfu_reg.step import checks, metrics
+from lfu_reg.step import checks, loss_checks, metrics
 from lfu_reg.step.ascent import Ascent
 from lfu_reg.step.attached_model import AttachedModel
 from lfu_reg.step.consistency import consistency, displacement
@@ -93,7 +93,7 @@ class LfURegularizer(Controls):
     def __init__(
         self,
         model: nn.Module,
-        auxiliary: str | Auxiliary = "lora",
+        auxiliary: AuxiliaryName | Auxiliary = "lora",
         *,
         layers: LayerChoice = "all",
         strength: Schedule | None = None,
@@ -144,7 +144,7 @@ class LfURegularizer(Controls):
             RuntimeError: after `remove()`, for layers that do not run, and for reentrant checkpointing.
         """
         checks.check_is_attached(model, self._attached.model)
-        checks.check_loss_function(sft_loss_fn)
+        loss_checks.check_loss_function(sft_loss_fn, model)
         if not self._is_active():
             return sft_loss_fn(model, batch)
         checks.check_batch(batch)
@@ -156,9 +156,9 @@ class LfURegularizer(Controls):
         try:
             if not is_off:
                 strength.engine = self._attached.engine_of(model, first=step == 0)
-            with failures_explained(), strength.together(self._attached.devices()):
+            with failures_explained(), loss_checks.errors_explained(), strength.together(self._attached.devices()):
                 if is_off or progress.waits():
-                    raise PlainSFT(checks.check_loss(sft_loss_fn(model, batch), first=step == 0))
+                    raise PlainSFT(loss_checks.check_loss(sft_loss_fn(model, batch), model, first=step == 0))
                 sft = SFTLoss(sft_loss_fn, model, batch, self.settings.token_mask, self.settings.ignore_index)
                 loss = self._regularized(sft, undesirable, strength)
         except PlainSFT as plain:

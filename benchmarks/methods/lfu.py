@@ -83,7 +83,8 @@ class LfU(Method):
             loss = sft_loss + self.reg(model, next(self._elsewhere), _of_any_batch(sft_loss_fn), undesirable=direction)
             l_sft = sft_loss.detach()
         if self._ratio:
-            self._ratio.observe(l_sft, self.reg.metrics.get("consistency_loss"))
+            figures = self.reg.metrics
+            self._ratio.observe(l_sft, figures["consistency_loss"] if "ascent_grad_norm" in figures else None)
         return loss
 
     def finish(self) -> None:

@@ -300,25 +300,25 @@ def scaling(result: dict[str, Any], steps: dict[str, Any]) -> str:
 
 
 def readme_figures(result: dict[str, Any]) -> str:
-    """The README's paragraph."""
-    ratio = {row["key"]: f"{row['ratio']:.2f}x" for row in result["rows"]}
+    """The README's table."""
+    ratio = {row["key"]: f"{row['ratio']:.2f}" for row in result["rows"]}
+    shown = [f"{name}{end}" for name in ("steering", "lora", "weights") for end in ("", "-one", "-late")]
     widest = max(
-        max(abs(q - row["ratio"]) for q in row["ratio_quartiles"])
-        for row in result["rows"]
-        if row["key"] in ("steering", "lora", "weights", "literal-steering", "literal-lora", "authors-lora")
+        max(abs(q - row["ratio"]) for q in row["ratio_quartiles"]) for row in result["rows"] if row["key"] in shown
     )
     s = result["setting"]
-    return (
-        f"One step costs **{ratio['steering']}** (steering), **{ratio['lora']}** (LoRA) or **{ratio['weights']}** (weights) "
-        f"of vanilla SFT with exact gradients, where the\npaper's text read literally costs {ratio['literal-steering']} "
-        f"(steering) and {ratio['literal-lora']} (LoRA), and the authors' LoRA procedure {ratio['authors-lora']}. Measured "
-        f"on one\nCPU thread: a Llama with {result['model']['layers']} layers and hidden size 256, LoRA fine-tuning, "
-        f"{s['batch']} x {s['tokens']} tokens, {s['dtype']}, medians of {s['rounds']} interleaved\nrounds on a noisy "
-        f"machine (quartiles are up to {widest:.2f} away); two passes through all blocks would be {result['floor']:.2f}x in "
-        f"that run,\nand steering [runs the first block once](docs/how-it-works.md#what-both-passes-share). On the last third "
-        f"of the layers alone, LfU costs\n**{ratio['steering-late']}** (steering) and **{ratio['lora-late']}** (LoRA), "
-        "exact as well "
-        "([all figures](docs/cost.md), `python -m step cpu_lora` in `benchmarks/`).\n" + gpu.readme()
+    lines = ["| time of a step, in SFT's | steering | LoRA | weights |", "|---|---|---|---|"]
+    for label, end in (("exact", ""), ('exact, `layers="late"`', "-late"), ('`strategy="one-backward"`', "-one")):
+        cells = [ratio.get(f"{name}{end}", "") for name in ("steering", "lora", "weights")]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    as_written = (ratio["literal-steering"], ratio["literal-lora"], "")
+    lines.append(f"| the paper's text read literally | {' | '.join(as_written)} |")
+    return "\n".join(lines) + (
+        f"\n\nProcessor time on one CPU thread: a Llama with {result['model']['layers']} layers and hidden size 256, "
+        f"LoRA fine-tuning, {s['batch']} x {s['tokens']} tokens,\n{s['dtype']}, medians of {s['rounds']} interleaved "
+        f"rounds (quartiles are up to {widest:.2f} away). Two passes through all blocks would be "
+        f"{result['floor']:.2f}\n([all figures](docs/cost.md), `python -m step cpu_lora` in `benchmarks/`). "
+        + gpu.readme()
     )
 
 

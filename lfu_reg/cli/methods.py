@@ -6,16 +6,18 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from lfu_reg.auxiliaries import AuxiliaryName
 from lfu_reg.cli.errors import Unusable
 from lfu_reg.cli.published import PROCEDURES
 from lfu_reg.cli.workloads import LossFunction, Workload
 from lfu_reg.hooks.early_exit import EarlyExit
 from lfu_reg.model.layers import choose_layers
+from lfu_reg.model.names import did_you_mean
 from lfu_reg.model.outputs import HIDDEN_STATE, get, locate
 from lfu_reg.regularizer import LfURegularizer
 
@@ -72,7 +74,8 @@ def chosen_keys(given: str) -> list[str]:
     keys = list(known) if given == "all" else [key.strip() for key in given.split(",") if key.strip()]
     unknown = [key for key in keys if key not in known]
     if unknown or not keys:
-        raise Unusable(f"--methods {given}: allowed are 'all' and a comma-separated list of {', '.join(known)}.")
+        near = did_you_mean(next(iter(unknown), None), known, most=1)
+        raise Unusable(f"--methods {given}: allowed are 'all' and a comma-separated list of {', '.join(known)}.{near}")
     return list(dict.fromkeys(["sft", *keys]))
 
 
@@ -126,7 +129,7 @@ def lfu_method(
     """A step of LfURegularizer with the given options."""
     own = shared_copy(workload.model)
     try:
-        regularizer = LfURegularizer(own, auxiliary, **options)
+        regularizer = LfURegularizer(own, cast(AuxiliaryName, auxiliary), **options)
     except ValueError as error:
         raise Unusable(f"LfU cannot be attached to this model: {error}") from error
     regularizer.load_state_dict({**regularizer.state_dict(), "step": MID_TRAINING})

@@ -32,6 +32,11 @@ UNEVEN = (
     "perturbation's doing; else the model's control flow depends on something that a second call does not repeat: "
     "leave these out with layers=... or LoRADeltas(target_modules=...)."
 )
+OLD_BACKWARD_HOOKS = (
+    "These modules have hooks of register_backward_hook, which torch puts on the last operation of what a module "
+    "returns: during a step of LfU that is another one, and a hook that changes gradients changes others than in plain "
+    "training: {}. Use register_full_backward_hook."
+)
 
 
 class Coverage:
@@ -64,6 +69,10 @@ class Coverage:
             if missing == sites and (fwd.record.compiled or entrances(model)):
                 raise RuntimeError(STALE.format(layer))
             silent += missing
+        if fwd.record.old_backward_hooks:
+            self._diagnostics.warn_once(
+                "backward hooks", OLD_BACKWARD_HOOKS.format(_listed(fwd.record.old_backward_hooks))
+            )
         if silent:
             self._diagnostics.warn_once("silent", SILENT.format(_listed(silent)))
 

@@ -19,6 +19,10 @@ from lfu_reg.hooks.taps import depends_on_a_tap
 from lfu_reg.model.layers import find_stacks
 
 MODEL = ""
+FROM_EARLIER = (
+    " (as it does where it is made of an earlier call's output or gradient, which the perturbation moves: an "
+    "adversarial example, say, which is to be made before and put in the batch)"
+)
 # Enough to tell batches apart: ids, embeddings, pixels.
 _MOST = 4
 
@@ -94,7 +98,7 @@ def differing(clean: Iterable[Entry], again: Iterable[Entry], samples: Tensor | 
             return f"{called} did not take place"
         pairs = zip(entry.tensors, other.tensors, strict=False)
         if len(entry.tensors) != len(other.tensors) or not all(_equal(*pair, samples) for pair in pairs):
-            return f"the input of {called} differs"
+            return f"the input of {called} differs{FROM_EARLIER if entry.call else ''}"
     return None
 
 

@@ -187,7 +187,11 @@ class ModelHooks:
             changed = self._at_site(Call(name, module, _first_input(args, kwargs), y, tokens), fwd)
         if name in self.captured and self._recording and fwd.capture is not None:
             changed = self._keep(name, changed, tokens, fwd)
-        return None if changed is y else outputs.replace(output, path, changed, (*args, *kwargs.values()))
+        if changed is y:
+            return None
+        if module._backward_hooks and not module._is_full_backward_hook:
+            fwd.record.old_backward_hooks.append(name)
+        return outputs.replace(output, path, changed, (*args, *kwargs.values()))
 
     def _at_site(self, call: Call, fwd: ForwardPass) -> Tensor:
         with without_autocast(call.y.device.type):

@@ -55,7 +55,8 @@ class SecondPass:
     _shared: SharedBackward | None = None
     _start: Tensor | None = None  # what pass 2 starts from where nothing below is differentiated with it
     _failure: str | None = None  # why pass 2 cannot begin where pass 1 did
-    _runs_whole = False  # whether pass 2 has to run to its end, with all of its graph
+    _repeats_whole = False  # whether a region runs again to its end, and so needs all of its graph where it came to it
+    _tries = False  # whether pass 2 is run for alpha alone, without a backward
 
     def total(self) -> Tensor:
         """l_SFT + lam * l_cons, differentiable."""
@@ -72,11 +73,13 @@ class SecondPass:
         auxiliary, hooks = self._auxiliary, self._attached.hooks
         checks.check_batch(batch)
         auxiliary.require_gradients(True)
-        fwd = ForwardPass(self._sft.tokens_of(batch), capture=None, apply=True, patches=list(auxiliary.pass2_patches()))
-        with auxiliary.shards_moved(), self._again(), hooks.run(fwd):
-            with hooks.recording():
-                loss = self._sft.again(batch)
-            scale = self._strategy.backward_explicit(loss, fwd)
+        with auxiliary.shards_moved(), self._again():
+            patches = list(auxiliary.pass2_patches())
+            fwd = ForwardPass(self._sft.tokens_of(batch), capture=None, apply=True, patches=patches)
+            with hooks.run(fwd):
+                with hooks.recording():
+                    loss = self._sft.again(batch)
+                scale = self._strategy.backward_explicit(loss, fwd)
         auxiliary.require_gradients(False)
         return scale
 
@@ -85,13 +88,14 @@ class SecondPass:
 
         Ranks whose forward passes communicate take the first guess, and come nearer from step to step.
         """
-        alpha, h = self._strength.alpha, self.clean.record.states
+        alpha, h, self._tries = self._strength.alpha, self.clean.record.states, True
         for _ in range(0 if self.engine.in_lockstep else TRIES):
             with self.second(samples) as h_prime:
                 factor = self._strength.factor(float(relative_distance(h, h_prime, samples)))
             if 1 / CLOSE < factor < CLOSE or not self._auxiliary.rescale(factor):
                 break
             alpha *= factor
+        self._tries = False
         return alpha
 
     def sensible_alpha(self, samples: Tensor | None) -> float:
@@ -128,7 +132,7 @@ class SecondPass:
         start = self._start if self._shared is None else self._shared.start
         answers = [] if start is None else attached.reused.answers(start, samples)
         with self._auxiliary.shards_moved(), ExitStack() as stack:
-            quiet = attached.tail_may_be_quiet and not self.engine.is_sharded and not self._runs_whole
+            quiet = attached.tail_may_be_quiet and not self.engine.is_sharded and not self._repeats_whole
             try:
                 perturbed = self._run_second(stack, samples, answers, quiet)
             except Exception:
@@ -143,7 +147,7 @@ class SecondPass:
             if repeated:
                 yield self._states_of(perturbed, samples)
             elif in_lockstep:  # other ranks go through its backward
-                self._strategy.backward_perturbed(_zero_of(perturbed))
+                self._strategy.backward_perturbed(_zero_of(perturbed), self._strength)
         if not repeated:
             raise PlainSFT(self.total())
 
@@ -163,20 +167,21 @@ class SecondPass:
 
     def _run_second(self, stack: ExitStack, samples: Tensor | None, answers: list[Patch], quiet: bool) -> ForwardPass:
         attached, record, settings = self._attached, self.clean.record, self._settings
-        may_leave = settings.leave_early and not self.engine.is_sharded and not self._runs_whole
-        perturbed = ForwardPass(
-            self._sft.tokens.select(samples),
-            apply=True,
-            capture="attached",
-            patches=[*self._auxiliary.pass2_patches(), *answers],
-            leave="never" if not may_leave else "always" if settings.leave_early is True else "clear",
-            leave_after=len(record.states),
-            quiet_tail=quiet,
-        )
+        may_leave = settings.leave_early and not self.engine.is_sharded
         with ExitStack() as inner:
             inner.enter_context(self._again(but_blocks=bool(answers)))
+            perturbed = ForwardPass(
+                self._sft.tokens.select(samples),
+                apply=True,
+                capture="attached",
+                patches=[*self._auxiliary.pass2_patches(), *answers],  # of weights as they were before pass 1
+                leave="never" if not may_leave else "always" if settings.leave_early is True else "clear",
+                leave_after=len(record.states),
+                quiet_tail=quiet,
+            )
             inner.enter_context(attached.hooks.run(perturbed))
-            with attached.hooks.recording(), nothing_saved() if settings.is_one_backward else nullcontext():
+            without_graph = settings.is_one_backward or (self._tries and self.clean.record.saves_elsewhere)
+            with attached.hooks.recording(), nothing_saved() if without_graph else nullcontext():
                 self._sft.repeat(samples, record.batch_size)
             stack.push(inner.pop_all())
         return perturbed
