@@ -13,6 +13,7 @@ import torch
 import typer
 from rich.console import Console
 
+from lfu_reg.auxiliaries import AuxiliaryName
 from lfu_reg.cli.compare.experiment import Experiment
 from lfu_reg.cli.compare.loading import check_fits, load_model
 from lfu_reg.cli.compare.plan import EXACT, ONE_BACKWARD, Grid, Setting, best_rate
@@ -52,7 +53,7 @@ def compare(
     strengths: Annotated[str, typer.Option(help="Of LfU.")] = "0.3,1,3",
     lfu_rates: Annotated[str, typer.Option(help="Learning rates of LfU. 'best': the one that suits SFT.")] = "best",
     lfu_steps: Annotated[str, typer.Option(help="How LfU's step is taken: exact, one-backward, or both.")] = EXACT,
-    auxiliary: Annotated[str, typer.Option(help="LfU's: lora, steering or weights.")] = Setting.auxiliary,
+    auxiliary: Annotated[AuxiliaryName, typer.Option(help="LfU's: lora, steering or weights.")] = Setting.auxiliary,
     seeds: Annotated[int, typer.Option(help="Of every setting, the same for all.", min=1)] = Grid.seeds,
     dtype: Annotated[str, typer.Option(help="Of the weights: float32 or bfloat16.")] = Setting.dtype,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = Setting.device,

@@ -9,6 +9,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from lfu_reg.auxiliaries import AuxiliaryName
+
 EXACT, ONE_BACKWARD = "exact", "one-backward"
 COST = {None: 1.0, EXACT: 1.9, ONE_BACKWARD: 1.4}  # steps of SFT, until they have been measured
 
@@ -104,7 +106,7 @@ class Setting:
     batch: int = 8
     tokens: int = 256
     scales: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
-    auxiliary: str = "lora"
+    auxiliary: AuxiliaryName = "lora"
     dtype: str = "float32"
     device: str = "cpu"
 

@@ -91,7 +91,7 @@ def sft_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return loss
 
 
-def regularizer(model: nn.Module, run: Run, auxiliary: str) -> LfURegularizer | None:
+def regularizer(model: nn.Module, run: Run, auxiliary: AuxiliaryName) -> LfURegularizer | None:
     """LfU of a run; None for plain SFT."""
     if run.step is None:
         return None
@@ -106,7 +106,7 @@ def train(
     run: Run,
     rows: Sequence[list[Tokens]],
     *,
-    auxiliary: str,
+    auxiliary: AuxiliaryName,
     pad: int,
     device: str,
     tick: Callable[[Run, float], object],

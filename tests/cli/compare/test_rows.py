@@ -74,6 +74,7 @@ def test_broken_files(tmp_path: Path, content: str, message: str) -> None:
         ("rows.jsonl.gz", b"not packed", "cannot be read as UTF-8"),
         ("rows.jsonl.gz", gzip.compress(b'{"prompt": "p", "response": "r"}\n' * 99)[:40], "cannot be read as UTF-8"),
     ],
+    ids=["a picture", "not packed", "cut off"],
 )
 def test_files_that_are_no_text(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
