@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -96,9 +96,7 @@ def regularizer(model: nn.Module, run: Run, auxiliary: AuxiliaryName) -> LfURegu
     if run.step is None:
         return None
     strategy: StrategyName = "one-backward" if run.step == ONE_BACKWARD else "auto"
-    return LfURegularizer(
-        model, cast(AuxiliaryName, auxiliary), strength=run.strength, strategy=strategy, seed=run.seed
-    )
+    return LfURegularizer(model, auxiliary, strength=run.strength, strategy=strategy, seed=run.seed)
 
 
 def train(
