@@ -83,8 +83,7 @@ class Passes(SecondPass):
             self._progress.direction.collect(auxiliary)
         auxiliary.reset(generators)
         try:
-            twice = graphs_for_two_backwards(self._strategy.keeps_graph or self._strength.compares)
-            with twice, attached.hooks.installed(stay=anything_is_compiled(compiled)):
+            with attached.hooks.installed(stay=anything_is_compiled(compiled)):
                 yield
         finally:
             attached.reused.forget()
@@ -115,6 +114,7 @@ class Passes(SecondPass):
         since = now()
         with (
             checkpoints.noted() as noted,
+            graphs_for_two_backwards(self._strategy.keeps_graph or self._strength.compares),
             attached.wrappers.must_run(sft.model, attached.model, lambda: bool(clean.record.states)),
             attached.reused.recording(clean, reuse),
             hooks.run(clean),
