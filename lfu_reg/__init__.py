@@ -9,6 +9,12 @@ Nam, Kim, Jeong: "Learning from the Undesirable: Robust Adaptation of Language M
 arXiv 2511.13052.
 """
 
+import warnings
+
+with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # which nothing here needs
+    import torch  # noqa: F401
+
 from lfu_reg.auxiliaries import (
     Auxiliary,
     LoRADeltas,

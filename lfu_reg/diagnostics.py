@@ -123,12 +123,12 @@ class Diagnostics:
         self,
         turn: int,
         sft_loss: Tensor,
-        weighted: Tensor,
+        l_cons: Tensor,
         gradient_norm: Tensor,
         look: Look,
     ) -> None:
         """Take note of one step, and look at the last ones when it is due."""
-        self._window.append((sft_loss, weighted, gradient_norm))
+        self._window.append((sft_loss, look.lam * l_cons, gradient_norm))
         if look.figures and look.tokens_count and look.alpha:
             self._how_strong(look, gradient_norm)
         if not self.is_due(turn):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lfu_reg.auxiliaries import Auxiliary, make_auxiliary
+from lfu_reg.auxiliaries import Auxiliary, AuxiliaryName, make_auxiliary
 from lfu_reg.diagnostics import Diagnostics
 from lfu_reg.distances import DistanceChoice, make_distance
 from lfu_reg.distances.base import Reduction
@@ -23,7 +23,7 @@ from lfu_reg.model.compile import failures_explained, unwrapped
 from lfu_reg.model.layers import LayerChoice
 from lfu_reg.model.rng import check_seed
 from lfu_reg.model.tokens import TokenMask
-from lfu_reg.step import checks, metrics
+from lfu_reg.step import checks, loss_checks, metrics
 from lfu_reg.step.ascent import Ascent
 from lfu_reg.step.attached_model import AttachedModel
 from lfu_reg.step.consistency import consistency, displacement
@@ -66,8 +66,8 @@ class LfURegularizer(Controls):
         reduction: "mean" (the paper's lambda) or "sum" (Eq. 5 to the letter) over the hidden dimension.
         distance: "mse", "cosine", "contrastive", "logit_kl", a `Distance`, or a function of (clean, perturbed), both
             [tokens, hidden], that returns a scalar.
-        stop_gradient: which hidden states are detached: "clean" (Eq. 5), "perturbed" (the authors' steering code) or
-            "none".
+        stop_gradient: which hidden states are detached: "clean" (Eq. 5), "perturbed" (the authors' steering code, which
+            moves the model toward its undesirable self) or "none".
         token_mask: tensor shaped like the token dimensions (nonzero counts), or a callable of the batch that returns
             one. None: labels that are not ignored, where the attention mask allows, else every position.
         ignore_index: the label that the loss ignores, besides negative ones.
@@ -93,7 +93,7 @@ class LfURegularizer(Controls):
     def __init__(
         self,
         model: nn.Module,
-        auxiliary: str | Auxiliary = "lora",
+        auxiliary: AuxiliaryName | Auxiliary = "lora",
         *,
         layers: LayerChoice = "all",
         strength: Schedule | None = None,
@@ -118,8 +118,7 @@ class LfURegularizer(Controls):
         strength = 1.0 if strength is None and lam is None else strength
         alpha = self.auxiliary.default_alpha if strength is None and alpha is None else alpha
         terms = (alpha, lam, strength, displacement, reduction, stop_gradient, token_mask, ignore_index)
-        amounts = (ascent_steps, every, batch_fraction, strategy, leave_early, sync_perturbation)
-        self.settings = Settings(*terms, *amounts)
+        self.settings = Settings(*terms, ascent_steps, every, batch_fraction, strategy, leave_early, sync_perturbation)
         check_seed(seed)
         checks.check_model(model := unwrapped(model))
         self._disabled, self._diagnostics, self._progress = False, Diagnostics(), Progress(seed, self.settings)
@@ -145,7 +144,7 @@ class LfURegularizer(Controls):
             RuntimeError: after `remove()`, for layers that do not run, and for reentrant checkpointing.
         """
         checks.check_is_attached(model, self._attached.model)
-        checks.check_loss_function(sft_loss_fn)
+        loss_checks.check_loss_function(sft_loss_fn, model)
         if not self._is_active():
             return sft_loss_fn(model, batch)
         checks.check_batch(batch)
@@ -153,13 +152,13 @@ class LfURegularizer(Controls):
         progress = self._progress
         progress.step = step = progress.begin(self._attached.model, batch)
         strength = progress.strength.at(step)
+        is_off = strength.is_zero or step % self.settings.every > 0
         try:
-            if step % self.settings.every or strength.is_zero:
-                raise PlainSFT(checks.check_loss(sft_loss_fn(model, batch), first=step == 0))
-            strength.engine = self._attached.engine_of(model, first=step == 0)
-            with failures_explained(), strength.together(self._attached.devices()):
-                if progress.waits():
-                    raise PlainSFT(checks.check_loss(sft_loss_fn(model, batch), first=False))
+            if not is_off:
+                strength.engine = self._attached.engine_of(model, first=step == 0)
+            with failures_explained(), loss_checks.errors_explained(), strength.together(self._attached.devices()):
+                if is_off or progress.waits():
+                    raise PlainSFT(loss_checks.check_loss(sft_loss_fn(model, batch), model, first=step == 0))
                 sft = SFTLoss(sft_loss_fn, model, batch, self.settings.token_mask, self.settings.ignore_index)
                 loss = self._regularized(sft, undesirable, strength)
         except PlainSFT as plain:
@@ -175,15 +174,14 @@ class LfURegularizer(Controls):
         progress, settings, diagnostics = self._progress, self.settings, self._diagnostics
         passes = Passes(self._attached, self.auxiliary, sft, settings, strength, progress, diagnostics)
         self._ascent.begin(passes.engine, self._attached.devices())
-        draws = progress.draws()
-        with passes.running(progress.generators(draws)):
+        with passes.running(progress.generators()):
             # Pass 1. theta_aux is at "no change", so the SFT forward is the auxiliary forward, too (Eq. 1, 3), and one
             # backward gives d l_SFT / d theta and g = d l_SFT / d theta_aux.
             sft_loss, h = passes.first(observe=undesirable is None)
             # Ascent: theta_aux <- theta_aux + alpha * g / ||g|| (Eq. 2).
             gradient_norm = self._ascent(strength.alpha, passes, undesirable)
             # Pass 2: the hidden states of the undesirable self (Eq. 4), and their distance to the clean ones (Eq. 5).
-            samples = draws.samples(passes.clean.record.batch_size, settings.batch_fraction)
+            samples = progress.samples(passes.clean.record.batch_size, settings.batch_fraction)
             if strength.searches:
                 strength.alpha = passes.find_alpha(samples)
             with passes.second(samples) as h_prime:
@@ -194,9 +192,7 @@ class LfURegularizer(Controls):
             loss = passes.total()
             progress.empty_steps += (empty := passes.clean.record.is_empty())
             look = strength.look(tokens_count=not empty, sensible_alpha=lambda: passes.sensible_alpha(samples))
-            diagnostics.watch(
-                progress.step // settings.every, sft_loss, strength.lam * l_cons.detach(), gradient_norm, look
-            )
+            diagnostics.watch(progress.step // settings.every, sft_loss, l_cons.detach(), gradient_norm, look)
         terms = {"loss": loss, "sft_loss": sft_loss, "consistency_loss": l_cons, "ascent_grad_norm": gradient_norm}
         self.metrics = metrics.regularized_step(terms, h, distances, progress, strength)
         return loss

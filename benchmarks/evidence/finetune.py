@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from evidence.measure import measured, with_score
 from evidence.tasks import TASKS
 from evidence.unlabelled import batches
 
+# Methods that draw from a seed of their own.
+WITH_REGULARIZER = ("lfu", "logit-kl", "lfu-negative", "extra-gradient", "extra-random-gradient")
 BASES = {"skills": EMBEDDED_MODEL, "text": Path(__file__).parent / "base_model"}
 
 
@@ -100,7 +103,7 @@ def train_by(spec: Spec, examples: list[Example], recipe: Recipe) -> tuple[nn.Mo
     _, tokenizer = base_of(TASKS[spec.task].base)
     model = starting_point(spec)
     settings = json.loads(spec.settings)
-    if spec.method in ("lfu", "logit-kl"):
+    if spec.method in WITH_REGULARIZER:
         settings["seed"] = spec.seed
         if settings.pop("anneal", False):
             settings["anneal_steps"] = recipe.steps
@@ -111,6 +114,8 @@ def train_by(spec: Spec, examples: list[Example], recipe: Recipe) -> tuple[nn.Mo
     optimizer = make_optimizer(model, spec.lr)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=recipe.steps)
     started, figures = time.process_time(), {}
+    epoch = replace(recipe, steps=math.ceil(len(examples) / recipe.batch_size))
+    method.prepare(training_batches(examples, tokenizer, epoch, spec.seed, torch.device("cpu")), sft_loss)
     for batch in training_batches(examples, tokenizer, recipe, spec.seed, torch.device("cpu")):
         loss = method(model, batch, sft_loss)
         loss.backward()

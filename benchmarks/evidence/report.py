@@ -143,7 +143,7 @@ def page(data: Rows) -> str:
     reading = (PARTS / "reading.md").read_text(encoding="utf-8")
     hypotheses = (PARTS / "hypotheses.md").read_text(encoding="utf-8").replace("# Hyp", "## Hyp", 1)
     parts = [
-        "# Does it help\n\nWritten by `python -m evidence.report` from the results; do not edit.\n",
+        "# Does it help\n",
         reading,
         hypotheses,
         "## Answers\n",

@@ -2,7 +2,7 @@
 
 Providers run interleaved, round after round, and each round's order is rotated, so that a busy machine or a changing
 clock hits all of them alike. On the CPU the clock is the thread's own time (one thread), so waiting for other processes
-does not count.
+does not count; `gpu/kernels.py` brings a GPU's.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernel.providers import providers
+from kernel.providers import Provider
 
 # Bytes that the Triton kernel moves per element and byte of the dtype, counted from its loads and stores.
 PASSES = {"forward": 2, "backward": 3, "both": 5}
@@ -25,26 +25,11 @@ PASSES = {"forward": 2, "backward": 3, "both": 5}
 Shape = tuple[int, int, int, float]  # layers, tokens, hidden, share of selected tokens
 
 
-class Clock:
-    """Time of a call in seconds."""
-
-    def __init__(self, device: str) -> None:
-        self.on_gpu = device != "cpu"
-        if self.on_gpu:
-            self.flush = torch.empty(256 << 20, dtype=torch.uint8, device=device)  # larger than any L2
-            self.events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-
-    def __call__(self, function: Callable[[], Any]) -> tuple[float, Any]:
-        if self.on_gpu:
-            self.flush.zero_()
-            self.events[0].record()
-            result = function()
-            self.events[1].record()
-            torch.cuda.synchronize()
-            return self.events[0].elapsed_time(self.events[1]) / 1e3, result
-        start = time.thread_time()
-        result = function()
-        return time.thread_time() - start, result
+def thread_time(function: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds of a call, and what it returned."""
+    start = time.thread_time()
+    result = function()
+    return time.thread_time() - start, result
 
 
 def states(shape: Shape, dtype: torch.dtype, device: str) -> tuple[list[Tensor], list[Tensor]]:
@@ -62,13 +47,26 @@ def selection(shape: Shape, device: str) -> Tensor | None:
 
 
 def measure(
-    shape: Shape, dtype: torch.dtype, device: str, rounds: int
+    candidates: dict[str, Provider],
+    shape: Shape,
+    dtype: torch.dtype,
+    device: str,
+    rounds: int,
+    clock: Callable[[Callable[[], Any]], tuple[float, Any]],
+    peak: Callable[[Callable[[], int]], int | None],
 ) -> tuple[dict[str, dict[str, list[float]]], dict[str, int | None]]:
-    """{provider: {mode: times}} and {provider: bytes}."""
-    clock = Clock(device)
+    """{provider: {mode: times}} and {provider: bytes}.
+
+    Args:
+        candidates: providers by name.
+        shape, dtype: of the states.
+        device: of the states.
+        rounds: that count.
+        clock: seconds of a call, and what it returned.
+        peak: bytes above what was there before a call and what it says that it hands out.
+    """
     clean, perturbed = states(shape, dtype, device)
     index = selection(shape, device)
-    candidates = providers(device)
     inner = max(1, 200_000 // (shape[0] * shape[1] * shape[2]))
     times: dict[str, dict[str, list[float]]] = {name: {mode: [] for mode in PASSES} for name in candidates}
     names = list(candidates)
@@ -84,25 +82,17 @@ def measure(
             if round_ >= 0:
                 for mode, spent in (("forward", forward), ("backward", backward), ("both", forward + backward)):
                     times[name][mode].append(spent / inner)
-    memory = {name: extra_memory(candidates[name], clean, perturbed, index, device) for name in names}
-    return times, memory
 
-
-def extra_memory(
-    provider: Any, clean: list[Tensor], perturbed: list[Tensor], index: Tensor | None, device: str
-) -> int | None:
-    """Peak bytes above the inputs during forward and backward, less the gradients themselves."""
-
-    def step() -> int:
+    def step(provider: Provider) -> int:
+        """Forward and backward; the bytes of the gradients."""
         found = torch.autograd.grad(provider(clean, perturbed, index), perturbed)
         return sum(g.numel() * g.element_size() for g in found)
 
-    if device != "cpu":
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        written = step()
-        return torch.cuda.max_memory_allocated() - before - written
+    return times, {name: peak(lambda name=name: step(candidates[name])) for name in names}
+
+
+def resident_peak(step: Callable[[], int]) -> int | None:
+    """Peak of the process's memory above what it was, less the bytes that the step says it hands out."""
     reset = Path("/proc/self/clear_refs")
     if not reset.exists():
         return None
@@ -116,14 +106,6 @@ def extra_memory(
 def _status(field: str) -> int:
     text = Path("/proc/self/status").read_text()
     return int(text.split(f"{field}:")[1].split()[0]) * 1024
-
-
-def copy_bandwidth(device: str) -> float:
-    """Bytes per second that a device-to-device copy reads and writes."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    clock = Clock(device)
-    return 2 * source.numel() / median(clock(lambda: target.copy_(source))[0] for _ in range(20))
 
 
 def row(shape: Shape, dtype: torch.dtype, name: str, mode: str, spent: list[float]) -> dict:
@@ -142,24 +124,3 @@ def row(shape: Shape, dtype: torch.dtype, name: str, mode: str, spent: list[floa
         "p20_us": round(low * 1e6, 1),
         "p80_us": round(high * 1e6, 1),
     }
-
-
-def sweep(rounds: int) -> None:
-    """Tile sizes, warps and shares of the Triton kernel at the headline shape."""
-    from lfu_reg.distances.kernels import triton_launch
-
-    shape, clock = (32, 2048, 4096, 1.0), Clock("cuda")
-    clean, perturbed = states(shape, torch.bfloat16, "cuda")
-    loss_of = providers("cuda")["triton"]
-    for tile in (2048, 4096, 8192):
-        for warps in (4, 8):
-            for share in (1, 2, 4, 8, 16):
-                triton_launch.TILE, triton_launch.WARPS = tile, warps
-                triton_launch.SHARE_FORWARD = triton_launch.SHARE_BACKWARD = share
-                forward, backward = [], []
-                for _ in range(rounds):
-                    spent, loss = clock(lambda: loss_of(clean, perturbed, None))
-                    forward.append(spent)
-                    backward.append(clock(lambda loss=loss: torch.autograd.grad(loss, perturbed))[0])
-                f, b = median(forward[2:]) * 1e6, median(backward[2:]) * 1e6
-                print(f"tile {tile} warps {warps} share {share}: forward {f:.0f} us, backward {b:.0f} us")

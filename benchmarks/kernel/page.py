@@ -9,6 +9,8 @@ import csv
 from pathlib import Path
 from typing import Any
 
+from gpu import page as gpu
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "kernel.md"
 RESULTS = ROOT / "benchmarks" / "results"
@@ -87,28 +89,7 @@ def host() -> str:
     return "\n".join([*lines, ""])
 
 
-def gpu() -> str:
-    """The Triton kernel, if it was ever measured."""
-    if not (RESULTS / "kernel_gpu.csv").exists():
-        return "Not measured: no GPU was at hand. `python -m kernel --device cuda` fills this in.\n"
-    rows = _read("kernel_gpu.csv")
-    about = rows[0]
-    lines = [
-        f"{_about(about)}, triton {about['triton']}; forward and backward.",
-        "",
-        "| layers x tokens x hidden | dtype | selected | triton, ms | of copy bandwidth | best eager | compiled |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for case, found in _cases(rows, "both").items():
-        own = found["triton"]
-        base = float(own["median_us"])
-        best = min((found[name] for name in EAGER), key=lambda r: float(r["median_us"]))
-        cells = [f"{base / 1e3:.3f}", own["share_of_copy"], f"{_ratio(best, base)} ({best['provider']})"]
-        lines.append("| " + " | ".join([*case, *cells, _ratio(found["compiled"], base)]) + " |")
-    return "\n".join([*lines, ""])
-
-
-TABLES: dict[str, Any] = {"cpu": cpu, "host": host, "gpu": gpu}
+TABLES: dict[str, Any] = {"cpu": cpu, "host": host, "gpu": gpu.kernel}
 
 
 def _about(row: Row) -> str:

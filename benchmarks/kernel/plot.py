@@ -1,4 +1,4 @@
-"""Bars of benchmarks/results/kernel_*.csv: time of each provider as a ratio to ours."""
+"""Bars of benchmarks/results/kernel_cpu.csv: time of each provider as a ratio to ours."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def plot(source: Path, target: Path) -> None:
         rows = list(csv.DictReader(file))
     modes, cases = ("forward", "backward", "both"), _distinct(rows, _case)
     names = _distinct(rows, lambda r: r["provider"])
-    base = "triton" if "triton" in names else "twin"
+    base = "twin"
     figure, axes = plt.subplots(len(modes), 1, figsize=(13, 10), sharex=True)
     others = [name for name in names if name != base]
     for axis, mode in zip(axes, modes, strict=True):

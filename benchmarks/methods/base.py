@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -16,7 +15,8 @@ IGNORED = -100
 
 
 class Method(ABC):
-    """`loss = method(model, batch, sft_loss_fn)`, then `loss.backward()`, `optimizer.step()`, `method.after_step()`.
+    """`method.prepare(batches, sft_loss_fn)` once; at every step `loss = method(model, batch, sft_loss_fn)`, then
+    `loss.backward()`, `optimizer.step()`, `method.after_step()`; at the end `method.finish()`.
 
     Args:
         model: what is fine-tuned, at its starting point.
@@ -28,6 +28,9 @@ class Method(ABC):
     @abstractmethod
     def __call__(self, model: nn.Module, batch: Batch, sft_loss_fn: LossFunction) -> Tensor:
         """Scalar loss whose backward gives the method's gradient."""
+
+    def prepare(self, batches: Iterable[Batch], sft_loss_fn: LossFunction) -> None:  # noqa: B027  few need to
+        """To be called once before the first step, with batches that hold the whole training set."""
 
     def after_step(self) -> None:  # noqa: B027  most methods have nothing to do
         """To be called after every optimizer step."""
@@ -44,27 +47,9 @@ class SFT(Method):
         return sft_loss_fn(model, batch)
 
 
-@contextmanager
-def outputs_of(model: nn.Module) -> Iterator[list[Any]]:
-    """What calls of `model` in the block return, in order: a loss function need not run twice for its logits."""
-    seen: list[Any] = []
-    handle = model.register_forward_hook(lambda module, args, output: seen.append(output))
-    try:
-        yield seen
-    finally:
-        handle.remove()
-
-
-def predicting(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits [tokens, vocabulary] at the positions that predict a response token, and these tokens [tokens]."""
-    targets = labels[:, 1:]
-    counted = targets != IGNORED
-    return logits[:, :-1][counted].float(), targets[counted]
-
-
 def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p || q), mean over tokens, from log-probabilities [tokens, vocabulary]."""
-    return torch.nn.functional.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+    """KL(p || q), mean over tokens (zero of none), from log-probabilities [tokens, vocabulary]."""
+    return torch.nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True) / max(len(log_p), 1)
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:

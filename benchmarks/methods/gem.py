@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from methods.base import Batch, LossFunction, Method, outputs_of, predicting
+from methods.base import Batch, LossFunction, Method
+from methods.predictions import predictions
 
 
 class GEM(Method):
     """GEM in the place of cross-entropy.
 
     Args:
-        model: returns `logits`.
+        model: what is fine-tuned.
         beta: temperature of q, in (0, 1]; the paper's is 0.7.
     """
 
@@ -28,10 +29,8 @@ class GEM(Method):
 
     def __call__(self, model: nn.Module, batch: Batch, sft_loss_fn: LossFunction) -> Tensor:
         """Mean over response tokens."""
-        with outputs_of(model) as outputs:
-            sft_loss_fn(model, batch)
-        logits, targets = predicting(outputs[-1].logits, batch["labels"])
-        log_f = logits.log_softmax(-1)
+        found = predictions(model, batch, sft_loss_fn)
+        log_f = found.logits.log_softmax(-1)
         q = (log_f.detach() / self.beta).softmax(-1)
-        log_f_target = log_f.gather(1, targets[:, None])
-        return (q * (log_f - log_f_target)).sum(-1).mean() if len(targets) else logits.sum()
+        log_f_target = log_f.gather(1, found.targets[:, None])
+        return (q * (log_f - log_f_target)).sum() / max(len(q), 1)

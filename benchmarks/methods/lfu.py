@@ -11,6 +11,7 @@ from lfu_reg import Auxiliary, LfURegularizer, LoRADeltas, RandomDirections, Ste
 from methods.base import Batch, LossFunction, Method
 from methods.lam_control import RatioToSFT, annealed
 from methods.masks import MASKS
+from methods.opposite_direction import OppositeDirection
 from methods.wrong_answers import WrongAnswers, wrong_answers
 
 FLAVOURS: dict[str, Callable[[], Auxiliary]] = {
@@ -21,6 +22,8 @@ FLAVOURS: dict[str, Callable[[], Auxiliary]] = {
     "weights": WeightDeltas,
     "random": lambda: RandomDirections(LoRADeltas()),
     "random-steering": lambda: RandomDirections(SteeringVectors()),
+    "negative": lambda: OppositeDirection(LoRADeltas()),
+    "negative-steering": lambda: OppositeDirection(SteeringVectors()),
 }
 ASCENTS = ("same", "other", "undesirable")
 
@@ -80,7 +83,8 @@ class LfU(Method):
             loss = sft_loss + self.reg(model, next(self._elsewhere), _of_any_batch(sft_loss_fn), undesirable=direction)
             l_sft = sft_loss.detach()
         if self._ratio:
-            self._ratio.observe(l_sft, self.reg.metrics.get("consistency_loss"))
+            figures = self.reg.metrics
+            self._ratio.observe(l_sft, figures["consistency_loss"] if "ascent_grad_norm" in figures else None)
         return loss
 
     def finish(self) -> None:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from methods.base import Batch, LossFunction, Method, kl, outputs_of, predicting
+from methods.base import Batch, LossFunction, Method, kl
+from methods.predictions import predictions
 
 
 class RDrop(Method):
@@ -30,7 +31,6 @@ class RDrop(Method):
 
     def __call__(self, model: nn.Module, batch: Batch, sft_loss_fn: LossFunction) -> Tensor:
         """Both losses and the divergence."""
-        with outputs_of(model) as outputs:
-            loss = (sft_loss_fn(model, batch) + sft_loss_fn(model, batch)) / 2
-        one, two = (predicting(o.logits, batch["labels"])[0].log_softmax(-1) for o in outputs[-2:])
-        return loss + self.weight * (kl(one, two) + kl(two, one)) / 2
+        found = [predictions(model, batch, sft_loss_fn) for _ in range(2)]
+        one, two = (each.logits.log_softmax(-1) for each in found)
+        return (found[0].loss + found[1].loss) / 2 + self.weight * (kl(one, two) + kl(two, one)) / 2

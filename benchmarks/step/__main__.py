@@ -2,9 +2,9 @@
 
     python -m step cpu_lora            # in benchmarks/; writes results/step_cpu_lora.json
     python -m step --list              # the options of each
-    python -m step cuda_llama-3.1-8b_lora   # needs a GPU
 
-On one CPU thread processor time is measured. docs/cost.md is rendered from the files by page.py.
+On one CPU thread processor time is measured. docs/cost.md is rendered from the files by page.py. On a GPU it is
+`python -m gpu` that measures.
 """
 
 from __future__ import annotations
@@ -19,17 +19,12 @@ from lfu_reg.cli.published import PROCEDURES
 from step.others import OTHERS
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
-LFU = "sft,steering,lora,weights,steering-late,lora-late"
+LFU = "sft,steering,lora,weights,steering-late,lora-late,steering-one,lora-one,weights-one"
 COMPARED = "retained,literal-steering,authors-lora,sam"
-GPU = "--device cuda --dtype bfloat16 --rounds 20 --methods all --time-budget 1.5"
 COMMANDS = {
     "cpu_lora": "small --batch 8 --tokens 128 --rounds 8 --methods all --time-budget 1.5",
     "cpu_full": f"small --tuning full --batch 8 --tokens 128 --rounds 8 --methods {LFU},{COMPARED}",
     "cpu_qwen3-0.6b": f"qwen3-0.6b --batch 2 --tokens 64 --rounds 6 --methods {LFU}",
-    "cuda_llama-3.1-8b_lora": f"llama-3.1-8b --batch 4 --tokens 512 {GPU}",
-    "cuda_qwen3-8b_lora": f"qwen3-8b --batch 4 --tokens 512 {GPU}",
-    "cuda_qwen3-0.6b_lora": f"qwen3-0.6b --batch 8 --tokens 512 {GPU}",
-    "cuda_qwen3-0.6b_full": f"qwen3-0.6b --tuning full --batch 8 --tokens 512 {GPU}",
 }
 
 
@@ -37,19 +32,17 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the chosen cases."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", metavar="CASE", help=", ".join(COMMANDS))
-    parser.add_argument("--cuda", action="store_true", help="all cases that need a GPU")
     parser.add_argument("--list", action="store_true", help="print the options of each case")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result files")
     options = parser.parse_args(arguments)
     unknown = [case for case in options.cases if case not in COMMANDS]
     if unknown:
         parser.error(f"unknown {', '.join(unknown)}; allowed are {', '.join(COMMANDS)}")
-    chosen = [case for case in COMMANDS if case.startswith("cuda")] if options.cuda else options.cases
-    if options.list or not chosen:
+    if options.list or not options.cases:
         for case, options_of_case in COMMANDS.items():
             print(f"{case}: overhead {options_of_case}")
     else:
-        for case in chosen:
+        for case in options.cases:
             overhead(case, options.out)
 
 

@@ -11,6 +11,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from gpu import page as gpu
+from gpu.verdicts import part, table, verdicts
 from sharded import page as sharded_page
 
 from step.aims import aims
@@ -20,19 +22,28 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 COST = """# What it costs
 
-Written by `python -m step.page` in `benchmarks/` from `results/` there; do not edit. For your own model:
-`lfu-reg overhead MODEL` ([the command](cli.md)).
+{summary}
+
+To measure your own model, `lfu-reg overhead MODEL` runs SFT, LfU and other methods side by side and recommends settings for a budget
+([the command](cli.md)).
+
+## How to read the tables
 
 One training step is a forward and a backward pass. All methods run interleaved in one process; a ratio is taken in
 every round, and the table has its median and quartiles. On one CPU thread time is processor time. The *floor* is one plus
 the blocks' share of SFT's forward and backward: what it takes to go through all blocks twice. Exact steps below it are those
 that [reuse blocks](how-it-works.md#what-both-passes-share): steering runs the first block once, and with `layers="late"`
 only the last third of the blocks runs twice. The measured share itself moves by a few hundredths between runs on a shared
-machine. *Literal* is the paper's text as
-it reads, with three forwards; the authors' procedures are those of their code. On CPU, memory is the peak of the bytes
-that autograd keeps for backward passes.
+machine. *Literal* is the paper's text as it reads, with three forwards; the authors' procedures are those of their code. On CPU, memory
+is the peak of the bytes that autograd keeps for backward passes.
 
-To measure the rows of a GPU: `make cost-cuda`. None is published yet.
+<!-- Written by `python -m step.page` in benchmarks/; do not edit. -->
+"""
+
+ON_A_GPU = """## On a GPU
+
+The shape of Llama-3.1-8B, by [one command](gpu.md), which also holds the figures against the thresholds.
+
 """
 
 ESTIMATORS = """## Below the floor: estimates
@@ -64,10 +75,10 @@ READING = """
 
 SCALING = """# How the cost grows
 
-Written by `python -m step.page` in `benchmarks/` from `results/scaling.json` and `results/collectives.json`; do not edit.
+A step's time over the size of the batch and of the model: small Llamas with LoRA tuning on one CPU thread, processor time, one size
+changed at a time. The exponent is the slope of log(time) over log(size): 1 is proportional, 0 is no effect.
 
-Small Llamas with LoRA tuning on one CPU thread, processor time, one size changed at a time (`python -m
-step.scaling`). The exponent is the slope of log(time) over log(size): 1 is proportional, 0 is no effect.
+<!-- Written by `python -m step.page` in benchmarks/ from what `python -m step.scaling` and `python -m sharded` measured; do not edit. -->
 
 ![Time per step over each size](scaling.png)
 """
@@ -76,9 +87,11 @@ step.scaling`). The exponent is the slope of log(time) over log(size): 1 is prop
 def main() -> None:
     """Write the pages."""
     steps = {path.name: json.loads(path.read_text()) for path in sorted(RESULTS.glob("step_*.json"))}
-    parts = [COST, aims(steps), *(section(result, name) for name, result in steps.items())]
+    small = steps["step_cpu_lora.json"]
+    parts = [COST.format(summary=summary(small)), *(section(result, name) for name, result in steps.items())]
     if (RESULTS / "estimators.csv").exists():
-        parts.append(estimators(steps["step_cpu_lora.json"]))
+        parts.append(estimators(small))
+    parts += [aims(steps), on_a_gpu(gpu.results())]
     (ROOT / "docs" / "cost.md").write_text("\n".join(parts))
     scaling_file = RESULTS / "scaling.json"
     if scaling_file.exists():
@@ -93,6 +106,36 @@ def main() -> None:
     readme.write_text(
         re.sub(r"(<!-- cost -->\n).*?(<!-- /cost -->)", rf"\1{figures}\2", readme.read_text(), flags=re.S)
     )
+
+
+def on_a_gpu(results: dict[str, dict[str, Any]]) -> str:
+    """Thresholds and tables, once there are files of `python -m gpu`."""
+    result = part(results, "step", "interleaved", "exact")
+    if result is None:
+        return ON_A_GPU + gpu.NONE_YET
+    return "\n".join([ON_A_GPU + table(verdicts(results)), "#" + section(result, "gpu/step.json")])
+
+
+def summary(result: dict[str, Any]) -> str:
+    """The answer in one table."""
+    rows = {row["key"]: row for row in result["rows"]}
+    sft = rows["sft"]
+    named = {"steering": "all layers", "lora": "all layers", "weights": "all layers"}
+    named |= {f"{key}-late": "the last third" for key in ("steering", "lora")}
+    lines = [
+        "A step takes nearly twice as long as plain fine-tuning, with exact gradients, and less where only later layers are "
+        f"regularized. Measured on a Llama with {result['model']['layers']} layers, LoRA tuning, one CPU thread.",
+        "",
+        "| `auxiliary` | layers | time of a step | peak memory |",
+        "|---|---|---|---|",
+    ]
+    for key, layers in named.items():
+        row = rows[key]
+        auxiliary = key.removesuffix("-late")
+        lines.append(
+            f'| `"{auxiliary}"` | {layers} | {row["ratio"]:.2f} x SFT | {row["peak_mb"] / sft["peak_mb"]:.2f} x SFT |'
+        )
+    return "\n".join(lines)
 
 
 def section(result: dict[str, Any], source: str) -> str:
@@ -257,25 +300,25 @@ def scaling(result: dict[str, Any], steps: dict[str, Any]) -> str:
 
 
 def readme_figures(result: dict[str, Any]) -> str:
-    """The README's paragraph."""
-    ratio = {row["key"]: f"{row['ratio']:.2f}x" for row in result["rows"]}
+    """The README's table."""
+    ratio = {row["key"]: f"{row['ratio']:.2f}" for row in result["rows"]}
+    shown = [f"{name}{end}" for name in ("steering", "lora", "weights") for end in ("", "-one", "-late")]
     widest = max(
-        max(abs(q - row["ratio"]) for q in row["ratio_quartiles"])
-        for row in result["rows"]
-        if row["key"] in ("steering", "lora", "weights", "literal-steering", "literal-lora", "authors-lora")
+        max(abs(q - row["ratio"]) for q in row["ratio_quartiles"]) for row in result["rows"] if row["key"] in shown
     )
     s = result["setting"]
-    return (
-        f"One step costs **{ratio['steering']}** (steering), **{ratio['lora']}** (LoRA) or **{ratio['weights']}** (weights) "
-        f"of vanilla SFT with exact gradients, where the\npaper's text read literally costs {ratio['literal-steering']} "
-        f"(steering) and {ratio['literal-lora']} (LoRA), and the authors' LoRA procedure {ratio['authors-lora']}. Measured "
-        f"on one\nCPU thread: a Llama with {result['model']['layers']} layers and hidden size 256, LoRA fine-tuning, "
-        f"{s['batch']} x {s['tokens']} tokens, {s['dtype']}, medians of {s['rounds']} interleaved\nrounds on a noisy "
-        f"machine (quartiles are up to {widest:.2f} away); two passes through all blocks would be {result['floor']:.2f}x in "
-        f"that run,\nand steering [runs the first block once](docs/how-it-works.md#what-both-passes-share). On the last third "
-        f"of the layers alone, LfU costs\n**{ratio['steering-late']}** (steering) and **{ratio['lora-late']}** (LoRA), "
-        "exact as well "
-        "([all figures](docs/cost.md), `python -m step cpu_lora` in `benchmarks/`).\nNo figures from a GPU yet.\n"
+    lines = ["| time of a step, in SFT's | steering | LoRA | weights |", "|---|---|---|---|"]
+    for label, end in (("exact", ""), ('exact, `layers="late"`', "-late"), ('`strategy="one-backward"`', "-one")):
+        cells = [ratio.get(f"{name}{end}", "") for name in ("steering", "lora", "weights")]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    as_written = (ratio["literal-steering"], ratio["literal-lora"], "")
+    lines.append(f"| the paper's text read literally | {' | '.join(as_written)} |")
+    return "\n".join(lines) + (
+        f"\n\nProcessor time on one CPU thread: a Llama with {result['model']['layers']} layers and hidden size 256, "
+        f"LoRA fine-tuning, {s['batch']} x {s['tokens']} tokens,\n{s['dtype']}, medians of {s['rounds']} interleaved "
+        f"rounds (quartiles are up to {widest:.2f} away). Two passes through all blocks would be "
+        f"{result['floor']:.2f}\n([all figures](docs/cost.md), `python -m step cpu_lora` in `benchmarks/`). "
+        + gpu.readme()
     )
 
 

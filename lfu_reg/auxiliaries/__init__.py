@@ -1,6 +1,9 @@
 """theta_aux, one flavour a file; docs/extending.md shows how to write another."""
 
 from collections.abc import Callable
+from typing import Literal, TypeAlias, get_args
+
+from torch import nn
 
 from lfu_reg.auxiliaries.base import Auxiliary, Call, Components, Tokens, master_dtype
 from lfu_reg.auxiliaries.lora import LoRADeltas
@@ -8,9 +11,11 @@ from lfu_reg.auxiliaries.output import OutputAuxiliary
 from lfu_reg.auxiliaries.random_directions import RandomDirections
 from lfu_reg.auxiliaries.steering import SteeringVectors
 from lfu_reg.auxiliaries.weights import WeightDeltas
+from lfu_reg.model.names import one_of
 
 __all__ = [
     "Auxiliary",
+    "AuxiliaryName",
     "Call",
     "Components",
     "LoRADeltas",
@@ -23,7 +28,9 @@ __all__ = [
     "master_dtype",
 ]
 
-_BY_NAME: dict[str, Callable[[], Auxiliary]] = {
+AuxiliaryName: TypeAlias = Literal["lora", "steering", "weights", "random"]
+
+_BY_NAME: dict[AuxiliaryName, Callable[[], Auxiliary]] = {
     "lora": LoRADeltas,
     "steering": SteeringVectors,
     "weights": WeightDeltas,
@@ -31,18 +38,13 @@ _BY_NAME: dict[str, Callable[[], Auxiliary]] = {
 }
 
 
-def make_auxiliary(auxiliary: str | Auxiliary) -> Auxiliary:
+def make_auxiliary(auxiliary: AuxiliaryName | Auxiliary) -> Auxiliary:
     """The auxiliary of that name, or the given object itself."""
     if isinstance(auxiliary, Auxiliary):
         return auxiliary
-    if isinstance(auxiliary, str):
-        if auxiliary in _BY_NAME:
-            return _BY_NAME[auxiliary]()
-        raise ValueError(
-            f"auxiliary={auxiliary!r}; allowed are {', '.join(map(repr, _BY_NAME))} or an Auxiliary object."
-        )
-    hint = " Instantiate it before passing it." if isinstance(auxiliary, type) else ""
-    raise TypeError(
-        f"auxiliary={auxiliary!r}; allowed are {', '.join(map(repr, _BY_NAME))} or an object such as "
-        f"LoRADeltas(rank=8) or SteeringVectors(relative=True).{hint}"
-    )
+    more = ", or an object such as LoRADeltas(rank=8) or SteeringVectors(relative=True)"
+    if isinstance(auxiliary, type):
+        more += f": instantiate it, {auxiliary.__name__}()"
+    if isinstance(auxiliary, nn.Module):
+        more += "; the model comes first, LfURegularizer(model, auxiliary)"
+    return _BY_NAME[one_of("auxiliary", auxiliary, get_args(AuxiliaryName), more)]()

@@ -80,7 +80,7 @@ class _NoDefault:
         setting = self._name.removeprefix("default_")
         raise ValueError(
             f"{setting} was not given, and {auxiliary._label} has no {self._name}. Give "
-            f"LfURegularizer(..., {setting}=...), or set {self._name} in the class."
+            f"LfURegularizer(..., {setting}=...), or set default_alpha and default_lam in the class."
         )
 
 

@@ -11,7 +11,7 @@ Where a LoRA adapter is trained anyway, `peft_folding.py` widens it instead, wit
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -53,6 +53,7 @@ class LoRADeltas(OutputAuxiliary):
         self._model: nn.Module | None = None
         self._linears: Mapping[str, nn.Module] = {}
         self._adapters: dict[str, PlainLoRA] = {}
+        self._later: dict[str, Tensor] = {}
 
     @property
     def scale(self) -> float:
@@ -117,6 +118,7 @@ class LoRADeltas(OutputAuxiliary):
     def reset(self, generators: Generators) -> None:
         """Forget components and gradients, and look for adapters to fold deltas into."""
         super().reset(generators)
+        self._later = {}
         found = {name: adapters.plain_lora(module) for name, module in self._linears.items()} if self.may_fold else {}
         self._adapters = {name: adapter for name, adapter in found.items() if adapter is not None}
 
@@ -131,6 +133,18 @@ class LoRADeltas(OutputAuxiliary):
     def temporary_leaves(self) -> list[Tensor]:
         """Every B that was folded in."""
         return [component for component in self.leaves() if component.requires_grad]
+
+    def collect_later(self) -> None:
+        """Every B that was folded in is a leaf of the caller's graph, too."""
+        self._later = {name: components[1] for name, components in self._components.items()}
+
+    def replace_gradients(self, function: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]) -> None:
+        """Replace g, with what the caller's backward has brought to folded components."""
+        for name, b in self._later.items():
+            if b.requires_grad and b.grad is not None:
+                self._collect(name, [None, b.grad])
+        self._later = {}
+        super().replace_gradients(function)
 
     def ascend(self, alpha: float) -> Tensor:
         """Eq. 2; from there on no B is a leaf, also those that got no gradient."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lfu_reg.auxiliaries.base import Call, Components, GradientRule, master_dtype
 from lfu_reg.auxiliaries.output import OutputAuxiliary
 from lfu_reg.auxiliaries.return_checks import check_unwritten, versions
+from lfu_reg.model.names import one_of
 from lfu_reg.model.tokens import rows
 
 
@@ -43,13 +44,9 @@ class SteeringVectors(OutputAuxiliary):
         tokens: Literal["masked", "all"] = "masked",
     ) -> None:
         super().__init__()
-        if norm not in ("global", "per-layer"):
-            raise ValueError(f"norm={norm!r}; allowed are 'global' (Eq. 2) and 'per-layer'.")
-        if tokens not in ("masked", "all"):
-            raise ValueError(f"tokens={tokens!r}; allowed are 'masked' and 'all'.")
         self.relative = relative
-        self.norm = norm
-        self.tokens = tokens
+        self.norm = one_of("norm", norm, ("global", "per-layer"))
+        self.tokens = one_of("tokens", tokens, ("masked", "all"))
 
     def sites(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> Mapping[str, nn.Module]:
         """The chosen layers themselves."""

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from typer.core import TyperGroup
 
 import lfu_reg
+from lfu_reg.cli.compare.command import compare
 from lfu_reg.cli.errors import Unusable
 from lfu_reg.cli.flops import Counts, count
 from lfu_reg.cli.inspection import inspect as inspect_model
@@ -70,7 +71,7 @@ def common(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """What LfU costs on a model, and what it hooks there."""
+    """What LfU costs on a model, what it hooks there, and whether it helps."""
 
 
 Model = Annotated[
@@ -109,8 +110,10 @@ class AuxiliaryName(str, Enum):
 def overhead(
     context: typer.Context,
     model: Model = "small",
-    tuning: Annotated[Tuning, typer.Option(help="PEFT's LoRA on all linear maps, or all weights.")] = Tuning.lora,
-    dtype: Annotated[Dtype, typer.Option(help="Of the weights.")] = Dtype.float32,
+    tuning: Annotated[
+        Tuning, typer.Option(case_sensitive=False, help="PEFT's LoRA on all linear maps, or all weights.")
+    ] = Tuning.lora,
+    dtype: Annotated[Dtype, typer.Option(case_sensitive=False, help="Of the weights.")] = Dtype.float32,
     batch: Annotated[int, typer.Option(help="Samples in a batch.", min=1)] = 4,
     tokens: Annotated[int, typer.Option(help="Tokens in a sample.", min=2)] = 128,
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Activation checkpointing.")] = False,
@@ -159,18 +162,23 @@ def overhead(
     _write(result, json_file, console)
 
 
+app.command()(compare)
+
+
 @app.command()
 def inspect(
     context: typer.Context,
     model: Model,
     layers: Annotated[str, typer.Option(help="As LfURegularizer takes it: all, early, 3, '[0, 1]', a regex.")] = "all",
-    auxiliary: Annotated[AuxiliaryName, typer.Option(help="Whose sites to list.")] = AuxiliaryName.lora,
+    auxiliary: Annotated[
+        AuxiliaryName, typer.Option(case_sensitive=False, help="Whose sites to list.")
+    ] = AuxiliaryName.lora,
     target_modules: Annotated[
         str, typer.Option(help="all-linear, a regular expression, or name endings with commas.")
     ] = "all-linear",
     rank: Annotated[int, typer.Option(help="Of LoRA's deltas.", min=1)] = 8,
-    tuning: Annotated[Tuning, typer.Option(help="What the user trains.")] = Tuning.full,
-    dtype: Annotated[Dtype, typer.Option(help="Of the weights.")] = Dtype.bfloat16,
+    tuning: Annotated[Tuning, typer.Option(case_sensitive=False, help="What the user trains.")] = Tuning.full,
+    dtype: Annotated[Dtype, typer.Option(case_sensitive=False, help="Of the weights.")] = Dtype.bfloat16,
     batch: Annotated[int, typer.Option(help="Samples, for the size of the hidden states.", min=1)] = 1,
     tokens: Annotated[int, typer.Option(help="Tokens in a sample.", min=2)] = 512,
     json_file: Json = None,

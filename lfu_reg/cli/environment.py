@@ -20,7 +20,7 @@ def environment(device: str) -> dict[str, str]:
         "commit": COMMIT,
         "lfu_reg": lfu_reg.__version__,
         "python": platform.python_version(),
-        **{name: _version(name) for name in ("torch", "transformers", "peft")},
+        **{name: _version(name) for name in ("torch", "transformers", "peft", "triton")},
         "hardware": torch.cuda.get_device_name(device) if device.startswith("cuda") else _processor(),
     }
 

@@ -6,23 +6,34 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from lfu_reg.auxiliaries import AuxiliaryName
 from lfu_reg.cli.errors import Unusable
 from lfu_reg.cli.published import PROCEDURES
 from lfu_reg.cli.workloads import LossFunction, Workload
 from lfu_reg.hooks.early_exit import EarlyExit
 from lfu_reg.model.layers import choose_layers
+from lfu_reg.model.names import did_you_mean
 from lfu_reg.model.outputs import HIDDEN_STATE, get, locate
 from lfu_reg.regularizer import LfURegularizer
 
 BLOCKS = "blocks"
 LFU = {"steering": "LfU steering", "lora": "LfU LoRA", "weights": "LfU weights"}
-LATE = {"steering-late": "LfU steering, last third of layers", "lora-late": "LfU LoRA, last third of layers"}
-RETAINED = {"retained": "LfU steering, graph retained"}
+# Key: auxiliary, label, settings.
+VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "steering-late": ("steering", "LfU steering, last third of layers", {"layers": "late"}),
+    "lora-late": ("lora", "LfU LoRA, last third of layers", {"layers": "late"}),
+    "steering-one": ("steering", "LfU steering, one backward", {"strategy": "one-backward"}),
+    "lora-one": ("lora", "LfU LoRA, one backward", {"strategy": "one-backward"}),
+    "weights-one": ("weights", "LfU weights, one backward", {"strategy": "one-backward"}),
+    "retained": ("steering", "LfU steering, graph retained", {"strategy": "retained"}),
+}
+# A step in the middle of training: what is measured at the first ten steps only is over.
+MID_TRAINING = 11
 DEFAULT = ("sft", *LFU)
 
 
@@ -49,7 +60,8 @@ class Method:
 
 def labels() -> dict[str, str]:
     """Names of all methods in tables, by their keys on the command line."""
-    return {"sft": "SFT", **LFU, **LATE, **RETAINED, **{key: other.label for key, other in PROCEDURES.items()}}
+    variants = {key: label for key, (_, label, _) in VARIANTS.items()}
+    return {"sft": "SFT", **LFU, **variants, **{key: other.label for key, other in PROCEDURES.items()}}
 
 
 def chosen_keys(given: str) -> list[str]:
@@ -62,7 +74,8 @@ def chosen_keys(given: str) -> list[str]:
     keys = list(known) if given == "all" else [key.strip() for key in given.split(",") if key.strip()]
     unknown = [key for key in keys if key not in known]
     if unknown or not keys:
-        raise Unusable(f"--methods {given}: allowed are 'all' and a comma-separated list of {', '.join(known)}.")
+        near = did_you_mean(next(iter(unknown), None), known, most=1)
+        raise Unusable(f"--methods {given}: allowed are 'all' and a comma-separated list of {', '.join(known)}.{near}")
     return list(dict.fromkeys(["sft", *keys]))
 
 
@@ -85,11 +98,9 @@ def make_method(key: str, workload: Workload, *, compiled: bool = False) -> Meth
     """The method of that key, on a module tree of its own around the workload's parameters."""
     if key in LFU:
         return lfu_method(key, LFU[key], workload, {}, compiled=compiled)
-    if key in LATE:
-        auxiliary = key.removesuffix("-late")
-        return lfu_method(auxiliary, LATE[key], workload, {"layers": "late"}, key=key, compiled=compiled)
-    if key in RETAINED:
-        return lfu_method("steering", RETAINED[key], workload, {"strategy": "retained"}, key=key, compiled=compiled)
+    if key in VARIANTS:
+        auxiliary, label, settings = VARIANTS[key]
+        return lfu_method(auxiliary, label, workload, settings, key=key, compiled=compiled)
     own = shared_copy(workload.model)
     if compiled:
         own.compile()
@@ -118,9 +129,10 @@ def lfu_method(
     """A step of LfURegularizer with the given options."""
     own = shared_copy(workload.model)
     try:
-        regularizer = LfURegularizer(own, auxiliary, **options)
+        regularizer = LfURegularizer(own, cast(AuxiliaryName, auxiliary), **options)
     except ValueError as error:
         raise Unusable(f"LfU cannot be attached to this model: {error}") from error
+    regularizer.load_state_dict({**regularizer.state_dict(), "step": MID_TRAINING})
     if compiled:
         own.compile()
     steps = int(options.get("every", 1))

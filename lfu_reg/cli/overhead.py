@@ -21,7 +21,7 @@ from lfu_reg.cli.recommend import recommended
 from lfu_reg.cli.timing import Clock, Spread, interleaved, peak_bytes, ratios
 from lfu_reg.cli.workloads import Setting, Workload, samples_in
 from lfu_reg.model.layers import choose_layers
-from lfu_reg.step.checks import check_loss
+from lfu_reg.step.loss_checks import check_loss
 
 SCHEMA = "lfu-reg overhead 1"
 PHASE_ROUNDS = 3
@@ -60,7 +60,7 @@ def check_workload(workload: Workload) -> None:
     """
     try:
         choose_layers(workload.model, "all")
-        check_loss(workload.sft_loss(workload.model, workload.batch), first=True)
+        check_loss(workload.sft_loss(workload.model, workload.batch), workload.model, first=True)
     except (ValueError, TypeError) as error:
         raise Unusable(f"LfU cannot train this model: {error}") from error
 

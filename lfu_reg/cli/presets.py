@@ -41,6 +41,19 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
             "vocab_size": 4096,
         },
     ),
+    "smollm2-135m": (
+        "llama",
+        {
+            "hidden_size": 576,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 30,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "vocab_size": 49152,
+            "max_position_embeddings": 8192,
+            "tie_word_embeddings": True,
+        },
+    ),
     "gpt2": ("gpt2", {}),
     "qwen3-0.6b": (
         "qwen3",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 from torch import Tensor
 
@@ -12,6 +12,7 @@ from lfu_reg.distances.contrastive import Contrastive
 from lfu_reg.distances.cosine import Cosine
 from lfu_reg.distances.logit_kl import LogitKL
 from lfu_reg.distances.mse import MSE
+from lfu_reg.model.names import one_of
 
 __all__ = [
     "MSE",
@@ -24,9 +25,10 @@ __all__ = [
     "make_distance",
 ]
 
-DistanceChoice: TypeAlias = str | Distance | Callable[[Tensor, Tensor], Tensor]
+DistanceName: TypeAlias = Literal["mse", "cosine", "contrastive", "logit_kl"]
+DistanceChoice: TypeAlias = DistanceName | Distance | Callable[[Tensor, Tensor], Tensor]
 
-_BY_NAME: dict[str, type[Distance]] = {
+_BY_NAME: dict[DistanceName, type[Distance]] = {
     "mse": MSE,
     "cosine": Cosine,
     "contrastive": Contrastive,
@@ -41,14 +43,12 @@ def make_distance(distance: DistanceChoice) -> Distance:
             name = type(distance).__name__
             raise ValueError(f"{name}.measures={distance.measures!r}; allowed are 'hidden_states' and 'logits'.")
         return distance
-    if isinstance(distance, str) and distance in _BY_NAME:
-        return _BY_NAME[distance]()
-    if not callable(distance) or isinstance(distance, type):
-        raise (ValueError if isinstance(distance, str) else TypeError)(
-            f"distance={distance!r}; allowed are {', '.join(map(repr, _BY_NAME))}, a Distance object, or a function of "
-            "(clean, perturbed), both [tokens, hidden], that returns a scalar."
-        )
-    return _Function(distance)
+    if callable(distance) and not isinstance(distance, type):
+        return _Function(distance)
+    more = ", a Distance object, or a function of (clean, perturbed), both [tokens, hidden], that returns a scalar"
+    if isinstance(distance, type):
+        more += f"; instantiate a class, {distance.__name__}()"
+    return _BY_NAME[one_of("distance", distance, get_args(DistanceName), more)]()
 
 
 class _Function(PerLayerDistance):

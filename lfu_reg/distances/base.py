@@ -38,7 +38,7 @@ class Distance(ABC):
             clean: K tensors [..., hidden_l], from the pass without the perturbed components.
             perturbed: K tensors of the same shapes, from the pass with them.
             token_index: per layer, the numbers of the positions (leading dimensions flattened) that count, or None for
-            all.
+                all.
             reduction: "mean" or "sum" over the hidden dimension, where the distance has one to reduce.
 
         Returns:

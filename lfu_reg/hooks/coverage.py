@@ -32,6 +32,11 @@ UNEVEN = (
     "perturbation's doing; else the model's control flow depends on something that a second call does not repeat: "
     "leave these out with layers=... or LoRADeltas(target_modules=...)."
 )
+OLD_BACKWARD_HOOKS = (
+    "These modules have hooks of register_backward_hook, which torch puts on the last operation of what a module "
+    "returns: during a step of LfU that is another one, and a hook that changes gradients changes others than in plain "
+    "training: {}. Use register_full_backward_hook."
+)
 
 
 class Coverage:
@@ -49,21 +54,17 @@ class Coverage:
         self._diagnostics = diagnostics
 
     def check(self, fwd: ForwardPass, model: nn.Module) -> None:
-        """Look at pass 1.
-
-        Args:
-            fwd: the pass, after its forward.
-            model: what the user trains, the attached module or a wrapper of it.
-
-        Raises:
-            RuntimeError: if a layer of a compiled model ran without any hook inside of it.
-        """
+        """Look at pass 1; raises if a layer of a compiled model ran without any hook inside of it."""
         silent: list[str] = []
         for layer, sites in self._inside.items():
             missing = [site for site in sites if not fwd.record.fired[site]] if fwd.record.fired[layer] else []
             if missing == sites and (fwd.record.compiled or entrances(model)):
                 raise RuntimeError(STALE.format(layer))
             silent += missing
+        if fwd.record.old_backward_hooks:
+            self._diagnostics.warn_once(
+                "backward hooks", OLD_BACKWARD_HOOKS.format(_listed(fwd.record.old_backward_hooks))
+            )
         if silent:
             self._diagnostics.warn_once("silent", SILENT.format(_listed(silent)))
 

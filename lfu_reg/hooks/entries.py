@@ -19,6 +19,10 @@ from lfu_reg.hooks.taps import depends_on_a_tap
 from lfu_reg.model.layers import find_stacks
 
 MODEL = ""
+FROM_EARLIER = (
+    " (as it does where it is made of an earlier call's output or gradient, which the perturbation moves: an "
+    "adversarial example, say, which is to be made before and put in the batch)"
+)
 # Enough to tell batches apart: ids, embeddings, pixels.
 _MOST = 4
 
@@ -74,27 +78,18 @@ class Entries:
 
 
 def differing(clean: Iterable[Entry], again: Iterable[Entry], samples: Tensor | None, moved: bool) -> str | None:
-    """What pass 2 was given that differs from what pass 1 was given; None where all is the same.
-
-    Args:
-        clean: of pass 1; what a perturbation reaches is not among them.
-        again: of pass 2, all of them.
-        samples: the samples of the batch that pass 2 ran on, None for all.
-        moved: whether weights are moved in pass 2, so that only the model's own input is out of reach.
-    """
+    """What pass 2, of some `samples` or all, was given that differs from what pass 1 was given; None if nothing."""
     found = {(entry.name, entry.call): entry for entry in again}
     for entry in clean:
-        if moved and entry.name != MODEL:
+        if moved and entry.name != MODEL:  # weights are moved, which reaches all inputs but the model's own
             continue
         other = found.get((entry.name, entry.call))
-        called = (
-            f"the model's call {entry.call + 1}" if entry.name == MODEL else f"{entry.name}'s call {entry.call + 1}"
-        )
+        called = f"{entry.name or 'the model'}'s call {entry.call + 1}"
         if other is None:
             return f"{called} did not take place"
         pairs = zip(entry.tensors, other.tensors, strict=False)
         if len(entry.tensors) != len(other.tensors) or not all(_equal(*pair, samples) for pair in pairs):
-            return f"the input of {called} differs"
+            return f"the input of {called} differs{FROM_EARLIER if entry.call else ''}"
     return None
 
 
@@ -107,8 +102,8 @@ def _equal(before: Tensor, after: Tensor, samples: Tensor | None) -> bool:
         before = before.index_select(0, samples.to(before.device))
     if before.shape != after.shape or before.dtype != after.dtype:
         return False
-    if torch.equal(before, after) or not before.is_floating_point():
-        return bool(torch.equal(before, after))
+    if (same := torch.equal(before, after)) or not before.is_floating_point():
+        return same
     if before.device.type == "cpu" and not is_part:
         return bool(torch.allclose(before, after, rtol=0.0, atol=0.0, equal_nan=True))
     # Kernels on a GPU, and those for fewer rows, need not repeat to the last bit; other data is off by much more.

@@ -71,6 +71,7 @@ class Record:
         compiled: whether any of them ran in a region of torch.compile.
         float16: whether anything at the hooks ran in float16.
         saves_elsewhere: whether saved tensors went through somebody's hooks at a captured layer.
+        old_backward_hooks: modules with hooks of `register_backward_hook`, which see an operation of ours.
         watched: outputs in whose place the model got another tensor on the same memory, for the sake of a tap.
     """
 
@@ -80,6 +81,7 @@ class Record:
     compiled: bool = False
     float16: bool = False
     saves_elsewhere: bool = False
+    old_backward_hooks: list[str] = field(default_factory=list)
     watched: list[WriteWatch] = field(default_factory=list)
 
     @property

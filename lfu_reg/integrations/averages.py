@@ -18,9 +18,9 @@ class Averages:
         self._last: dict[str, Any] = {}
 
     def add(self, metrics: Mapping[str, Any]) -> None:
-        """Take note of one step's `LfURegularizer.metrics`; steps without the regularizer have fewer of them."""
+        """Take note of one step's `LfURegularizer.metrics`; those that are plain SFT count for the SFT loss alone."""
         for name in AVERAGED:
-            if name in metrics:
+            if name in metrics and (name == "sft_loss" or "ascent_grad_norm" in metrics):
                 before = self._sums.get(name)
                 self._sums[name] = metrics[name] if before is None else before + metrics[name]
                 self._counts[name] = self._counts.get(name, 0) + 1

@@ -9,14 +9,14 @@ and siblings without hooks get idle ones (`ModelHooks`).
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
 
-F = TypeVar("F", bound=Callable[..., Any])
+from lfu_reg.model.walk import modules_of
 
 
 def _region_getter() -> Callable[[], Any]:
@@ -44,27 +44,10 @@ DONATED = (
 )
 
 
-def forget_graphs() -> None:
-    """Have everything traced anew, for modules that have just got hooks. Costs one compilation, if there was one."""
-    torch.compiler.reset()
-
-
-def untraced(function: F) -> F:
-    """Decorator: torch.compile breaks its graph at a call of the function, and sees nothing of its inside."""
-    disabled: F = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
-    return disabled
-
-
-def untraced_itself(function: F) -> F:
-    """Decorator: as `untraced`, but what the function calls is compiled."""
-    disabled: F = torch.compiler.disable(function, recursive=False)  # type: ignore[no-untyped-call]
-    return disabled
-
-
 def entrances(model: nn.Module) -> dict[nn.Module, nn.Module]:
     """Every module in `model` that is compiled for itself, with what to call so that it runs compiled."""
     found: dict[nn.Module, nn.Module] = {}
-    for module in model.modules():
+    for module in modules_of(model):
         if type(module).__name__ == "OptimizedModule":
             found[unwrapped(module)] = module
         elif vars(module).get("_compiled_call_impl") is not None:
@@ -72,11 +55,11 @@ def entrances(model: nn.Module) -> dict[nn.Module, nn.Module]:
     return found
 
 
-def anything_is_compiled(model: nn.Module) -> bool:
-    """Whether a module of the model is compiled, or something else in this process that may call it, as a loss is."""
+def anything_is_compiled(found: Collection[nn.Module]) -> bool:
+    """Whether the `entrances` of a model are some, or something else was compiled that may call it, as a loss is."""
     utilities: Any = sys.modules.get("torch._dynamo.utils")
     frames = 0 if utilities is None else utilities.counters["frames"]["total"]
-    return frames > 0 or bool(entrances(model))
+    return frames > 0 or bool(found)
 
 
 def unwrapped(model: Any) -> Any:

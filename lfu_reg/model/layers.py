@@ -10,19 +10,30 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias, cast
 
 from torch import nn
 
 from lfu_reg.model.leaf_layers import leaf_layers, one_block_stages
+from lfu_reg.model.names import did_you_mean, shown
 
 LayerChoice: TypeAlias = str | int | slice | Sequence[int] | Sequence[str] | Callable[[str, nn.Module], bool]
 
 THIRDS = ("early", "middle", "late")
+WORDS = ("all", *THIRDS)
+ALLOWED = (
+    "Allowed are 'all', 'early', 'middle', 'late', an index, a list of indices, a slice, the name of a module (not the "
+    "module), a list of names, a regular expression, or a callable of (name, module)."
+)
 
 NO_BLOCKS = (
     "{model} has no repeated blocks, so its layers are the modules with weights of their own, without embeddings, "
     "norms and the last one: {layers}. Name these or others with layers=[...], and this message goes."
+)
+NO_SUBMODULES = (
+    "{model} has no submodules: what it returns is the output already, and there is no hidden state to compare. Attach "
+    "to the whole model that it is a part of, or write its layers as modules of their own (nn.ModuleList, "
+    "nn.Sequential)."
 )
 ONE_BLOCK = (
     "These stages of {model} have one block, which layers={choice!r} leaves out beside stacks of several: {stages}. To "
@@ -31,8 +42,8 @@ ONE_BLOCK = (
 
 
 def is_preset(choice: LayerChoice) -> bool:
-    """Whether a choice is one of the words that fit every model, and names or numbers no layer."""
-    return isinstance(choice, str) and choice in ("all", *THIRDS)
+    """Whether a choice is one of the words that fit every model, in any case, and names or numbers no layer."""
+    return isinstance(choice, str) and choice.lower() in WORDS
 
 
 def choose_layers(
@@ -57,35 +68,35 @@ def choose_layers(
         TypeError: if the choice is of another kind.
     """
     modules = {name: module for name, module in model.named_modules() if name}
-    if callable(choice) and not isinstance(choice, (str, type)):
+    if callable(choice) and not isinstance(choice, (str, type, nn.Module)):
         chosen = [name for name, module in modules.items() if choice(name, module)]
-        return _checked(chosen, modules, "the callable given as layers", model)
-    if isinstance(choice, str) and not is_preset(choice):
-        return _checked(_match(choice, modules), modules, f"layers={choice!r}", model)
-    if isinstance(choice, Iterable) and not isinstance(choice, str):
-        listed: list[Any] = list(choice)
-        if listed and all(isinstance(name, str) for name in listed):
-            matched: set[str] = set()
-            for name in listed:
-                matched |= set(_checked(_match(name, modules, regex=False), modules, f"the layer name {name!r}", model))
-            return {name: module for name, module in modules.items() if name in matched}
-        choice = listed
-    stacks = find_stacks(model) or [_leaf_layers(model, modules, choice)]
-    blocks = [name for stack in stacks for name in stack]
-    chosen = _by_position(choice, stacks, blocks, model)
-    if tell is not None:
-        _tell_guesses(model, choice, stacks, tell)
-    return {name: modules[name] for name in modules if name in set(chosen)}
+        if not chosen:
+            raise _nothing("the callable given as layers chooses no module", modules, model)
+    elif isinstance(choice, str) and not is_preset(choice):
+        chosen = _match(choice, modules, model)
+    else:
+        if isinstance(choice, Iterable) and not isinstance(choice, str):
+            choice = cast("list[int]", list(choice))
+        if isinstance(choice, list) and choice and all(isinstance(name, str) for name in choice):
+            chosen = [found for name in choice for found in _match(name, modules, model, regex=False)]
+        else:
+            stacks = find_stacks(model) or [_leaf_layers(model, modules, choice)]
+            chosen = _by_position(choice, stacks, model)
+            if tell is not None:
+                _tell_guesses(model, choice, stacks, tell)
+    return {name: module for name, module in modules.items() if name in set(chosen)}
 
 
 def _leaf_layers(model: nn.Module, modules: dict[str, nn.Module], choice: object) -> list[str]:
     if leaves := leaf_layers(model):
         return leaves
     raise ValueError(
-        f"{type(model).__name__} has neither repeated blocks nor several modules with weights, so layers={choice!r} "
-        "cannot be resolved: what its one module returns is the output already. Name the layers to compare: "
-        "layers=['...'], a regular expression or a callable of (name, module); or attach to the whole model that this "
-        f"is a part of. Its modules are: {_listing(modules) or 'none'}."
+        f"{type(model).__name__} has neither repeated blocks nor several modules with weights, so layers="
+        f"{shown(choice)} cannot be resolved: what its one module returns is the output already. Name the layers to "
+        "compare: layers=['...'], a regular expression or a callable of (name, module); or attach to the whole model "
+        f"that this is a part of. Its modules are: {_listing(modules)}."
+        if modules
+        else NO_SUBMODULES.format(model=type(model).__name__)
     )
 
 
@@ -145,11 +156,12 @@ def _repeated_children(module: nn.Module) -> list[str]:
     return list(with_weights) if isinstance(module, nn.ModuleList) and (composite or len(module) == 1) else []
 
 
-def _by_position(choice: object, stacks: list[list[str]], blocks: list[str], model: nn.Module) -> list[str]:
+def _by_position(choice: object, stacks: list[list[str]], model: nn.Module) -> list[str]:
+    blocks = [name for stack in stacks for name in stack]
     if isinstance(choice, str):
-        if choice == "all":
+        if choice.lower() == "all":
             return blocks
-        return [name for stack in stacks for name in _third(stack, THIRDS.index(choice))]
+        return [name for stack in stacks for name in _third(stack, THIRDS.index(choice.lower()))]
     if isinstance(choice, slice):
         chosen = blocks[choice]
         if not chosen:
@@ -157,16 +169,12 @@ def _by_position(choice: object, stacks: list[list[str]], blocks: list[str], mod
         return chosen
     indices = [choice] if isinstance(choice, int) and not isinstance(choice, bool) else choice
     if not isinstance(indices, list) or not indices or any(type(i) is not int for i in indices):
-        raise TypeError(
-            f"layers={choice!r} is not a choice of layers. Allowed are 'all', 'early', 'middle', 'late', an index, a "
-            "list of indices, a slice, a module name, a list of names, a regular expression, or a callable of (name, "
-            "module)."
-        )
+        raise TypeError(f"layers={shown(choice)} is not a choice of layers. {ALLOWED}")
     wrong = [i for i in indices if not -len(blocks) <= i < len(blocks)]
     if wrong:
         raise ValueError(
-            f"layers={choice!r}: {type(model).__name__} has {len(blocks)} blocks, so indices run from {-len(blocks)} "
-            f"to {len(blocks) - 1}; there is no {wrong[0]}. The blocks are: {_listing(blocks)}."
+            f"layers={shown(choice)}: {type(model).__name__} has {len(blocks)} blocks, so indices run from "
+            f"{-len(blocks)} to {len(blocks) - 1}; there is no {wrong[0]}. The blocks are {_folded(stacks)}."
         )
     return [blocks[i] for i in indices]
 
@@ -177,28 +185,32 @@ def _third(stack: list[str], third: int) -> list[str]:
     return stack[min(first, len(stack) - 1) : last]
 
 
-def _match(pattern: str, modules: dict[str, nn.Module], *, regex: bool = True) -> list[str]:
+def _match(pattern: str, modules: dict[str, nn.Module], model: nn.Module, *, regex: bool = True) -> list[str]:
     # A full name means that module, also where it is the ending of others.
-    by_name = [pattern] if pattern in modules else [name for name in modules if name.endswith(f".{pattern}")]
-    if by_name or not regex:
-        return by_name
-    try:
-        return [name for name in modules if re.fullmatch(pattern, name)]
-    except re.error as error:
-        raise ValueError(
-            f"layers={pattern!r} is neither a module name nor a regular expression ({error}). The modules are: "
-            f"{_listing(modules)}."
-        ) from None
+    found = [pattern] if pattern in modules else [name for name in modules if name.endswith(f".{pattern}")]
+    why = "matches no module"
+    if not found and regex:
+        try:
+            found = [name for name in modules if re.fullmatch(pattern, name)]
+        except re.error as error:
+            why = f"is no regular expression ({error}) and matches no module"
+    if not found:
+        raise _nothing(f"layers={pattern!r} {why}", modules, model, pattern)
+    return found
 
 
-def _checked(chosen: list[str], modules: dict[str, nn.Module], what: str, model: nn.Module) -> dict[str, nn.Module]:
-    if not chosen:
-        stacks = find_stacks(model)
-        blocks = f"Its blocks are: {_listing([n for s in stacks for n in s])}. " if stacks else ""
-        raise ValueError(
-            f"{what} matches no module of {type(model).__name__}. {blocks}All its modules are: {_listing(modules)}."
-        )
-    return {name: modules[name] for name in chosen}
+def _nothing(what: str, modules: dict[str, nn.Module], model: nn.Module, typed: str | None = None) -> ValueError:
+    if not modules:
+        return ValueError(NO_SUBMODULES.format(model=type(model).__name__))
+    stacks = find_stacks(model)
+    there = f"Its blocks are {_folded(stacks)}." if stacks else f"Its modules are {_listing(modules)}."
+    near = did_you_mean(typed, [*WORDS, *modules])
+    return ValueError(f"{what} of {type(model).__name__}.{near} {there} {ALLOWED}")
+
+
+def _folded(stacks: Iterable[list[str]]) -> str:
+    """The blocks of every stack by its first and last one."""
+    return ", ".join(f"{stack[0]} to {stack[-1]} ({len(stack)})" if stack[1:] else stack[0] for stack in stacks)
 
 
 def _listing(names: Iterable[str]) -> str:

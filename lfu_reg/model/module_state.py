@@ -1,6 +1,6 @@
 """What a forward changes in a model, so that pass 2 can start where pass 1 did and leave no trace.
 
-Looked at are buffers, frozen weights, and what modules note in their attributes, in containers among these and in plain
+Looked at are buffers, weights, and what modules note in their attributes, in containers among these and in plain
 objects such as a config: counters, flags, lists, generators. Values are compared by identity and by version, so that a
 forward that changes nothing costs little more than a copy of some small tables.
 """
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lfu_reg.model.patching import ABSENT
 from lfu_reg.model.tables import CONTAINERS, DEEPEST, collect, copied, holds, put
+from lfu_reg.model.walk import modules_of
 
 # Attributes that every module has are no notes of its own, but for buffers and hooks.
 _EVERYBODYS = frozenset(vars(nn.Module()))
@@ -45,6 +46,7 @@ class ModuleState:
         self._followers: list[Place] = []  # frozen weights that forwards write to
         self._unchanged: set[tuple[int, Any]] = set()  # those that have their values afterwards
         self._written: set[tuple[int, Any]] | None = None  # to which forwards are known to write
+        self._rewritten: list[Tensor] = []  # trained weights that forwards write to
 
     def begin(self, *, attributes: bool = True) -> None:
         """A forward is about to run; only tensors are watched where engines keep notes of it in `attributes`."""
@@ -54,6 +56,7 @@ class ModuleState:
         self._start = [(table, copied(table), owner) for table, owner in tables if table]
         self._empty = [(table, owner) for table, owner in tables if not table]
         self._versions = [weight._version for weight in self._weights]
+        self._copies = {id(weight): weight.detach().clone() for weight in self._rewritten}
         self._before: dict[tuple[int, Any], tuple[Tensor, int, Tensor | None]] = {}
         for place in self._places:
             tensor = place.table.get(place.key)
@@ -77,9 +80,15 @@ class ModuleState:
                     late.append(str(place.key))
         buffers += self._written_weights()
         self._written = (self._written or set()) | {place.identity for place, _ in buffers}
-        weights = any(w.requires_grad and w._version != v for w, v in zip(self._weights, self._versions, strict=True))
+        pairs = zip(self._weights, self._versions, strict=True)
+        weights = {id(w): w for w, v in pairs if w.requires_grad and w._version != v and type(w) is nn.Parameter}
+        if new := {key: weight for key, weight in weights.items() if key not in self._copies}:
+            late += [name for name, weight in self._model.named_parameters() if id(weight) in new]
+            self._rewritten += new.values()
         grown = [(table, type(table)(), owner) for table, owner in self._empty if table]
-        result = Changes([*self._start, *grown], buffers, late, weights=weights)
+        result = Changes(
+            [*self._start, *grown], buffers, late, [(weight, self._copies.get(key)) for key, weight in weights.items()]
+        )
         if result.brought_new_objects:  # these have contents of their own
             self._modules = []
         return result
@@ -115,7 +124,7 @@ class ModuleState:
 
     def _list(self) -> None:
         """List the tables that a forward may change, and the places of tensors."""
-        self._modules = list(self._model.modules())
+        self._modules = modules_of(self._model)
         self._sizes = [len(module._modules) for module in self._modules]
         found: dict[int, tuple[Any, nn.Module]] = {}
         self._places = list(self._followers)
@@ -158,8 +167,7 @@ class Changes:
         start: list[tuple[Any, Any, nn.Module]],  # tables, what was in them, and the modules that they belong to
         buffers: list[tuple[Place, Tensor | None]],  # what was written to or replaced, and copies to begin from
         late: list[str],  # names of those that were written to for the first time, of which there is no copy
-        *,
-        weights: bool,  # whether a trained weight was written to
+        weights: list[tuple[Tensor, Tensor | None]],  # trained ones that were written to, and copies to begin from
     ) -> None:
         self.late, self.weights = late, weights
         self._buffers, self._start = buffers, start
@@ -191,7 +199,7 @@ class Changes:
             for table, before, _, owner in self._changed:
                 if owner not in but:
                     put(table, before)
-            with self._standing_in(start=True):
+            with self._standing_in(start=True), self._weights_from_the_start():
                 yield
         finally:
             for table, after in self._end:
@@ -201,6 +209,18 @@ class Changes:
         """Let copies of what pass 1 wrote to take its place, for forwards that a backward repeats."""
         # Copies, and not values put back afterwards: a graph of pass 1 may have saved the tensors themselves.
         return self._standing_in(start=False)
+
+    @contextmanager
+    def _weights_from_the_start(self) -> Iterator[None]:
+        # Other memory for the same parameters, whose gradients are wanted.
+        kept = [(weight, weight.data) for weight, _ in self.weights]
+        try:
+            for weight, before in self.weights:
+                weight.data = (weight.data if before is None else before).clone()
+            yield
+        finally:
+            for weight, now in kept:
+                weight.data = now
 
     @contextmanager
     def _standing_in(self, *, start: bool) -> Iterator[None]:

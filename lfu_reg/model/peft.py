@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import nn
 
+from lfu_reg.model.walk import modules_of
+
 
 def base_layer(module: nn.Module) -> nn.Module | None:
     """What an adapter layer wraps; None for every other module."""
@@ -83,7 +85,7 @@ def _is_plain(linear: nn.Module) -> bool:
 def virtual_tokens(model: nn.Module) -> int:
     """How many virtual tokens PEFT may put in front of the batch's own (prompt tuning, P-tuning); 0 without PEFT."""
     # Those of prefix tuning are counted as well, but are keys and values: hidden states are no longer than the batch.
-    for module in model.modules():
+    for module in modules_of(model):
         if vars(module).get("_is_prompt_learning"):
             config: Any = getattr(module, "active_peft_config", None)
             return int(getattr(config, "num_virtual_tokens", 0) or 0)

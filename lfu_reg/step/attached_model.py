@@ -21,12 +21,12 @@ from lfu_reg.hooks.forward_pass import ForwardPass, State
 from lfu_reg.hooks.model_hooks import ModelHooks
 from lfu_reg.hooks.taps import LastGradient
 from lfu_reg.hooks.targets import Targets
-from lfu_reg.model.compile import anything_is_compiled
+from lfu_reg.model.compile import anything_is_compiled, entrances
 from lfu_reg.model.layers import LayerChoice, choose_layers, is_preset
 from lfu_reg.model.module_state import ModuleState
 from lfu_reg.model.rng import devices_of
 from lfu_reg.model.tokens import COUNTED_BUT_IGNORED, ignored_but_counted
-from lfu_reg.step import checks
+from lfu_reg.step import checks, loss_checks
 from lfu_reg.step.reused_blocks import ReusedBlocks
 
 SHARED = (
@@ -97,10 +97,9 @@ class AttachedModel:
         at_sites = sites if self._auxiliary.acts_at_sites and not self._on_logits else None
         self.reused = ReusedBlocks(model, self.layers, at_sites, self.devices)
         self.hooks.also(self.reused.blocks, self.reused)
-        if anything_is_compiled(model):
+        if anything_is_compiled(entrances(model)):
             with self.hooks.installed(stay=True):
                 pass
-        self.sites = tuple(sites)
         self._coverage = Coverage(self.layers, sites, self._diagnostics)
         self._targets = Targets(model, [*chosen, *sites, *self.reused.blocks])
         self.state = ModuleState(model)
@@ -188,7 +187,7 @@ class AttachedModel:
                 the hooks.
         """
         record = clean.record
-        checks.check_trainable(leaves, clean.anchor)
+        loss_checks.check_trainable(leaves, clean.anchor, model)
         checks.check_not_written(watch.name for watch in record.watched if watch.was_written)
         ran, named = {state.name for state in record.states}, not is_preset(self._choice)
         checks.check_layers_ran(self.hooks.captured, ran, named=named)

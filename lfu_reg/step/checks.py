@@ -8,20 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lfu_reg.distributed.tensor_parallel import differ_between_ranks, is_distributed, whole
+from lfu_reg.distributed.tensor_parallel import differ_between_ranks, is_distributed
+from lfu_reg.model.names import shown
 from lfu_reg.model.outputs import is_cache
 from lfu_reg.model.tokens import TokenMasks
+from lfu_reg.step.loss_checks import CALL
 
-NOTHING_TRAINABLE = (
-    "sft_loss_fn returned a loss that does not depend on anything trainable (requires_grad is False). Do not detach it "
-    "or compute it under torch.no_grad(), and make sure that some parameters require gradients. Reentrant checkpoints "
-    "cut the graph where no input requires a gradient: use_reentrant=False."
-)
-FREED = (
-    "sft_loss_fn takes a gradient itself, by backward() or torch.autograd.grad(), which frees the graph of hidden "
-    "states that the consistency term compares. Pass retain_graph=True there, or run that forward of the model under "
-    "torch.no_grad() or outside of sft_loss_fn."
-)
 CANNOT_DIVIDE = (
     "batch_fraction < 1 needs inputs whose tensors have the samples along their first dimension, and a model that "
     "draws no random numbers for each sample (dropout): a call on {number} samples did not give their hidden states. "
@@ -60,7 +52,8 @@ SLICES = (
 def check_model(model: object) -> None:
     """Raise unless a regularizer can be attached to `model`."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; allowed is any torch.nn.Module.")
+        given = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise TypeError(f"model is {given}; allowed is any torch.nn.Module, as an object.")
     for module in model.modules():
         _check_no_replicas(module)
 
@@ -83,7 +76,7 @@ def check_no_scripts(layers: Mapping[str, nn.Module]) -> None:
 def check_is_attached(model: object, attached: nn.Module) -> None:
     """Raise unless `model` is or contains the attached module."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; pass the attached module or a wrapper of it.")
+        raise TypeError(f"model is a {type(model).__name__}; pass the attached module or a wrapper of it. {CALL}")
     for module in model.modules():  # the wrappers come first
         _check_no_replicas(module)
         if module is attached:
@@ -95,12 +88,12 @@ def check_is_attached(model: object, attached: nn.Module) -> None:
     )
 
 
-def check_state(state: Collection[str]) -> None:
+def check_state(state: object) -> None:
     """Raise unless a state to load has what a regularizer's state has."""
-    if {"step", "seed"} - set(state):
+    if not isinstance(state, Mapping) or {"step", "seed"} - set(state):
+        given = f"a mapping of {shown([*state])}" if isinstance(state, Mapping) else f"a {type(state).__name__}"
         raise ValueError(
-            f"The state has entries {sorted(state)}; it needs 'step' and 'seed', as LfURegularizer.state_dict() "
-            "gives them."
+            f"The state is {given}; it needs 'step' and 'seed', as LfURegularizer.state_dict() gives them."
         )
 
 
@@ -121,47 +114,6 @@ def _entries(batch: Any) -> Iterable[tuple[Any, Any]]:
     if isinstance(batch, (tuple, list)):
         return enumerate(batch)
     return getattr(batch, "__dict__", {}).items()
-
-
-def check_loss_function(function: object) -> None:
-    """Raise unless it can be called, which a loss cannot."""
-    if not callable(function):
-        raise TypeError(
-            f"sft_loss_fn is a {type(function).__name__}; it has to be a function of (model, batch) that returns the "
-            "loss, since LfU runs the model itself: reg(model, batch, sft_loss_fn), not reg(model, batch, loss)."
-        )
-
-
-def check_loss(loss: object, *, first: bool) -> Tensor:
-    """The SFT loss, if gradients can be taken of it.
-
-    Args:
-        loss: what the user's function returned.
-        first: check for NaN and infinity as well, which waits for the device; in later steps these are the loop's
-            business, so that a GradScaler sees them and skips.
-    """
-    if not isinstance(loss, Tensor):
-        hint = " Return outputs.loss instead of outputs." if hasattr(loss, "loss") else ""
-        raise TypeError(f"sft_loss_fn returned a {type(loss).__name__}; it has to return a scalar tensor.{hint}")
-    if loss.dim() != 0:
-        raise ValueError(
-            f"sft_loss_fn returned a tensor of shape {list(loss.shape)}; it has to return a scalar: reduce it with "
-            ".mean() or .sum()."
-        )
-    if not loss.requires_grad:
-        raise ValueError(NOTHING_TRAINABLE)
-    if first and not torch.isfinite(loss.detach()):
-        raise ValueError(
-            f"sft_loss_fn returned {float(loss.detach())} at the first step. Check the data (a batch without any label "
-            "gives NaN), the learning rate and the dtype: no direction can be taken from such a loss."
-        )
-    return whole(loss)
-
-
-def check_trainable(leaves: Sequence[Tensor], anchor: Tensor) -> None:
-    """Raise unless something besides the regularizer's own anchor is trained by the loss."""
-    if all(leaf is anchor for leaf in leaves):
-        raise ValueError(NOTHING_TRAINABLE)
 
 
 def check_resident(model: nn.Module) -> None:

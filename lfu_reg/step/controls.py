@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lfu_reg.auxiliaries import Auxiliary, make_auxiliary
+from lfu_reg.auxiliaries import Auxiliary, AuxiliaryName, make_auxiliary
 from lfu_reg.diagnostics import EVAL_MODE, Diagnostics
 from lfu_reg.distances.base import Distance
 from lfu_reg.step.ascent import Ascent
@@ -36,7 +36,7 @@ class Controls:
     _disabled: bool
 
     @classmethod
-    def paper(cls, model: nn.Module, auxiliary: str | Auxiliary = "lora", **settings: Any) -> Self:
+    def paper(cls, model: nn.Module, auxiliary: AuxiliaryName | Auxiliary = "lora", **settings: Any) -> Self:
         """A regularizer with the paper's alpha and lambda of the auxiliary, which are those of models of 1 to 8 B.
 
         Args:

@@ -40,10 +40,10 @@ class Strategy(Protocol):
         """Take g at the present theta_aux from a pass of its own, whose graph is freed; returns its factor."""
 
     def backward_perturbed(self, l_cons: Tensor, strength: StepStrength) -> None:
-        """Take d l_cons / d theta if the graph is to be released, and have lam set where it follows from gradients."""
+        """Take d l_cons / d theta if the graph is to be released."""
 
-    def total(self) -> Tensor:
-        """l_SFT + lam * l_cons, differentiable. Called with pass 1 in place again."""
+    def total(self, strength: StepStrength) -> Tensor:
+        """l_SFT + lam * l_cons, differentiable, with lam from `strength`. Called with pass 1 in place again."""
 
 
 def down_to_components(

@@ -3,7 +3,8 @@
 "loss", "sft_loss", "consistency_loss", "ascent_grad_norm" (||g||), "distance/<layer>", "alpha", "lam",
 "gradient_ratio" (|lam grad l_cons| / |grad l_SFT| over the trained parameters), "gradient_cosine" (between the two),
 "relative_distance" (||h' - h|| / ||h||), "empty_steps" (how many had no token that counts, so that l_cons = 0),
-"unrepeatable_steps" (at how many the loss was tried and did not repeat).
+"unrepeatable_steps" (at how many the loss was tried and did not repeat). A step that is plain SFT has neither ||g|| nor
+distances, and its "consistency_loss" is zero: what a loop reads at every step is there at every step.
 
 The ratio is of this step where `strength` sets lam. The cosine and the distance, and with a fixed lam the ratio, are
 measured at the first ten regularized steps and at every tenth, and stay until they are measured again: the price is one
@@ -17,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lfu_reg.hooks.forward_pass import State
@@ -26,7 +28,9 @@ from lfu_reg.step.strength import StepStrength
 
 def plain_step(loss: Tensor, progress: Progress, strength: StepStrength) -> dict[str, Any]:
     """Of a step that is plain SFT; what was measured last stays."""
-    return {"loss": loss.detach(), "sft_loss": loss.detach(), **_of_any_step(progress, strength)}
+    loss = loss.detach()
+    terms = {"loss": loss, "sft_loss": loss, "consistency_loss": torch.zeros_like(loss)}
+    return {**terms, **_of_any_step(progress, strength)}
 
 
 def regularized_step(

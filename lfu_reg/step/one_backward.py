@@ -44,9 +44,8 @@ class OneBackward:
 
     def __init__(self, auxiliary: Auxiliary, trained: Sequence[Tensor]) -> None:
         self._auxiliary, self._trained = auxiliary, trained
-        self._sft_loss = self._carried = torch.zeros((), device="cpu")
-        self._strength: StepStrength | None = None  # of the step, once pass 2 has run
-        self._l_cons = self._carried
+        self._sft_loss = torch.zeros((), device="cpu")
+        self._l_cons: Tensor | None = None
         self._carriers: list[tuple[Tensor, Tensor]] = []  # h_l, and the gradient of l_cons that it is to carry
         self.states: list[tuple[Tensor, Tensor]] = []  # h_l in pass 1's graph, and h'_l
 
@@ -64,23 +63,24 @@ class OneBackward:
         raise ValueError(ONE_STEP.format(what="A loss with gradients of gradients"))
 
     def backward_perturbed(self, l_cons: Tensor, strength: StepStrength) -> None:
-        """Have the clean states carry the gradient of l_cons with respect to the perturbed ones."""
+        """Take the gradient of l_cons with respect to the perturbed states, for the clean ones to carry."""
         h = [state for state, _ in self.states]
         h_prime = [leaf for _, leaf in self.states]
-        found = torch.autograd.grad(l_cons, h_prime, allow_unused=True) if l_cons.requires_grad else (None,) * len(h)
+        found: Sequence[Tensor | None] = [None] * len(h)
+        if l_cons.requires_grad:
+            found = torch.autograd.grad(l_cons, h_prime, allow_unused=True)
         pairs = zip(h, found, strict=True)
         self._carriers = [(state, g) for state, g in pairs if g is not None and state.requires_grad]
-        self._strength, self._l_cons = strength, l_cons.detach()
+        self._l_cons = l_cons.detach()
 
-    def total(self) -> Tensor:
+    def total(self, strength: StepStrength) -> Tensor:
         """l_SFT + lam * l_cons, with pass 1's graph."""
-        strength, self._strength = self._strength, None
-        if strength is not None:
-            carriers = self._carriers
-            whole = self._compare(carriers) if strength.compares and strength.may_compare and carriers else None
-            lam = strength.weigh(whole, None, self._sft_loss.device)
-            self._carried = _carry((lam * self._l_cons).to(self._l_cons.dtype), lam, carriers)
-        return self._sft_loss + self._carried.to(self._sft_loss.device)
+        if self._l_cons is None:
+            return self._sft_loss
+        whole = self._compare(self._carriers) if strength.compares and strength.pays and self._carriers else None
+        lam = strength.weigh(whole, None, self._sft_loss.device)
+        term = _carry((lam * self._l_cons).to(self._l_cons.dtype), lam, self._carriers)
+        return self._sft_loss + term.to(self._sft_loss.device)
 
     def _compare(self, carriers: Sequence[tuple[Tensor, Tensor]]) -> Comparison | None:
         """Both terms' gradients, each by a backward of its own."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from lfu_reg.model import checkpoints
 from lfu_reg.model.compile import anything_is_compiled, entrances, graphs_for_two_backwards
 from lfu_reg.model.graph import graph_of, now
 from lfu_reg.model.module_state import Changes
-from lfu_reg.step import checks
+from lfu_reg.model.walk import parameters_of
 from lfu_reg.step.attached_model import AttachedModel
 from lfu_reg.step.consistency import rounding
 from lfu_reg.step.float16 import float16_in_play
@@ -68,7 +69,7 @@ class Passes(SecondPass):
         self._attached, self._auxiliary, self._sft, self._settings = attached, auxiliary, sft, settings
         self._strength, self._progress, self._diagnostics = strength, progress, diagnostics
         self.batch, self.engine = sft.batch, strength.engine
-        self._trained = [p for p in sft.model.parameters() if p.requires_grad]
+        self._trained = [p for p in parameters_of(sft.model) if p.requires_grad]
         self._strategy = choose_strategy(settings, self.engine, auxiliary, progress.scales, self._trained)
 
     @contextmanager
@@ -76,12 +77,13 @@ class Passes(SecondPass):
         """Hooks are on the model for the block, and theta_aux starts at "no change"."""
         attached, auxiliary = self._attached, self._auxiliary
         auxiliary.shards = self.engine.shards
-        auxiliary.may_fold = not (self.engine.is_sharded or entrances(self._sft.model) or self._is_one_backward)
+        compiled = entrances(self._sft.model)
+        auxiliary.may_fold = not self.engine.is_sharded and not compiled
         if self._is_one_backward:
             self._progress.direction.collect(auxiliary)
         auxiliary.reset(generators)
         try:
-            with attached.hooks.installed(stay=anything_is_compiled(self._sft.model)):
+            with attached.hooks.installed(stay=anything_is_compiled(compiled)):
                 yield
         finally:
             attached.reused.forget()
@@ -102,7 +104,7 @@ class Passes(SecondPass):
         self.clean = clean = ForwardPass(
             sft.tokens,
             observe=observe,
-            capture="detached" if self._settings.stop_gradient == "clean" and not self._is_one_backward else "cloned",
+            capture=self._capture(),
             patches=list(self._auxiliary.pass1_patches()) if observe else [],
         )
         reuse = not self._strategy.keeps_graph and not self.engine.in_lockstep
@@ -119,9 +121,8 @@ class Passes(SecondPass):
             hooks.recording(),
         ):
             loss = sft.first(attached.devices(), check_value=self._progress.step == 0)
-        # A region that runs again to its end has to have run to its end, with all of its graph.
         checkpointed = "checkpoint" in noted
-        self._runs_whole = checkpointed and not checkpoints.repeats_stop_early()
+        self._repeats_whole = checkpointed and not checkpoints.repeats_stop_early()
         # Without what stands in the place of forward methods for the pass: it is not to be put back after pass 2.
         self._changes = changes = attached.state.changes()
         # Loops return a dummy loss for an empty batch, zero times the sum of all parameters.
@@ -165,12 +166,7 @@ class Passes(SecondPass):
         """Take d l_cons / d theta."""
         if not l_cons.requires_grad:
             self._diagnostics.warn_once("no gradient", NO_GRADIENT)
-        try:
-            self._strategy.backward_perturbed(l_cons, self._strength)
-        except RuntimeError as error:
-            if "through the graph a second time" in str(error):
-                raise RuntimeError(checks.FREED) from error
-            raise
+        self._strategy.backward_perturbed(l_cons, self._strength)
 
     def _share(self, loss: Tensor, leaves: list[Tensor], changes: Changes, *, hooked: bool) -> list[Tensor]:
         """Let both passes share what no perturbation reaches, where that is exact; gives all leaves."""
@@ -179,8 +175,7 @@ class Passes(SecondPass):
         # the part below is gone through twice, which who saves tensors elsewhere does not expect.
         apart = hooked or (self._strength.compares and clean.record.saves_elsewhere)
         cut = None if self._strategy.keeps_graph or apart else attached.reused.cut(changes, clean.record.states)
-        # A site that fired more often is shared with another layer, perhaps below the cut.
-        if cut is not None and all(clean.record.fired[name] <= 1 for name in attached.sites):
+        if cut is not None:
             shared = shared_backward(loss, cut, clean.anchor)
             # A scaled loss may have to be backpropagated again, which the part that waits would not follow.
             if shared is not None and not float16_in_play(clean, [loss, *leaves]):
@@ -198,6 +193,11 @@ class Passes(SecondPass):
         elif changes.late:
             self._failure = f"the forward wrote to {changes.late[0]}, for the first time"
         hooks.overwritten = (hooks.overwritten or set()) | written
+
+    def _capture(self) -> Literal["detached", "attached", "cloned"]:
+        if self._settings.stop_gradient != "clean":
+            return "cloned"
+        return "attached" if self._is_one_backward else "detached"
 
     @property
     def _is_one_backward(self) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lfu_reg.auxiliaries.base import Generators
 from lfu_reg.model.rng import StepDraws
@@ -58,13 +58,13 @@ class Progress:
             self._drawn_at = number
         return number
 
-    def draws(self) -> StepDraws:
-        """The draws of this step."""
-        return StepDraws(self.seed, self._drawn_at)
+    def samples(self, batch_size: int, fraction: float) -> Tensor | None:
+        """Numbers of the samples that pass 2 runs on, None for all."""
+        return StepDraws(self.seed, self._drawn_at).samples(batch_size, fraction)
 
-    def generators(self, draws: StepDraws) -> Generators:
-        """Those of the components; a direction that outlives its step needs the components to be the same."""
-        return StepDraws(self.seed, 0).generator if self.strength.settings.is_one_backward else draws.generator
+    def generators(self) -> Generators:
+        """Those of the components: new ones at each step, unless their direction comes from the steps before."""
+        return StepDraws(self.seed, 0 if self.strength.settings.is_one_backward else self._drawn_at).generator
 
     def waits(self) -> bool:
         """Whether the loss did not repeat lately, so that it is not called twice at this step."""

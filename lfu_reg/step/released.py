@@ -32,8 +32,7 @@ class Released:
         self._shared: SharedBackward | None = None
         self._float16, self._scale = False, 1.0
         self._gradients: dict[int, tuple[Tensor, Tensor | None]] = {}
-        self._strength: StepStrength | None = None  # of the step, once pass 2 has run
-        self._l_cons = self._value
+        self._l_cons: Tensor | None = None
         self._perturbed: Pairs = ()
         self._perturbed_scale = self._weight = 1.0
 
@@ -60,7 +59,7 @@ class Released:
 
     def backward_perturbed(self, l_cons: Tensor, strength: StepStrength) -> None:
         """A second backward, of lam * l_cons where lam is fixed: users' hooks see that. Else what it brings waits."""
-        self._strength, self._l_cons = strength, l_cons.detach()
+        self._l_cons = l_cons.detach()
         self._weight = 1.0 if isinstance(strength.lam, Tensor) or not strength.lam else strength.lam
         if l_cons.requires_grad:
             weighted = l_cons if self._weight == 1 else self._weight * l_cons
@@ -68,17 +67,16 @@ class Released:
                 weighted, leaves_of(l_cons), self._scales.perturbed
             )
 
-    def total(self) -> Tensor:
+    def total(self, strength: StepStrength) -> Tensor:
         """The loss that hands both terms' gradients over: the second's times lam, which may follow from both."""
-        strength, self._strength = self._strength, None
-        if strength is not None:
-            self._weigh(strength)
+        if self._l_cons is not None:
+            self._weigh(self._l_cons, strength)
         shared, self._shared = self._shared, None
         if shared is not None:
             self._add(self._below(shared.backward), 1.0)
         return returned_loss(self._value, self._gradients.values(), self._scale)
 
-    def _weigh(self, strength: StepStrength) -> None:
+    def _weigh(self, l_cons: Tensor, strength: StepStrength) -> None:
         pairs, at_cut = self._without_start(self._perturbed)
         scale = self._perturbed_scale
         whole = above = None
@@ -97,7 +95,7 @@ class Released:
         self._add(pairs, scale, rest)
         if self._shared is not None and at_cut is not None:
             self._shared.collect(at_cut * _on(rest, at_cut))
-        self._value = self._value + (lam * self._l_cons).to(self._value)
+        self._value = self._value + (lam * l_cons).to(self._value)
 
     def _without_start(self, pairs: Pairs) -> tuple[list[tuple[Tensor, Tensor | None]], Tensor | None]:
         """The pairs of pass 2 but for the leaf that it started from, and that one's gradient."""

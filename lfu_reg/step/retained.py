@@ -11,7 +11,7 @@ from torch import Tensor
 from lfu_reg.auxiliaries import Auxiliary
 from lfu_reg.hooks.forward_pass import ForwardPass
 from lfu_reg.model.graph import grad_set_aside
-from lfu_reg.step.comparison import compare
+from lfu_reg.step.comparison import Comparison, compare
 from lfu_reg.step.float16 import LossScales, float16_in_play
 from lfu_reg.step.gradients import down_to_components, together
 from lfu_reg.step.shared_backward import SharedBackward
@@ -28,7 +28,8 @@ class Retained:
     ) -> None:
         self.scales_float16 = may_scale
         self._auxiliary, self._scales, self._trained = auxiliary, scales, trained
-        self._sft_loss = self._consistency_term = torch.zeros((), device="cpu")
+        self._sft_loss = torch.zeros((), device="cpu")
+        self._l_cons: Tensor | None = None
         self._float16 = False
 
     def backward_clean(
@@ -61,19 +62,24 @@ class Retained:
         return down_to_components(sft_loss, fwd, self._auxiliary, scale, self._trained, float16=float16)
 
     def backward_perturbed(self, l_cons: Tensor, strength: StepStrength) -> None:
-        """Nothing but a note of the term; where that is due, both gradients are taken, to be compared."""
-        whole = None
-        if strength.is_due and self._trained and l_cons.requires_grad:
-            parts = []
-            for loss, scale in ((self._sft_loss, self._scales.clean), (l_cons, self._scales.perturbed)):
-                with grad_set_aside(self._trained) as written:
-                    found, used = copy(scale).gradients(loss, self._trained, float16=self._float16, keep_graph=True)
-                parts.append((together(list(zip(self._trained, found, strict=True)), written), used))
-            (first, one), (second, other) = parts
-            whole = compare(first, second, self._trained, scales=(one, other), with_product=True)
-        lam = strength.weigh(whole, None, self._sft_loss.device)
-        self._consistency_term = (lam * l_cons).to(l_cons.dtype)
+        """Nothing but a note of the term."""
+        self._l_cons = l_cons
 
-    def total(self) -> Tensor:
-        """The plain sum."""
-        return self._sft_loss + self._consistency_term.to(self._sft_loss.device)
+    def total(self, strength: StepStrength) -> Tensor:
+        """The weighted sum; where that is due, both gradients are taken, to be compared."""
+        if self._l_cons is None:
+            return self._sft_loss
+        whole = self._compare(self._l_cons) if strength.compares and strength.pays else None
+        lam = strength.weigh(whole, None, self._sft_loss.device)
+        return self._sft_loss + (lam * self._l_cons).to(self._sft_loss.device, self._l_cons.dtype)
+
+    def _compare(self, l_cons: Tensor) -> Comparison | None:
+        if not self._trained or not l_cons.requires_grad:
+            return None
+        parts = []
+        for loss, scale in ((self._sft_loss, self._scales.clean), (l_cons, self._scales.perturbed)):
+            with grad_set_aside(self._trained) as written:
+                found, used = copy(scale).gradients(loss, self._trained, float16=self._float16, keep_graph=True)
+            parts.append((together(list(zip(self._trained, found, strict=True)), written), used))
+        (first, one), (second, other) = parts
+        return compare(first, second, self._trained, scales=(one, other), with_product=True)

@@ -18,6 +18,7 @@ from torch.optim.optimizer import (
 )
 
 from lfu_reg.model.module_state import versions_of
+from lfu_reg.model.walk import parameters_of
 from lfu_reg.step.sft_loss import tensors_in
 
 
@@ -51,7 +52,7 @@ class SameStep:
     def repeats(self, model: nn.Module, batch: Any) -> bool:
         """Whether the batch's tensors and the trained weights are those of the call before."""
         tensors = list(_some(tensors_in(batch)))
-        version = versions_of(model.parameters())
+        version = versions_of(parameters_of(model))
         last, self._last = self._last, (version, [weakref.ref(tensor) for tensor in tensors], id(model))
         if last is None or not tensors or last[0] != version or last[2] != id(model) or len(last[1]) != len(tensors):
             return False

@@ -55,14 +55,14 @@ class SecondPass:
     _shared: SharedBackward | None = None
     _start: Tensor | None = None  # what pass 2 starts from where nothing below is differentiated with it
     _failure: str | None = None  # why pass 2 cannot begin where pass 1 did
+    _repeats_whole = False  # whether a region runs again to its end, and so needs all of its graph where it came to it
     _tries = False  # whether pass 2 is run for alpha alone, without a backward
-    _runs_whole = False  # whether pass 2 has to run to its end, with all of its graph
 
     def total(self) -> Tensor:
         """l_SFT + lam * l_cons, differentiable."""
         assert self._changes is not None
         with self._attached.hooks.run(self.clean), self._changes.on_copies():
-            return self._strategy.total()
+            return self._strategy.total(self._strength)
 
     def gradient_here(self, batch: Any) -> float:
         """Let the auxiliary collect g where it is now, from a pass that gives nothing else; returns its factor.
@@ -73,11 +73,13 @@ class SecondPass:
         auxiliary, hooks = self._auxiliary, self._attached.hooks
         checks.check_batch(batch)
         auxiliary.require_gradients(True)
-        fwd = ForwardPass(self._sft.tokens_of(batch), capture=None, apply=True, patches=list(auxiliary.pass2_patches()))
-        with auxiliary.shards_moved(), self._again(), hooks.run(fwd):
-            with hooks.recording():
-                loss = self._sft.again(batch)
-            scale = self._strategy.backward_explicit(loss, fwd)
+        with auxiliary.shards_moved(), self._again():
+            patches = list(auxiliary.pass2_patches())
+            fwd = ForwardPass(self._sft.tokens_of(batch), capture=None, apply=True, patches=patches)
+            with hooks.run(fwd):
+                with hooks.recording():
+                    loss = self._sft.again(batch)
+                scale = self._strategy.backward_explicit(loss, fwd)
         auxiliary.require_gradients(False)
         return scale
 
@@ -130,7 +132,7 @@ class SecondPass:
         start = self._start if self._shared is None else self._shared.start
         answers = [] if start is None else attached.reused.answers(start, samples)
         with self._auxiliary.shards_moved(), ExitStack() as stack:
-            quiet = attached.tail_may_be_quiet and not self.engine.is_sharded and not self._runs_whole
+            quiet = attached.tail_may_be_quiet and not self.engine.is_sharded and not self._repeats_whole
             try:
                 perturbed = self._run_second(stack, samples, answers, quiet)
             except Exception:
@@ -165,18 +167,18 @@ class SecondPass:
 
     def _run_second(self, stack: ExitStack, samples: Tensor | None, answers: list[Patch], quiet: bool) -> ForwardPass:
         attached, record, settings = self._attached, self.clean.record, self._settings
-        may_leave = settings.leave_early and not self.engine.is_sharded and not self._runs_whole
-        perturbed = ForwardPass(
-            self._sft.tokens.select(samples),
-            apply=True,
-            capture="attached",
-            patches=[*self._auxiliary.pass2_patches(), *answers],
-            leave="never" if not may_leave else "always" if settings.leave_early is True else "clear",
-            leave_after=len(record.states),
-            quiet_tail=quiet,
-        )
+        may_leave = settings.leave_early and not self.engine.is_sharded
         with ExitStack() as inner:
             inner.enter_context(self._again(but_blocks=bool(answers)))
+            perturbed = ForwardPass(
+                self._sft.tokens.select(samples),
+                apply=True,
+                capture="attached",
+                patches=[*self._auxiliary.pass2_patches(), *answers],  # of weights as they were before pass 1
+                leave="never" if not may_leave else "always" if settings.leave_early is True else "clear",
+                leave_after=len(record.states),
+                quiet_tail=quiet,
+            )
             inner.enter_context(attached.hooks.run(perturbed))
             without_graph = settings.is_one_backward or (self._tries and self.clean.record.saves_elsewhere)
             with attached.hooks.recording(), nothing_saved() if without_graph else nullcontext():

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 from lfu_reg.distances.base import Reduction
+from lfu_reg.model.names import one_of, shown
 from lfu_reg.model.tokens import TokenMask
 
 Schedule: TypeAlias = float | Callable[[int], float]
@@ -53,10 +54,15 @@ class Settings:
             raise ValueError(BOTH.format(lam=self.lam, strength=self.strength))
         if not 0 < check_number("displacement", self.displacement) < 1:
             raise ValueError(f"displacement={self.displacement!r}; allowed are numbers between 0 and 1.")
-        _check_one_of("reduction", self.reduction, ("mean", "sum"))
-        _check_one_of("stop_gradient", self.stop_gradient, ("clean", "perturbed", "none"))
-        _check_one_of("strategy", self.strategy, ("auto", "released", "retained", "one-backward"))
-        _check_one_of("leave_early", self.leave_early, ("auto", True, False))
+        words = {
+            "reduction": get_args(Reduction),
+            "stop_gradient": get_args(StopGradient),
+            "strategy": get_args(StrategyName),
+            "leave_early": ("auto", True, False),
+            "sync_perturbation": (True, False),
+        }
+        for name, allowed in words.items():
+            object.__setattr__(self, name, one_of(name, getattr(self, name), allowed))
         _check_count("ascent_steps", self.ascent_steps)
         _check_count("every", self.every)
         _check_fraction("batch_fraction", self.batch_fraction)
@@ -106,7 +112,7 @@ def check_number(name: str, value: object) -> float:
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(
-            f"{name}={value!r} is a {type(value).__name__}; allowed are numbers from 0 and callables of the step "
+            f"{name}={shown(value)} is a {type(value).__name__}; allowed are numbers from 0 and callables of the step "
             "number."
         )
     if not math.isfinite(value) or value < 0:
@@ -114,11 +120,6 @@ def check_number(name: str, value: object) -> float:
             f"{name}={value!r}; allowed are finite numbers from 0, or a callable of the step number that returns one."
         )
     return float(value)
-
-
-def _check_one_of(name: str, value: object, allowed: Collection[object]) -> None:
-    if not any(value is entry or (value == entry and type(value) is type(entry)) for entry in allowed):
-        raise ValueError(f"{name}={value!r}; allowed are {', '.join(map(repr, allowed))}.")
 
 
 def _check_count(name: str, value: object) -> None:

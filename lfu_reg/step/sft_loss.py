@@ -17,7 +17,7 @@ from lfu_reg.hooks.early_exit import EarlyExit, call_loss_function
 from lfu_reg.model.peft import virtual_tokens
 from lfu_reg.model.rng import RandomState
 from lfu_reg.model.tokens import TokenMask, TokenMasks
-from lfu_reg.step import checks
+from lfu_reg.step import loss_checks
 
 LossFunction: TypeAlias = Callable[[Any, Any], Tensor]
 
@@ -76,7 +76,8 @@ class SFTLoss:
     def first(self, devices: Iterable[torch.device], *, check_value: bool) -> Tensor:
         """The loss of pass 1. Later passes start from the random state of `devices` that this one finds."""
         self._random_start, self._check_value = RandomState.capture(devices), check_value
-        return checks.check_loss(call_loss_function(self._function, self.model, self._given), first=check_value)
+        loss = call_loss_function(self._function, self.model, self._given)
+        return loss_checks.check_loss(loss, self.model, first=check_value)
 
     def has_drawn(self) -> bool:
         """Whether pass 1 drew random numbers from torch."""
@@ -87,7 +88,7 @@ class SFTLoss:
         with repeating():
             self._random_start.restore()
             loss = call_loss_function(self._function, self.model, self._fresh(batch))
-        return checks.check_loss(loss, first=self._check_value)
+        return loss_checks.check_loss(loss, self.model, first=self._check_value)
 
     def repeat(self, samples: Tensor | None, batch_size: int) -> None:
         """Call the function again for its forward only, on some samples of the batch or on all.

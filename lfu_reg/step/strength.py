@@ -106,7 +106,7 @@ class StepStrength:
         is_zero: whether the step is plain SFT.
         is_due: whether everything is measured at this step.
         compares: whether the gradients of both terms are compared, where the strategy has them.
-        may_compare: whether it may run further backward passes for that.
+        pays: whether a strategy that has none of them runs two more backward passes for that.
         searches: whether alpha has to be found first.
         engine: says over which ranks figures are added up.
         eps: relative rounding of the hidden states.
@@ -120,12 +120,12 @@ class StepStrength:
     def __init__(self, strength: Strength, step: int) -> None:
         self._strength, settings = strength, strength.settings
         turn, seen = step // settings.every, strength.seen
-        self.is_due = seen < FIRST_STEPS or turn % MEASURE_EVERY == 0
-        # A step of one backward has to run two more of them to compare gradients.
-        self.may_compare = not settings.is_one_backward or seen <= FIRST_STEPS // 3 or turn % (5 * MEASURE_EVERY) == 0
         fixed, found = settings.alpha, strength.alpha
         self.alpha = value_at("alpha", fixed, step) if fixed is not None else found or FIRST_ALPHA
         self.searches = fixed is None and found is None
+        self.is_due = seen < FIRST_STEPS or turn % MEASURE_EVERY == 0 or self.searches
+        rarely = seen <= FIRST_STEPS // 3 or turn % (5 * MEASURE_EVERY) == 0
+        self.pays = strength.ratio is None or (rarely if settings.is_one_backward else self.is_due)
         self._rho = None if settings.strength is None else value_at("strength", settings.strength, step)
         self.lam: float | Tensor = 0.0 if settings.lam is None else value_at("lam", settings.lam, step)
         self.is_zero = self._rho == 0 if settings.lam is None else self.lam == 0

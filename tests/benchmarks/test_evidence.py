@@ -139,6 +139,13 @@ def test_one_run(label: str, monkeypatch: pytest.MonkeyPatch) -> None:
     json.dumps(figures)
 
 
+@pytest.mark.parametrize("method", ["stm", "flow", "wise-ft", "extra-gradient", "steering-only"])
+def test_rivals_are_chosen_by_name(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TASKS, "subtract-16", QUICK)
+    nll = [finetuned(Spec("quick", "subtract-16", name, name))[1]["train_nll"] for name in ("sft", method)]
+    assert nll[0] != nll[1] > 0
+
+
 def test_noise_moves_hidden_states(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(TASKS, "subtract-16", QUICK)
     spec = Spec("noise", "subtract-16", "sft", "SFT", split="validation")

@@ -234,3 +234,15 @@ def test_module_runs(arguments: list[str], says: str) -> None:
     """In a process of its own, in which nothing has been imported before."""
     done = subprocess.run([sys.executable, "-m", "lfu_reg.cli", *arguments], capture_output=True, text=True, check=True)
     assert says in done.stdout
+
+
+def test_names_in_any_case(tmp_path: Path) -> None:
+    result, _ = run(tmp_path, "inspect", "tiny", "--auxiliary", "LoRA", "--tuning", "Full", "--dtype", "Float32")
+    assert len(result["linears"]) == 14
+
+
+def test_a_command_says_nothing_of_others() -> None:
+    """Libraries that PEFT loads tell of what they cannot load, and transformers of what it will rename."""
+    arguments = [sys.executable, "-m", "lfu_reg.cli", "inspect", "tiny", "--tuning", "lora"]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    assert done.stderr == ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -308,7 +309,7 @@ def check_a_rank_that_does_not_repeat() -> None:
         dist.all_gather(counts, torch.tensor(len(calls)))
         assert counts[0] == counts[1] == 2 * (step + 1)
         assert torch.equal(*gathered(model.embed.weight.grad))
-    assert ("consistency_loss" in reg.metrics) == (dist.get_rank() == 0)
+    assert ("ascent_grad_norm" in reg.metrics) == (dist.get_rank() == 0)
 
 
 def gathered(tensor: Tensor | None) -> list[Tensor]:
@@ -341,7 +342,28 @@ def check_pass_2_communicates_nothing() -> None:
         for number in range(2):
             reg(ddp, TINY.batch(10 * number + dist.get_rank()), TINY.loss).backward()
             assert len(calls) == number + 1
-            assert "consistency_loss" in reg.metrics
+            assert "ascent_grad_norm" in reg.metrics
+
+
+class Branching(TinyLM):
+    """Which of two weights takes part depends on the length of the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scales = nn.ParameterList([torch.ones(8), torch.ones(8)])
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.head(self.body(self.embed(input_ids)) * self.scales[input_ids.shape[1] % 2])
+
+
+def check_other_data_that_takes_another_branch() -> None:
+    """DDP looks for unused parameters at the end of a forward; the one that counts is that of the batch itself."""
+    case = replace(TINY, make=lambda: seeded(Branching))
+    same: dict[str, Any] = {"steps": 2, "extra": {"undesirable": TINY.batch(77, shape=(3, 6))}}
+    gradients, _, _ = train_ddp(case, "steering", "find_unused", **same)
+    want, _ = train(case, "steering", optimizer=SGD, **same)
+    assert gradients["scales.1"] is not None
+    assert_same_gradients(gradients, want)
 
 
 class _NoGradient(torch.autograd.Function):

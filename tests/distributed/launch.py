@@ -62,7 +62,7 @@ class Results:
 def launch(module: str, folder: Path, *, seconds: float = 240.0, python: str = sys.executable) -> Results:
     """Run the checks of a module on all ranks.
 
-    One of FSDP2's processes once aborted in malloc, with a cause not found yet (docs/gotchas/fsdp2.md). After an abort,
+    One of FSDP2's processes once aborted in malloc, with a cause not found yet. After an abort,
     and nothing else, the checks are run once more; a warning tells where it happened.
 
     Args:

@@ -18,7 +18,9 @@ from tests.support.plain_models import TinyLM
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/index.md", "docs/recipes/compile.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", *(f"docs/{name}.md" for name in ("index", "choosing-a-strength", "recipes/compile"))]
+)
 @pytest.mark.filterwarnings("ignore::lfu_reg.LfUWarning")
 def test_examples_run(page: str) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
@@ -47,6 +49,15 @@ def test_figures_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert page.section(result, "step_cpu_lora.json") in written
     results = {path.name: json.loads(path.read_text()) for path in (ROOT / "benchmarks/results").glob("step_*.json")}
     assert page.aims(results) in written
+
+
+def test_the_first_page_has_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("scipy")
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    page = (ROOT / "docs/index.md").read_text()
+    assert importlib.import_module("home").filled(page) == page
+    assert "**Cost:** a step takes" in page
+    assert "**Evidence:** fine-tuned" in page
 
 
 def test_commands_exist() -> None:

@@ -61,7 +61,7 @@ def test_a_loss_that_never_repeats() -> None:
             calls.append(0)
             loss = reg(model, token_batch(), loss_fn)
         assert reg.metrics["unrepeatable_steps"] == sum(n == 2 for n in calls)
-        assert "consistency_loss" not in reg.metrics
+        assert "ascent_grad_norm" not in reg.metrics
         assert torch.equal(loss.detach(), reg.metrics["sft_loss"])
     tried = [step for step, n in enumerate(calls) if n == 2]
     assert [later - step - 1 for step, later in pairwise(tried)] == [1, 3, 7, 15, 31, 63, 64]

@@ -73,13 +73,14 @@ def test_checkpointing_by_hand(name: str, steps: int, dropout: float) -> None:
 WAYS = (CheckpointedLM, GroupedLM, NestedLM, InnerLM)
 
 
+@pytest.mark.parametrize("leave", ["auto", True])
 @pytest.mark.parametrize("early_stop", [True, False], ids=["early-stop", "no-early-stop"])
 @pytest.mark.parametrize("make", WAYS)
 @pytest.mark.parametrize("name", AUXILIARIES)
-def test_ways_to_checkpoint(name: str, make: type[nn.Module], early_stop: bool) -> None:
-    """Hooks inside, outside and in the middle of regions; the last of them leaves pass 2 inside of one."""
+def test_ways_to_checkpoint(name: str, make: type[nn.Module], early_stop: bool, leave: Any) -> None:
+    """Hooks inside, outside and in the middle of regions; with `leave` the last of them leaves pass 2 inside of one."""
     with set_checkpoint_early_stop(early_stop):
-        _, got = gradients(seeded(make), TINY, name)
+        _, got = gradients(seeded(make), TINY, name, leave_early=leave)
     _, want = gradients(seeded(PlainLM), TINY, name)
     assert_same_gradients(got, want)
 

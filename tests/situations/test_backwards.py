@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lfu_reg import LfURegularizer
+from lfu_reg import LfURegularizer, LfUWarning
 from tests.support.literal import Block, Net, World, assert_equal, assert_exact, assert_plain
 
 
@@ -330,7 +331,7 @@ SITUATIONS = [
 @pytest.mark.parametrize("world", SITUATIONS)
 def test_backwards(world: type[World], layers: str) -> None:
     if world is BackwardHook and layers == "all":
-        pytest.skip("what such a hook is called with depends on the forward hooks of its module")
+        pytest.skip("told: see below")
     kept = world.layers
 
     def chosen(self: World) -> dict[str, nn.Module]:
@@ -341,9 +342,29 @@ def test_backwards(world: type[World], layers: str) -> None:
     assert_exact(late, layers="all" if layers == "all" else ["layers.2"])
 
 
+class InnerBackwardHook(BackwardHook):
+    def begin(self) -> None:
+        self.model.layers[0].a.register_backward_hook(self.clip)
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize(("kind", "world"), [("steering", BackwardHook), ("lora", InnerBackwardHook)])
+def test_the_older_kind_of_backward_hook_is_told_with_the_cure(kind: str, world: type[World], full: bool) -> None:
+    """What it is called with depends on the forward hooks of its module."""
+    ours = FullBackwardInner() if full else world()
+    with LfURegularizer(ours.model, kind, alpha=0.01) as reg, warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", LfUWarning)
+        for step in range(2):
+            reg(ours.model, ours.batch(step), ours.loss)
+    messages = [str(entry.message) for entry in told if "register_full_backward_hook" in str(entry.message)]
+    assert len(messages) == (not full)
+    assert full or ("layers.0.a" if kind == "lora" else "layers.0") in messages[0]
+
+
 @pytest.mark.parametrize("world", [InputAttack, BackwardInside])
 def test_another_input_in_pass_two_is_plain_sft(world: type[World]) -> None:
-    assert_plain(world, "the input of the model's call 2 differs", ("steering", "lora", "weights"))
+    for said in ("the input of the model's call 2 differs", "an adversarial example, say, which is to be made before"):
+        assert_plain(world, said, ("steering", "lora", "weights"))
 
 
 @pytest.mark.parametrize("kind", ["steering", "lora", "weights"])

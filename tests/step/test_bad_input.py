@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 from torch import nn
 
-from lfu_reg import LfURegularizer, LoRADeltas, RandomDirections, SteeringVectors
+from lfu_reg import LfURegularizer, LoRADeltas, RandomDirections, SteeringVectors, auxiliaries, distances, regularizer
+from lfu_reg.auxiliaries import AuxiliaryName
+from lfu_reg.distances import DistanceName
+from lfu_reg.step.settings import StrategyName
 from tests.support.cases import seeded
 from tests.support.models import TINY
 from tests.support.plain_models import LSTMStack, TinyCNN
@@ -25,8 +29,12 @@ class Flat(nn.Module):
 @pytest.mark.parametrize("layers", ["all", "late", 0])
 def test_no_layer_before_the_output(make: Callable[[], nn.Module], layers: Any) -> None:
     model = make()
-    named = "first" if list(model.parameters()) and list(model.children()) else "none"
-    refuses(model, (type(model).__name__, "layers=['...']", "whole model", named), "steering", layers=layers)
+    cure = ("layers=['...']", "first") if list(model.children()) else ("no submodules", "nn.ModuleList")
+    refuses(model, (type(model).__name__, *cure, "whole model"), "steering", layers=layers)
+
+
+def test_a_name_in_a_model_without_submodules() -> None:
+    refuses(nn.ReLU(), ("ReLU has no submodules",), "steering", layers="first")
 
 
 def test_the_one_layer_by_name() -> None:
@@ -49,6 +57,11 @@ def test_the_one_layer_by_name() -> None:
         (1.5, ("1.5", "index")),
         (True, ("True", "index")),
         (None, ("None", "index")),
+        ("block.1", ("block.1", "did you mean 'blocks.1' or 'blocks.2' or 'blocks.0'?")),
+        (["blocks.0", "blocks.1.upp"], ("layers='blocks.1.upp'", "did you mean 'blocks.1.up'")),
+        ("lat", ("did you mean 'late'", "its blocks are blocks.0 to blocks.2 (3)")),
+        (nn.Linear(1, 1), ("layers=Linear(", "the name of a module (not the module)")),
+        (nn.ModuleList([nn.Linear(1, 1)]), ("layers=[Linear(", "not the module")),
     ],
     ids=lambda value: "callable" if callable(value) else str(value),
 )
@@ -78,8 +91,13 @@ def test_alpha_and_lam_from_a_schedule(setting: str, value: Any) -> None:
         ("distance", 3, "mse"),
         ("stop_gradient", "both", "perturbed"),
         ("strategy", "fast", "released"),
-        ("auxiliary", "dora", "lora"),
+        ("auxiliary", "lorra", "did you mean 'lora'?"),
+        ("auxiliary", "steer", "did you mean 'steering'?"),
         ("auxiliary", 3, "lora"),
+        ("distance", "cosin", "did you mean 'cosine'?"),
+        ("stop_gradient", "clear", "did you mean 'clean'?"),
+        ("strategy", "retain", "did you mean 'retained'?"),
+        ("sync_perturbation", "yes", "True, False"),
         ("ascent_steps", 0, "1"),
         ("ascent_steps", 1.5, "1"),
         ("every", 0, "1"),
@@ -92,6 +110,39 @@ def test_alpha_and_lam_from_a_schedule(setting: str, value: Any) -> None:
 )
 def test_other_settings(setting: str, value: Any, allowed: str) -> None:
     refuses(TINY.make(), (str(value), allowed), **{setting: value})
+
+
+def test_names_in_any_case() -> None:
+    names = {"auxiliary": "LoRA", "distance": "MSE", "reduction": "Sum", "stop_gradient": "Clean", "strategy": "Auto "}
+    with LfURegularizer(TINY.make(), layers="Late", leave_early="AUTO", **names) as reg:  # type: ignore[arg-type]
+        assert isinstance(reg.auxiliary, LoRADeltas)
+        assert reg.layers == ("blocks.2",)
+        assert (reg.settings.reduction, reg.settings.strategy, reg.settings.leave_early) == ("sum", "auto", "auto")
+    assert SteeringVectors(norm="Per-Layer").norm == "per-layer"  # type: ignore[arg-type]
+
+
+def test_type_checkers_see_names() -> None:
+    parameters = inspect.signature(LfURegularizer).parameters
+    hints = get_type_hints(LfURegularizer.__init__, {**vars(regularizer), "ProcessGroup": object})
+    for name, kind in {"auxiliary": AuxiliaryName, "distance": DistanceName, "strategy": StrategyName}.items():
+        assert kind in (hints[name], *get_args(hints[name])), name
+        assert parameters[name].default in get_args(kind)
+    assert set(get_args(AuxiliaryName)) == set(auxiliaries._BY_NAME)
+    assert set(get_args(DistanceName)) == set(distances._BY_NAME)
+
+
+def test_a_class_where_an_object_is_asked_for() -> None:
+    refuses(TINY.make(), ("auxiliary=LoRADeltas;", "instantiate it, LoRADeltas()"), LoRADeltas)
+    refuses(TINY.make(), ("distance=Cosine;", "Cosine()"), distance=distances.Cosine)
+    with pytest.raises(TypeError, match="the class Flat"):
+        LfURegularizer(Flat)  # type: ignore[arg-type]
+
+
+def test_model_and_auxiliary_swapped() -> None:
+    model: Any = TINY.make()
+    with pytest.raises(TypeError, match=r"the model comes first, LfURegularizer\(model, auxiliary\)") as caught:
+        LfURegularizer("lora", model)  # type: ignore[arg-type]
+    assert len(str(caught.value)) < 400  # and not the pages of a model's repr
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lfu_reg import LfURegularizer
+from lfu_reg.auxiliaries import AuxiliaryName
 from tests.step.test_inputs import new_cache
 from tests.support.cases import seeded
 from tests.support.compare import assert_same_gradients, close, gradients_of
@@ -20,8 +21,16 @@ from tests.support.refusals import refuses, refuses_step, says
 
 LOSSES: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
     "vector": (lambda m, b: m(b["input_ids"]).mean((1, 2)), ("shape", "scalar", "mean")),
-    "float": (lambda m, b: 1.0, ("float", "scalar")),
-    "None": (lambda m, b: None, ("NoneType", "scalar")),
+    "logits": (lambda m, b: m(b["input_ids"]), ("[3, 7, 13]", "compute the loss")),
+    "float": (lambda m, b: TINY.loss(m, b).item(), ("float", "scalar", "without .item()")),
+    "array": (lambda m, b: TINY.loss(m, b).detach().numpy(), ("ndarray", "without .item(), float() or .numpy()")),
+    "None": (lambda m, b: None, ("NoneType", "scalar", "`return loss`", "no labels")),
+    "dict": (lambda m, b: {"loss": TINY.loss(m, b)}, ("dict", "out['loss']", "is_second_pass")),
+    "dict of others": (lambda m, b: {"ce": TINY.loss(m, b), "n": 3}, ("dict", "of ['ce', 'n']")),
+    "tuple": (lambda m, b: (m(b["input_ids"]), TINY.loss(m, b)), ("tuple", "its element 1")),
+    "generator": (lambda m, b: (yield TINY.loss(m, b)), ("generator", "without async and yield")),
+    "text": (lambda m, b: "loss", ("str", "scalar")),
+    "complex": (lambda m, b: TINY.loss(m, b) + 0j, ("complex", "real scalar")),
     "detached": (lambda m, b: TINY.loss(m, b).detach(), ("requires_grad", "detach")),
     "nan": (lambda m, b: TINY.loss(m, b) * float("nan"), ("nan",)),
     "infinite": (lambda m, b: TINY.loss(m, b) * float("inf"), ("inf",)),
@@ -37,6 +46,37 @@ def test_losses(kind: str) -> None:
 def test_a_loss_instead_of_the_function() -> None:
     loss: Any = torch.tensor(1.0, requires_grad=True)
     refuses_step(("sft_loss_fn is a Tensor", "reg(model, batch, sft_loss_fn)"), loss=loss)
+
+
+@pytest.mark.parametrize("criterion", [nn.CrossEntropyLoss(), nn.functional.cross_entropy])
+def test_a_criterion_instead_of_the_function(criterion: Any) -> None:
+    name = getattr(criterion, "__name__", type(criterion).__name__)
+    refuses_step((f"sft_loss_fn is {name}", "calls the model and it"), loss=criterion)
+
+
+def test_the_model_instead_of_the_function() -> None:
+    model = TINY.make()
+    refuses_step(("sft_loss_fn is TinyLM", "write a function"), model=model, loss=model)
+
+
+def test_swapped_arguments() -> None:
+    call = "reg(model, batch, sft_loss_fn)"
+    refuses_step(("model is a dict", call), given=TINY.batch(), batch=nn.Linear(1, 1))
+    refuses_step(("model is a function", call), given=TINY.loss)
+    batch: Any = TINY.batch()
+    refuses_step(("sft_loss_fn is a dict", call), batch=TINY.loss, loss=batch)
+
+
+@pytest.mark.parametrize("function", [lambda b: None, lambda: None, lambda m, b, c: None, lambda m, *, b: None])
+def test_a_loss_function_of_other_arguments(function: Any) -> None:
+    refuses_step(("sft_loss_fn has to take (model, batch)", "argument", "lambda model, batch"), loss=function)
+
+
+def test_errors_of_the_loss_function_are_its_own() -> None:
+    model = TINY.make()
+    with pytest.raises(TypeError, match="positional argument") as caught:
+        LfURegularizer(model, "steering")(model, TINY.batch(), lambda model, batch: model(batch["input_ids"], 3))
+    assert "sft_loss_fn" not in str(caught.value)
 
 
 def test_model_output_instead_of_a_loss() -> None:
@@ -184,15 +224,32 @@ def test_released_where_gradients_flow_through_the_clean_states() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::lfu_reg.LfUWarning")
-def test_everything_frozen() -> None:
+@pytest.mark.parametrize("auxiliary", ["lora", "steering", "weights"])
+def test_everything_frozen(auxiliary: AuxiliaryName) -> None:
     model = TINY.make().requires_grad_(False)
-    refuses_step(("requires_grad",), model=model)
+    number = len(list(model.parameters()))
+    parts = (f"All {number} parameters of TinyLM are frozen", "requires_grad_(True)", "get_peft_model")
+    refuses_step(parts, model=model, reg=LfURegularizer(model, auxiliary))
+
+
+def test_a_whole_training_step_instead_of_the_loss() -> None:
+    def step(model: nn.Module, batch: Any) -> Tensor:
+        loss = TINY.loss(model, batch)
+        loss.backward()
+        return loss
+
+    model = TINY.make()
+    with pytest.raises(RuntimeError, match=says("leave backward(), optimizer.step()", "what the regularizer returns")):
+        LfURegularizer(model, "steering")(model, TINY.batch(), step)
 
 
 def test_state_dict_of_something_else() -> None:
     reg = LfURegularizer(TINY.make(), "steering")
-    with pytest.raises((ValueError, KeyError, TypeError), match="step"):
-        reg.load_state_dict({"epoch": 3})
+    states: list[Any] = [{"epoch": 3}, TINY.make().state_dict(), None]
+    for state in states:
+        with pytest.raises(ValueError, match="'step' and 'seed'") as caught:
+            reg.load_state_dict(state)
+        assert len(str(caught.value)) < 200
 
 
 def test_lstm_and_cnn_work_with_steering() -> None:

@@ -271,6 +271,7 @@ def clamping(model: LoopLM, number: int, block: Any, hidden: Tensor) -> Tensor:
     return block(hidden)
 
 
+@pytest.mark.filterwarnings("ignore:This step is plain SFT. the forward wrote to:lfu_reg.LfUWarning")
 @pytest.mark.parametrize("make", [MODELS["weights written to"][0], lambda: LoopLM(clamping)], ids=["block", "loop"])
 def test_a_forward_that_writes_to_the_weights(make: Callable[[], nn.Module]) -> None:
     """Retained graphs cannot have it; a second run of the first block cannot either, before the prefix was used."""

@@ -13,7 +13,7 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2Attention, Gemma2RM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.mamba.modeling_mamba import MambaMixer, MambaRMSNorm
 from transformers.models.mixtral import modeling_mixtral
-from transformers.models.t5.modeling_t5 import T5LayerNorm, T5Stack
+from transformers.models.t5.modeling_t5 import T5Attention, T5LayerNorm, T5Stack
 
 from tests.support.float64 import keep_float64
 
@@ -30,7 +30,7 @@ MIXTRAL_ROUTER = getattr(modeling_mixtral, "MixtralTopKRouter", None) or modelin
 EXPERTS_ARE_LINEAR = MIXTRAL_ROUTER is modeling_mixtral.MixtralSparseMoeBlock
 
 keep_float64(LlamaRMSNorm, Gemma2RMSNorm, Gemma2Attention, modeling_mixtral.MixtralRMSNorm, MIXTRAL_ROUTER)
-keep_float64(T5LayerNorm, MambaRMSNorm, MambaMixer)
+keep_float64(T5Attention, T5LayerNorm, MambaRMSNorm, MambaMixer)
 
 VOCAB, WIDTH = 29, 16
 DECODER: dict[str, Any] = {

@@ -28,6 +28,14 @@ def python(code: str) -> str:
     return done.stdout
 
 
+def test_import_prints_nothing() -> None:
+    """With torch alone as well, where numpy is missing, of which torch would tell."""
+    for packages in ((), ("numpy", *EXTRAS)):
+        code = WITHOUT.format(packages=packages) + "import lfu_reg"
+        done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, check=False)
+        assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
 def test_import_needs_torch_alone() -> None:
     code = WITHOUT.format(packages=EXTRAS) + "import lfu_reg, lfu_reg.integrations, lfu_reg.integrations.trainer\n"
     python(code + "print(lfu_reg.LfURegularizer)")

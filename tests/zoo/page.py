@@ -20,25 +20,29 @@ HEADINGS = {
     "speech": "Speech to text",
 }
 INTRODUCTION = """\
-# Model zoo
+# Models
 
-Every model type that transformers maps to a causal or a masked language model, and samples of other tasks, each as a
-tiny model with random weights (transformers {transformers}, torch {torch}, CPU). A step of the library on the untouched
-model is compared with the oracle: three literal forward passes that share no code with it.
-
-* **blocks**: layers that `layers="all"` finds / that the batch runs (a vision tower does not run on text).
-* **maps**: linear maps with a LoRA delta.
-* **steering, lora, weights, dropout**: the largest relative error of any parameter's gradient, or of what the
-  consistency term adds to all of them; dropout is steering vectors at a dropout rate of 0.3. In float64 unless a remark
-  says otherwise; up to 1e-8 counts as exact. "none": the configuration has no dropout rate.
-* **effect**: what the consistency term adds to the gradient, relative to the gradient of the SFT loss, the smallest of
-  the auxiliaries: the errors are not agreement about nothing.
-
-For each, hooks, flags, names, parameters, buffers and outputs after `remove()` are bit for bit those of plain SFT.
+Does it work with my model? Every model type that transformers {transformers} maps to a causal or a masked language
+model, and samples of other tasks, were made tiny, with random weights, and one step was compared with a separate,
+literal computation (torch {torch}, CPU). *Exact* means a relative error of at most 1e-8, in float64 unless a remark
+says otherwise. A model that is not listed works if it has blocks that return their hidden state;
+[what to do with one that does not](gotchas/unsupported-architectures.md).
 
 {summary}
 
-Made by `make zoo`, which goes on where it was stopped; `rm tests/zoo/results.csv` before it starts afresh.
+<div class="lfu-filter-here" data-hint="Part of a model's name"></div>
+
+What the columns say:
+
+* **layers**: what `layers="all"` takes / what ran (a vision tower does not run on text).
+* **maps**: linear maps with a LoRA delta.
+* **error**: the largest relative error of any parameter's gradient, or of what the consistency term adds to all of
+  them, with steering vectors, LoRA deltas, weights, and steering vectors under dropout.
+* **effect**: what the consistency term adds to the gradient, relative to the gradient of the SFT loss; the smallest of
+  these, so agreement is not agreement about nothing.
+* Hooks, parameters, buffers and outputs after `remove()` are bit for bit those of plain fine-tuning, for each.
+
+<!-- Written by `make zoo`, which goes on where it was stopped; do not edit. All errors: tests/zoo/results.csv. -->
 """
 
 
@@ -61,10 +65,7 @@ def main() -> None:
 
 
 def _table(rows: list[dict[str, str]]) -> str:
-    lines = [
-        "| model type | class | blocks | maps | steering | lora | weights | dropout | effect | remarks |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    lines = ["| model type | class | layers | maps | error | effect | remarks |", "|---|---|---|---|---|---|---|"]
     for row in sorted(rows, key=lambda r: r["model_type"]):
         expected = exception_of(row["task"], row["model_type"])
         remark = "" if row["outcome"] == "exact" else f"{row['outcome']}: {expected.reason if expected else '?'}"
@@ -73,9 +74,17 @@ def _table(rows: list[dict[str, str]]) -> str:
         if row["dtype"] != "float64" and row["outcome"] != "not built":
             remark = f"{row['dtype']}. {remark}"
         cells = [row["model_type"], row["class_name"], f"{row['blocks']} / {row['ran']}", row["linears"]]
-        cells += [row[name] for name in ("steering", "lora", "weights", "dropout", "effect")]
-        lines.append(f"| {' | '.join([*cells, remark])} |")
+        figures = [figure.replace("e-", "e\u2011") for figure in (_largest_error(row), row["effect"])]  # unbroken
+        lines.append(f"| {' | '.join([*cells, *figures, remark])} |")
     return "\n".join(lines) + "\n"
+
+
+def _largest_error(row: dict[str, str]) -> str:
+    """The largest number of the columns, and the words that stand in others ("none": no dropout rate to try)."""
+    found = {name: row[name] for name in ("steering", "lora", "weights", "dropout") if row[name] not in ("", "none")}
+    numbers = [cell for cell in found.values() if cell[0].isdigit()]
+    words = [f"{name} {cell}" for name, cell in found.items() if not cell[0].isdigit()]
+    return ", ".join([max(numbers, key=float), *words]) if numbers else ""
 
 
 if __name__ == "__main__":

@@ -238,6 +238,7 @@ def test_ragged_layers(data: st.DataObject) -> None:
     compare(*make(shapes, dtype), index, reduction=reduction, impl="torch", stop_gradient="none")
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.backends.mps.is_available() and not torch.cuda.is_available(), reason="needs a GPU")
 def test_twin_on_another_device() -> None:
     device = "cuda" if torch.cuda.is_available() else "mps"
