@@ -103,7 +103,7 @@ class Released:
         return [pair for pair in pairs if pair[0] is not start], next((g for leaf, g in pairs if leaf is start), None)
 
     def _both_below(self, at_cut: Tensor | None) -> tuple[Pairs, Pairs] | None:
-        """The shared part differentiated for each term alone, as a sum tells nothing of either; None if it cannot be."""
+        """The shared part differentiated for each term alone, as their sum tells nothing; None if it cannot be."""
         assert self._shared is not None
         try:
             first = self._below(self._shared.backward_of_first)
