@@ -103,7 +103,7 @@ class StepStrength:
     Attributes:
         alpha: length of the ascent step.
         lam: weight of the consistency term: a number, or a scalar tensor once the gradients are known.
-        is_zero: whether the step is plain SFT.
+        is_off: whether the step is to be plain SFT.
         is_due: whether everything is measured at this step.
         compares: whether the gradients of both terms are compared, where the strategy has them.
         pays: whether a strategy that has none of them runs two more backward passes for that.
@@ -128,7 +128,8 @@ class StepStrength:
         self.pays = strength.ratio is None or (rarely if settings.is_one_backward else self.is_due)
         self._rho = None if settings.strength is None else value_at("strength", settings.strength, step)
         self.lam: float | Tensor = 0.0 if settings.lam is None else value_at("lam", settings.lam, step)
-        self.is_zero = self._rho == 0 if settings.lam is None else self.lam == 0
+        weight = self.lam if self._rho is None else self._rho
+        self.is_off = weight == 0 or step % settings.every > 0
         self.compares = self._rho is not None or self.is_due
         self._exchanged = False
 
@@ -200,9 +201,12 @@ class StepStrength:
                 figures = self._exchange(None, None, device)
                 self._strength.learn(figures)
                 self._set_alpha(figures)
-            self._strength.seen += self._strength.seen < FIRST_STEPS
+            self._count()
             raise
-        self._strength.seen += self._strength.seen < FIRST_STEPS
+        self._count()
+
+    def _count(self) -> None:
+        self._strength.seen += self._strength.seen < FIRST_STEPS and not self.is_off
 
     def _exchange(self, whole: Comparison | None, above: Comparison | None, device: torch.device) -> Tensor:
         dtype = torch.float32 if device.type == "mps" else torch.float64
