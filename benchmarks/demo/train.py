@@ -1,4 +1,4 @@
-"""Fine-tuning: a plain PyTorch loop, with the regularizer as a three-line change."""
+"""What every fine-tuning of the small models shares: adapter, optimizer, batches and loss."""
 
 from __future__ import annotations
 
@@ -11,11 +11,9 @@ from dataclasses import dataclass
 import torch
 from peft import LoraConfig, TaskType, get_peft_model
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from demo.data import collate, encode
-from demo.methods import Method
 from demo.skills import Example
 
 Batch = dict[str, Tensor]
@@ -30,14 +28,6 @@ class Recipe:
     lr: float = 2e-3
     tuning: str = "lora"
     max_length: int = 256
-
-
-@dataclass(frozen=True)
-class Curve:
-    """What was logged at each step."""
-
-    sft_loss: list[float]
-    weighted_consistency: list[float]  # lambda * l_cons, the share of the loss that the regularizer adds
 
 
 def trainable_copy(base: PreTrainedModel, tuning: str, seed: int) -> nn.Module:
@@ -75,32 +65,3 @@ def training_batches(
 def sft_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Negative log-likelihood of the response tokens; what any fine-tuning script already has."""
     return model(**batch).loss
-
-
-def finetune(
-    model: nn.Module, batches: Iterator[Batch], recipe: Recipe, method: Method, seed: int, progress: tqdm
-) -> Curve:
-    """Fine-tunes the model in place.
-
-    Without LfU the loop is the same, less the lines marked 1 and 3, and with `loss = sft_loss(model, batch)` in line 2.
-    """
-    optimizer = make_optimizer(model, recipe.lr)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=recipe.steps)
-    curve = Curve([], [])
-
-    reg = method.regularizer(model, seed)  # 1
-    for batch in batches:
-        loss = reg(model, batch, sft_loss) if reg else sft_loss(model, batch)  # 2
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-
-        task_loss = float(reg.metrics["sft_loss"]) if reg else float(loss.detach())
-        curve.sft_loss.append(task_loss)
-        curve.weighted_consistency.append(float(loss.detach()) - task_loss)
-        progress.set_postfix(loss=f"{float(loss.detach()):.3f}", refresh=False)
-        progress.update()
-    if reg:
-        reg.remove()  # 3
-    return curve

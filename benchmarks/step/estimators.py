@@ -21,7 +21,7 @@ from typing import TypeVar
 import torch
 from demo.data import collate, encode
 from demo.load import EMBEDDED_MODEL, load_model
-from demo.task import skills_task
+from demo.skills import new_format_examples
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 from tqdm import tqdm
@@ -296,7 +296,7 @@ def tuned_model() -> nn.Module:
 def some_batches() -> Iterator[Batch]:
     """Batches of the demo's new format, in an order of their own."""
     _, tokenizer = load_model(str(EMBEDDED_MODEL), torch.device("cpu"), torch.float32)
-    examples = skills_task(128, 8).train(0, 0.0)
+    examples = new_format_examples(128, seed=0)
     order = torch.Generator().manual_seed(1)
     while True:
         chosen = torch.randperm(len(examples), generator=order)[:BATCH]

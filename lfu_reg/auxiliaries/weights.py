@@ -116,8 +116,11 @@ class WeightDeltas(Auxiliary):
     def collect_later(self) -> None:
         """By hooks on the parameters, until the next step."""
         for name, parameter in self._parameters.items():
-            collect = partial(self._gradients.__setitem__, name)
+            collect = partial(self._collect, name)
             self._handles.append(parameter.register_hook(collect))  # type: ignore[no-untyped-call]
+
+    def _collect(self, name: str, gradient: Tensor) -> None:
+        self._gradients[name] = gradient.to_dense() if gradient.is_sparse else gradient
 
     def rescale(self, factor: float) -> bool:
         """Every delta, times `factor`."""

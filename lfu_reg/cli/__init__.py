@@ -1,4 +1,4 @@
-"""The command `lfu-reg`: what LfU costs on a given model, and what it would hook there."""
+"""The command `lfu-reg`: what LfU costs on a given model, what it would hook there, and whether it helps."""
 
 import logging
 import warnings

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from typer.core import TyperGroup
 
 import lfu_reg
+from lfu_reg.cli.compare.command import compare
 from lfu_reg.cli.errors import Unusable
 from lfu_reg.cli.flops import Counts, count
 from lfu_reg.cli.inspection import inspect as inspect_model
@@ -70,7 +71,7 @@ def common(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """What LfU costs on a model, and what it hooks there."""
+    """What LfU costs on a model, what it hooks there, and whether it helps."""
 
 
 Model = Annotated[
@@ -159,6 +160,9 @@ def overhead(
         result = measure(setting, plan, workload, counts, tick)
     show_overhead(result, console)
     _write(result, json_file, console)
+
+
+app.command()(compare)
 
 
 @app.command()

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 AVERAGED = ("sft_loss", "consistency_loss", "ascent_grad_norm")
-LAST = ("relative_distance", "empty_steps", "alpha", "lam")
+LAST = ("gradient_ratio", "gradient_cosine", "relative_distance", "empty_steps", "alpha", "lam")
 
 
 class Averages:

@@ -1,7 +1,7 @@
 """The ascent direction that a step with one backward starts from: g as the caller's last backward passes brought it.
 
 Those were backward passes of the whole loss, so what is collected is the gradient of l_SFT + lam * l_cons; the second
-term turns it a little further the way that the ascent goes anyway. docs/strength.md has what that costs in accuracy.
+term turns it a little further the way that the ascent goes anyway. docs/choosing-a-strength.md has what that costs.
 """
 
 from __future__ import annotations

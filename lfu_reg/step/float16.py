@@ -35,7 +35,8 @@ class LossScale:
     """The scale of one kind of backward; remembered from step to step."""
 
     def __init__(self, value: float = FIRST_SCALE) -> None:
-        self.value, self.good_steps = value, 0
+        self.first = self.value = value
+        self.good_steps = 0
 
     def gradients(
         self,
@@ -108,7 +109,7 @@ class LossScales:
     def load_state_dict(self, state: Mapping[str, Sequence[float]]) -> None:
         """Continue with these; what is missing starts anew."""
         for name, scale in vars(self).items():
-            value, good_steps = state.get(name, (scale.value, 0))
+            value, good_steps = state.get(name, (scale.first, 0))
             scale.value, scale.good_steps = float(value), int(good_steps)
 
 

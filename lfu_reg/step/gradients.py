@@ -39,7 +39,7 @@ class Strategy(Protocol):
     def backward_explicit(self, sft_loss: Tensor, fwd: ForwardPass) -> float:
         """Take g at the present theta_aux from a pass of its own, whose graph is freed; returns its factor."""
 
-    def backward_perturbed(self, l_cons: Tensor) -> None:
+    def backward_perturbed(self, l_cons: Tensor, strength: StepStrength) -> None:
         """Take d l_cons / d theta if the graph is to be released."""
 
     def total(self, strength: StepStrength) -> Tensor:

@@ -45,14 +45,14 @@ class OneBackward:
         self._auxiliary, self._trained = auxiliary, trained
         self._sft_loss = torch.zeros((), device="cpu")
         self._l_cons: Tensor | None = None
-        self._carriers: list[tuple[Tensor, Tensor]] = []
+        self._carriers: list[tuple[Tensor, Tensor]] = []  # h_l, and the gradient of l_cons that it is to carry
         self.states: list[tuple[Tensor, Tensor]] = []  # h_l in pass 1's graph, and h'_l
 
     def backward_clean(
         self, sft_loss: Tensor, leaves: list[Tensor], clean: ForwardPass, shared: SharedBackward | None
     ) -> float:
         """None; the caller's backward brings the next step's direction."""
-        self._sft_loss, self._gate = sft_loss, clean.gate
+        self._sft_loss, self._gate, self._saves_elsewhere = sft_loss, clean.gate, clean.record.saves_elsewhere
         self._gate.is_open = True
         self._auxiliary.collect_later()
         return 1.0
@@ -61,16 +61,15 @@ class OneBackward:
         """Refused."""
         raise ValueError(ONE_STEP.format(what="A loss with gradients of gradients"))
 
-    def backward_perturbed(self, l_cons: Tensor) -> None:
+    def backward_perturbed(self, l_cons: Tensor, strength: StepStrength) -> None:
         """Take the gradient of l_cons with respect to the perturbed states, for the clean ones to carry."""
         h = [state for state, _ in self.states]
         h_prime = [leaf for _, leaf in self.states]
         found: Sequence[Tensor | None] = [None] * len(h)
         if l_cons.requires_grad:
             found = torch.autograd.grad(l_cons, h_prime, allow_unused=True)
-        self._carriers = [
-            (state, g) for state, g in zip(h, found, strict=True) if g is not None and state.requires_grad
-        ]
+        pairs = zip(h, found, strict=True)
+        self._carriers = [(state, g) for state, g in pairs if g is not None and state.requires_grad]
         self._l_cons = l_cons.detach()
 
     def total(self, strength: StepStrength) -> Tensor:
@@ -79,13 +78,12 @@ class OneBackward:
             return self._sft_loss
         whole = self._compare(self._carriers) if strength.compares and strength.pays and self._carriers else None
         lam = strength.weigh(whole, None, self._sft_loss.device)
-        return self._sft_loss + _carry((lam * self._l_cons).to(self._l_cons.dtype), lam, self._carriers).to(
-            self._sft_loss.device
-        )
+        term = _carry((lam * self._l_cons).to(self._l_cons.dtype), lam, self._carriers)
+        return self._sft_loss + term.to(self._sft_loss.device)
 
     def _compare(self, carriers: Sequence[tuple[Tensor, Tensor]]) -> Comparison | None:
         """Both terms' gradients, each by a backward of its own."""
-        if not self._trained or reenters(self._sft_loss):
+        if not self._trained or self._saves_elsewhere or reenters(self._sft_loss):
             return None
         self._gate.is_open = False
         terms = self._sft_loss, _carry(self._sft_loss.detach() * 0, 1.0, carriers)

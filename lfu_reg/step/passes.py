@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 from torch import Tensor
 
@@ -103,7 +104,7 @@ class Passes(SecondPass):
         self.clean = clean = ForwardPass(
             sft.tokens,
             observe=observe,
-            capture="detached" if self._settings.stop_gradient == "clean" and not self._is_one_backward else "cloned",
+            capture=self._capture(),
             patches=list(self._auxiliary.pass1_patches()) if observe else [],
         )
         reuse = not self._strategy.keeps_graph and not self.engine.in_lockstep
@@ -113,7 +114,7 @@ class Passes(SecondPass):
         since = now()
         with (
             checkpoints.noted() as noted,
-            graphs_for_two_backwards(self._strategy.keeps_graph),
+            graphs_for_two_backwards(self._strategy.keeps_graph or self._strength.compares),
             attached.wrappers.must_run(sft.model, attached.model, lambda: bool(clean.record.states)),
             attached.reused.recording(clean, reuse),
             hooks.run(clean),
@@ -149,7 +150,9 @@ class Passes(SecondPass):
     def _first_of_one(self, loss: Tensor, changes: Changes) -> tuple[Tensor, list[State]]:
         """Nothing is differentiated yet; without a direction the step only brings one."""
         clean, attached = self.clean, self._attached
-        attached.check_clean(clean, [*self._trained, clean.anchor], self._sft.model, self._turn)
+        # FSDP2's shards are on no graph, and what reentrant checkpoints hide is on none that could be walked.
+        leaves = [*self._trained, clean.anchor] if self.engine.shards is None else graph_of(loss).leaves
+        attached.check_clean(clean, leaves, self._sft.model, self._turn)
         self._strength.eps = rounding(clean.record.states)
         self._look_at_states(changes)
         self._strategy.backward_clean(loss, [], clean, None)
@@ -163,7 +166,7 @@ class Passes(SecondPass):
         """Take d l_cons / d theta."""
         if not l_cons.requires_grad:
             self._diagnostics.warn_once("no gradient", NO_GRADIENT)
-        self._strategy.backward_perturbed(l_cons)
+        self._strategy.backward_perturbed(l_cons, self._strength)
 
     def _share(self, loss: Tensor, leaves: list[Tensor], changes: Changes, *, hooked: bool) -> list[Tensor]:
         """Let both passes share what no perturbation reaches, where that is exact; gives all leaves."""
@@ -190,6 +193,11 @@ class Passes(SecondPass):
         elif changes.late:
             self._failure = f"the forward wrote to {changes.late[0]}, for the first time"
         hooks.overwritten = (hooks.overwritten or set()) | written
+
+    def _capture(self) -> Literal["detached", "attached", "cloned"]:
+        if self._settings.stop_gradient != "clean":
+            return "cloned"
+        return "attached" if self._is_one_backward else "detached"
 
     @property
     def _is_one_backward(self) -> bool:

@@ -33,7 +33,7 @@ class Released:
         self._gradients: dict[int, tuple[Tensor, Tensor | None]] = {}
         self._l_cons: Tensor | None = None
         self._perturbed: Pairs = ()
-        self._perturbed_scale = 1.0
+        self._perturbed_scale = self._weight = 1.0
 
     def backward_clean(
         self, sft_loss: Tensor, leaves: list[Tensor], clean: ForwardPass, shared: SharedBackward | None
@@ -56,12 +56,14 @@ class Released:
         """A backward down to the components."""
         return down_to_components(sft_loss, fwd, self._auxiliary, self._scales.ascent, self._trained, float16=True)
 
-    def backward_perturbed(self, l_cons: Tensor) -> None:
-        """A second backward; what it brings waits for lam."""
+    def backward_perturbed(self, l_cons: Tensor, strength: StepStrength) -> None:
+        """A second backward, of lam * l_cons where lam is fixed: users' hooks see that. Else what it brings waits."""
         self._l_cons = l_cons.detach()
+        self._weight = 1.0 if isinstance(strength.lam, Tensor) or not strength.lam else strength.lam
         if l_cons.requires_grad:
+            weighted = l_cons if self._weight == 1 else self._weight * l_cons
             self._perturbed, self._perturbed_scale = self._differentiate(
-                l_cons, leaves_of(l_cons), self._scales.perturbed
+                weighted, leaves_of(l_cons), self._scales.perturbed
             )
 
     def total(self, strength: StepStrength) -> Tensor:
@@ -89,9 +91,10 @@ class Released:
         if strength.compares and self._shared is None:
             whole = self._compare(self._gradients.values(), pairs, scale, with_product=strength.is_due)
         lam = strength.weigh(whole, above, self._value.device)
-        self._add(pairs, scale, lam)
+        rest = lam / self._weight
+        self._add(pairs, scale, rest)
         if self._shared is not None and at_cut is not None:
-            self._shared.collect(at_cut * _on(lam, at_cut))
+            self._shared.collect(at_cut * _on(rest, at_cut))
         self._value = self._value + (lam * l_cons).to(self._value)
 
     def _without_start(self, pairs: Pairs) -> tuple[list[tuple[Tensor, Tensor | None]], Tensor | None]:
@@ -116,7 +119,8 @@ class Released:
         self, first: Iterable[Pair], second: Iterable[Pair], scale: float, *beside: Tensor, with_product: bool
     ) -> Comparison | None:
         trained = [*self._trained, *beside] if self._trained else ()
-        return compare(first, second, trained, scales=(self._scale, scale), with_product=with_product)
+        scales = self._scale, scale * self._weight
+        return compare(first, second, trained, scales=scales, with_product=with_product)
 
     def _differentiate(
         self, loss: Tensor, leaves: list[Tensor], scale: LossScale, clean: ForwardPass | None = None

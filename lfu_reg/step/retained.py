@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -60,7 +61,7 @@ class Retained:
         scale, float16 = self._scales.ascent, self.scales_float16
         return down_to_components(sft_loss, fwd, self._auxiliary, scale, self._trained, float16=float16)
 
-    def backward_perturbed(self, l_cons: Tensor) -> None:
+    def backward_perturbed(self, l_cons: Tensor, strength: StepStrength) -> None:
         """Nothing but a note of the term."""
         self._l_cons = l_cons
 
@@ -78,7 +79,7 @@ class Retained:
         parts = []
         for loss, scale in ((self._sft_loss, self._scales.clean), (l_cons, self._scales.perturbed)):
             with grad_set_aside(self._trained) as written:
-                found, used = scale.gradients(loss, self._trained, float16=self._float16, keep_graph=True)
+                found, used = copy(scale).gradients(loss, self._trained, float16=self._float16, keep_graph=True)
             parts.append((together(list(zip(self._trained, found, strict=True)), written), used))
         (first, one), (second, other) = parts
         return compare(first, second, self._trained, scales=(one, other), with_product=True)

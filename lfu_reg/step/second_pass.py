@@ -17,6 +17,7 @@ from lfu_reg.distributed.ddp import not_synchronising
 from lfu_reg.distributed.engine import Engine
 from lfu_reg.hooks.entries import differing
 from lfu_reg.hooks.forward_pass import ForwardPass, State
+from lfu_reg.model.compile import graphs_for_two_backwards
 from lfu_reg.model.graph import grad_set_aside
 from lfu_reg.model.module_state import Changes
 from lfu_reg.model.patching import Patch
@@ -56,6 +57,7 @@ class SecondPass:
     _start: Tensor | None = None  # what pass 2 starts from where nothing below is differentiated with it
     _failure: str | None = None  # why pass 2 cannot begin where pass 1 did
     _repeats_whole = False  # whether a region runs again to its end, and so needs all of its graph where it came to it
+    _tries = False  # whether pass 2 is run for alpha alone, without a backward
 
     def total(self) -> Tensor:
         """l_SFT + lam * l_cons, differentiable."""
@@ -87,13 +89,14 @@ class SecondPass:
 
         Ranks whose forward passes communicate take the first guess, and come nearer from step to step.
         """
-        alpha, h = self._strength.alpha, self.clean.record.states
+        alpha, h, self._tries = self._strength.alpha, self.clean.record.states, True
         for _ in range(0 if self.engine.in_lockstep else TRIES):
             with self.second(samples) as h_prime:
                 factor = self._strength.factor(float(relative_distance(h, h_prime, samples)))
             if 1 / CLOSE < factor < CLOSE or not self._auxiliary.rescale(factor):
                 break
             alpha *= factor
+        self._tries = False
         return alpha
 
     def sensible_alpha(self, samples: Tensor | None) -> float:
@@ -145,7 +148,7 @@ class SecondPass:
             if repeated:
                 yield self._states_of(perturbed, samples)
             elif in_lockstep:  # other ranks go through its backward
-                self._strategy.backward_perturbed(_zero_of(perturbed))
+                self._strategy.backward_perturbed(_zero_of(perturbed), self._strength)
         if not repeated:
             raise PlainSFT(self.total())
 
@@ -178,7 +181,10 @@ class SecondPass:
                 quiet_tail=quiet,
             )
             inner.enter_context(attached.hooks.run(perturbed))
-            with attached.hooks.recording(), nothing_saved() if settings.is_one_backward else nullcontext():
+            without_graph = settings.is_one_backward or (self._tries and self.clean.record.saves_elsewhere)
+            # What is compiled here may serve pass 1 of the next step.
+            twice = graphs_for_two_backwards(self._strategy.keeps_graph or self._strength.compares)
+            with twice, attached.hooks.recording(), nothing_saved() if without_graph else nullcontext():
                 self._sft.repeat(samples, record.batch_size)
             stack.push(inner.pop_all())
         return perturbed

@@ -20,8 +20,8 @@ SHARDED_RELEASED = (
     "(torch.distributed.fsdp.fully_shard)."
 )
 SHARDED_WEIGHTS = (
-    "auxiliary={auxiliary!r} moves the weights, which {engine} has sharded, and here it would have to do so with a "
-    "retained graph. Shard the model with FSDP2 (torch.distributed.fsdp.fully_shard) and leave strategy='auto', "
+    "auxiliary={auxiliary!r} moves the weights, which {engine} has sharded, and here their gradient cannot be taken in "
+    "the step. Shard the model with FSDP2 (torch.distributed.fsdp.fully_shard) and leave strategy='auto', "
     "stop_gradient='clean' and gradient synchronisation on, or use auxiliary='lora' or 'steering'."
 )
 
@@ -31,6 +31,8 @@ def choose_strategy(
 ) -> Strategy:
     """The strategy of one step; raises where the engine's sharded parameters rule out what was asked for."""
     if settings.is_one_backward:
+        if auxiliary.moves_weights and engine.is_sharded:
+            raise ValueError(SHARDED_WEIGHTS.format(auxiliary=auxiliary, engine=engine.name))
         return OneBackward(auxiliary, () if engine.is_sharded else trained)
     retained = settings.strategy == "retained" or settings.stop_gradient != "clean"
     if not engine.is_sharded:

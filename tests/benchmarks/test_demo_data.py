@@ -1,9 +1,7 @@
-"""The demo's skills, its reader of JSONL files, its tokenizing and its scores."""
+"""The small model's skills, its tokenizing and its scores."""
 
-import gzip
 import json
 import random
-from pathlib import Path
 
 import pytest
 
@@ -11,7 +9,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 import torch
-from demo.data import IGNORED, DataError, collate, encode, read_pairs
+from demo.data import IGNORED, collate, encode
 from demo.eval import score
 from demo.load import EMBEDDED_MODEL, ModelError, load_model
 from demo.skills import (
@@ -22,13 +20,10 @@ from demo.skills import (
     Example,
     distinct_items,
     mixed_format_examples,
+    new_format_examples,
     split_of,
     with_wrong_answers,
 )
-from demo.task import PAIR_TEMPLATES, pairs_task, skills_task, text_chunks
-
-ROOT = Path(__file__).resolve().parents[2]
-GSM8K = ROOT.parent / "shared" / "data" / "gsm8k"
 
 
 @pytest.fixture(scope="module")
@@ -86,56 +81,7 @@ def test_wrong_answers_are_wrong_and_as_many_as_asked_for():
 
 
 def test_seeds_draw_different_data_and_the_same_again():
-    task = skills_task(train_size=16, eval_size=8)
-    assert task.train(0, 0.3) == task.train(0, 0.3)
-    assert task.train(0, 0.0) != task.train(1, 0.0)
-
-
-@pytest.mark.parametrize(
-    ("row", "pair"),
-    [
-        ({"prompt": "p", "response": "r"}, ("p", "r")),
-        ({"question": "q", "answer": 7}, ("q", "7")),
-        ({"instruction": "i", "output": "o"}, ("i", "o")),
-        ({"instruction": "i", "input": "", "output": "o"}, ("i", "o")),
-        ({"instruction": "i", "input": "c", "output": "o"}, ("i\nc", "o")),
-    ],
-)
-@pytest.mark.parametrize("compressed", [False, True])
-def test_accepted_fields(tmp_path, row, pair, compressed):
-    path = tmp_path / ("pairs.jsonl.gz" if compressed else "pairs.jsonl")
-    with (gzip.open if compressed else open)(path, "wt", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n\n")
-    assert read_pairs(path) == [Example(*pair)]
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ('{"prompt": "p", "response": "r"}\n{"text": "t", "label": 1}', "line 2: fields found: text, label; allowed"),
-        ('{"prompt": "p",', "line 1: not valid JSON"),
-        ('["p", "r"]', "line 1: expected an object"),
-        ('{"prompt": "p", "response": null}', "'response' must be text"),
-        ('{"prompt": "p", "response": ""}', "'response' must be text"),
-        ("\n", "no rows"),
-    ],
-)
-def test_bad_rows_are_named(tmp_path, content, message):
-    path = tmp_path / "pairs.jsonl"
-    path.write_text(content, encoding="utf-8")
-    with pytest.raises(DataError, match=message) as error:
-        read_pairs(path)
-    assert str(path) in str(error.value)
-
-
-def test_missing_and_binary_files(tmp_path):
-    with pytest.raises(DataError, match="no such file"):
-        read_pairs(tmp_path / "missing.jsonl")
-    (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(DataError, match="UTF-8"):
-        read_pairs(tmp_path / "binary.jsonl")
-    with pytest.raises(DataError, match=r"a folder without train\.jsonl .* give one of its files: binary\.jsonl"):
-        read_pairs(tmp_path)
+    assert new_format_examples(16, seed=0) == new_format_examples(16, seed=0) != new_format_examples(16, seed=1)
 
 
 def test_labels_cover_response_and_end_token(embedded):
@@ -203,28 +149,3 @@ def test_unusable_models_are_explained(tmp_path, name, message):
     name = name.format(empty=tmp_path / "empty", broken=tmp_path / "broken")
     with pytest.raises(ModelError, match=message):
         load_model(name, torch.device("cpu"), torch.float32)
-
-
-def test_pairs_are_split_without_overlap(tmp_path):
-    path = tmp_path / "pairs.jsonl"
-    rows = [{"prompt": f"p{n % 30}", "response": "r"} for n in range(40)]
-    path.write_text("\n".join(map(json.dumps, rows)))
-    task = pairs_task(path, 100, 5, exact_match=False, retention_file=None, embedded=True)
-    train = task.train(0, 0.0)
-    assert (len(train), len(task.in_domain), len(task.variations)) == (25, 5, len(PAIR_TEMPLATES))
-    assert not set(train) & set(task.in_domain)
-
-
-def test_retention_text_needs_text(tmp_path):
-    (tmp_path / "empty.txt").write_text(" \n")
-    with pytest.raises(DataError, match="holds no text"):
-        text_chunks(tmp_path / "empty.txt")
-    with pytest.raises(DataError, match="cannot be read"):
-        text_chunks(tmp_path / "missing.txt")
-
-
-@pytest.mark.skipif(not GSM8K.is_dir(), reason="the shared data is not there")
-def test_gsm8k_folder():
-    task = pairs_task(GSM8K, 32, 16, exact_match=False, retention_file=None, embedded=False)
-    assert (len(task.train(0, 0.0)), len(task.in_domain)) == (32, 16)
-    assert "####" in task.in_domain[0].response

@@ -48,7 +48,7 @@ def test_auxiliary_by_hand() -> None:
     """h' = h * (1 + alpha g / ||g||), with g from hooks of the test's own."""
     names = run(AUXILIARY)
     model, batch = names["model"], names["loader"][0]
-    with LfURegularizer(model, names["ChannelGains"]()) as reg:
+    with LfURegularizer(model, names["ChannelGains"](), alpha=0.1) as reg:
         reg(model, batch, plain_loss)
         got = reg.perturbation
     gains = {name: torch.zeros(8, requires_grad=True) for name in got}
@@ -118,6 +118,7 @@ def test_the_messages_are_those_one_gets(mistake: Any, message: str) -> None:
     auxiliary, distance = run(AUXILIARY)["ChannelGains"](), run(DISTANCE)["Huber"]()
     model = TinyLM().train()
     given = {"distance": mistake(distance)} if message.startswith("Huber") else {"auxiliary": mistake(auxiliary)}
+    given |= {"lam": 1.0} if mistake is without_default else {}
     with pytest.raises((TypeError, ValueError)) as caught:
         LfURegularizer(model, **given)(model, token_batch(0), plain_loss)
     assert re.match(expected, str(caught.value)), caught.value

@@ -18,7 +18,9 @@ from tests.support.plain_models import TinyLM
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/index.md", "docs/recipes/compile.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", *(f"docs/{name}.md" for name in ("index", "choosing-a-strength", "recipes/compile"))]
+)
 @pytest.mark.filterwarnings("ignore::lfu_reg.LfUWarning")
 def test_examples_run(page: str) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)

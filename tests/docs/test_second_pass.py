@@ -42,7 +42,7 @@ def test_it_runs_twice_and_knows_it() -> None:
         calls.append(reg.is_second_pass)
         return plain_loss(model, batch)
 
-    with LfURegularizer(model, "steering") as reg:
+    with LfURegularizer(model, "steering", alpha=0.1) as reg:
         reg(model, token_batch(), loss_fn)
     assert calls == [False, True]
 
@@ -108,7 +108,7 @@ def test_code_behind_the_last_layer(leave_early: Any, runs: int) -> None:
         graphs.append(logits.requires_grad)
         return loss_of_logits(logits, batch)
 
-    with LfURegularizer(model, "steering", leave_early=leave_early) as reg:
+    with LfURegularizer(model, "steering", alpha=0.1, leave_early=leave_early) as reg:
         reg(model, token_batch(), loss_fn)
     assert graphs == [True, False][:runs]
 
@@ -128,7 +128,7 @@ def test_a_loss_that_the_model_returns(does_more: bool) -> None:
         return loss
 
     model.model.norm.register_forward_pre_hook(lambda *call: norms.append(1))
-    with LfURegularizer(model, "steering") as reg:
+    with LfURegularizer(model, "steering", alpha=0.1) as reg:
         reg(model, LLAMA.batch(), notes if does_more else returns)
     assert len(norms) == (2 if does_more else 1)
 
@@ -155,7 +155,7 @@ def test_what_a_module_counts_is_put_back() -> None:
 
     starts: list[Any] = []
     model = Counts().train()
-    with LfURegularizer(model, "lora") as reg:
+    with LfURegularizer(model, "lora", alpha=0.1) as reg:
         for _ in range(2):
             reg(model, torch.randn(2, 4), lambda model, x: model(x).square().mean())
         assert reg.metrics["unrepeatable_steps"] == 0
@@ -184,7 +184,7 @@ def test_hooks_that_count(asks: bool) -> None:
         if not (asks and reg.is_second_pass):
             seen.append(1)
 
-    with LfURegularizer(model, "steering") as reg:
+    with LfURegularizer(model, "steering", alpha=0.1) as reg:
         model.get_submodule(reg.layers[-1]).register_forward_hook(count)
         reg(model, token_batch(), plain_loss)
     assert len(seen) == (1 if asks else 2)

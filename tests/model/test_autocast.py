@@ -17,6 +17,8 @@ from lfu_reg.model.tokens import TokenMasks
 from lfu_reg.step.float16 import FIRST_SCALE, GROWTH_INTERVAL, LossScale, LossScales
 from lfu_reg.step.released import Released
 from lfu_reg.step.retained import Retained
+from lfu_reg.step.settings import Settings
+from lfu_reg.step.strength import Strength
 from tests.support.cases import Loss, seeded
 from tests.support.compare import assert_same_gradients, gradients_of, mismatch
 from tests.support.harness import auxiliary
@@ -195,7 +197,7 @@ def test_the_sum_of_both_passes_has_room() -> None:
     strategy = Released(auxiliary("weights"), LossScales(), [])
     terms = [(leaf.float() * 0.9).sum() for _ in range(2)]
     strategy.backward_clean(terms[0], [leaf], ForwardPass(TokenMasks({})), None)
-    strategy.backward_perturbed(terms[1])
+    strategy.backward_perturbed(terms[1], Strength(Settings(alpha=0.1, lam=1.0)).at(0))
     strategy.total().backward()
     assert leaf.grad is not None
     assert leaf.grad.tolist() == pytest.approx([1.8] * 3, rel=1e-3)

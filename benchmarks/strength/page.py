@@ -1,0 +1,202 @@
+"""Writes the tables of docs/choosing-a-strength.md from the result files: `python -m strength.page` in benchmarks/."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from evidence.paired import difference
+
+from strength import store
+from strength.sizes import AUXILIARIES, SIZES
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "choosing-a-strength.md"
+STRENGTHS = (0.1, 0.3, 1.0, 3.0, 10.0)
+Rows = list[dict[str, str]]
+MISSING = "not measured"
+
+
+def main() -> None:
+    """Write them."""
+    PAGE.write_text(with_tables(PAGE.read_text()))
+
+
+def with_tables(text: str) -> str:
+    """The page with its tables made anew."""
+    for name, make in TABLES.items():
+        start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+        if text.count(start) != 1 or text.count(end) != 1:
+            raise ValueError(f"{PAGE.name} has no single place for the table {name!r}: {start.strip()} ... {end}")
+        before, _, rest = text.partition(start)
+        text = f"{before}{start}{make()}\n{end}{rest.partition(end)[2]}"
+    return text
+
+
+def rounding() -> str:
+    """Cosine of the gradient in bfloat16 with float32's, a column a displacement."""
+    rows = store.rows("rounding")
+    columns = sorted({float(row["displacement"]) for row in rows})
+    lines = []
+    for size in SIZES:
+        for auxiliary in AUXILIARIES:
+            mine = [row for row in rows if row["size"] == size and row["auxiliary"] == auxiliary]
+            for mode, title in (("bfloat16", "bfloat16"), ("autocast", "autocast")):
+                if cells := {float(row["displacement"]): row for row in mine if row["mode"] == mode}:
+                    shown = [_bold(cells[c]["cosine"], 0.98) if c in cells else "" for c in columns]
+                    lines.append([size, auxiliary, title, *shown])
+            if mine:
+                linear = {float(row["displacement"]): f"{float(row['linear']):.3f}" for row in mine}
+                lines.append([size, auxiliary, "float32", *(linear.get(c, "") for c in columns)])
+    return _table(["model", "auxiliary", "arithmetic", *(f"{c:g}" for c in columns)], lines)
+
+
+def strengths() -> str:
+    """Score over strengths, the best one in bold, with the alpha times lambda that it came to."""
+    rows = store.rows("training")
+    lines = []
+    for size, task in dict.fromkeys((row["size"], row["task"]) for row in _by_size(rows)):
+        mine = [row for row in rows if (row["size"], row["task"]) == (size, task)]
+        groups: dict[tuple[str, float], Rows] = defaultdict(list)
+        for row in mine:
+            if row["setting"] == "strength":
+                groups[row["auxiliary"], float(row["value"])].append(row)
+        sft = _scores([r for r in mine if r["setting"] == "lr" and float(r["value"]) == SIZES[size].recipe.lr])
+        for auxiliary in AUXILIARIES:
+            means = {0.0: sft} | {value: _scores(group) for (a, value), group in groups.items() if a == auxiliary}
+            found = {value: mean for value, mean in means.items() if mean is not None}
+            if len(found) < 4:  # runs of other plans alone
+                continue
+            best = min(found, key=found.__getitem__)
+            shown = [_marked(found.get(value), value == best) for value in (0.0, *STRENGTHS)]
+            at_one = groups[auxiliary, 1.0]
+            seeds = min(len(groups[auxiliary, value]) for value in found if value)
+            lines.append(
+                [size, task, auxiliary, *shown, _median(at_one, "lam"), _median(at_one, "product"), f"{seeds}"]
+            )
+    titles = ["model", "task", "auxiliary", "0", *(f"{value:g}" for value in STRENGTHS)]
+    return _table([*titles, "lambda at 1", "alpha * lambda at 1", "seeds"], lines)
+
+
+def losses() -> str:
+    """Both losses of the 2.2 M model over strengths, beside SFT's learning rates."""
+    rows = [row for row in store.rows("training") if row["size"] == "2.2M" and row["task"] == SIZES["2.2M"].task]
+    groups: dict[tuple[str, str, float], Rows] = defaultdict(list)
+    for row in rows:
+        if row["setting"] in ("lr", "strength"):
+            groups[row["auxiliary"], row["setting"], float(row["value"])].append(row)
+    order = ["", *AUXILIARIES]
+    lines = []
+    for (auxiliary, setting, value), group in sorted(groups.items(), key=lambda i: (order.index(i[0][0]), i[0][2])):
+        name = f"SFT at {value:g}" if setting == "lr" else f"{auxiliary}, strength {value:g}"
+        figures = [_mean(group, key) for key in ("domain", "kept", "train")]
+        lines.append([name, *figures, f"{len(group)}"])
+    return _table(["", "task, held out", "WikiText", "training", "seeds"], lines)
+
+
+def ratios() -> str:
+    """The ratio that was measured at strength 1: the extremes of all settings of a model and a tuning."""
+    lines = []
+    rows = store.rows("ratio")
+    for size in SIZES:
+        for tuning in ("lora", "full"):
+            for dtype in ("float32", "bfloat16"):
+                mine = [r for r in rows if (r["size"], r["tuning"], r["dtype"]) == (size, tuning, dtype)]
+                if mine:
+                    low, high = min(float(r["low"]) for r in mine), max(float(r["high"]) for r in mine)
+                    summed = [float(r["summed"]) for r in mine if r["micro_batches"] == "4"]
+                    four = f"{min(summed):.2f} to {max(summed):.2f}" if summed else MISSING
+                    lines.append([size, tuning, dtype, f"{len(mine)}", f"{low:.3f} to {high:.3f}", four])
+    return _table(["model", "tuning", "dtype", "settings", "each batch", "sum of four micro-batches"], lines)
+
+
+def price() -> str:
+    """Ratios to SFT's processor time."""
+    lines = []
+    for r in store.rows("price"):
+        quartiles = f"{float(r['low']):.2f} to {float(r['high']):.2f}"
+        ratio, peak = (f"{float(r[key]):.2f}" for key in ("ratio", "peak"))
+        lines.append([r["tuning"], f"{r['batch']} x {r['tokens']}", r["method"], ratio, quartiles, peak])
+    return _table(["tuning", "batch", "method", "time / SFT's", "quartiles", "peak memory / SFT's"], lines)
+
+
+def directions() -> str:
+    """Cosines with the exact gradient, a column an auxiliary and setting."""
+    rows = store.rows("directions")
+    settings = list(dict.fromkeys((r["auxiliary"], r["batch"], r["step"]) for r in rows))
+    lines = []
+    for name in dict.fromkeys(r["direction"] for r in rows):
+        cells = {
+            (r["auxiliary"], r["batch"], r["step"]): f"{float(r['cosine']):.2f}" for r in rows if r["direction"] == name
+        }
+        lines.append([name, *(cells.get(setting, "") for setting in settings)])
+    return _table(["direction", *(f"{a}, batch {b}, step {s}" for a, b, s in settings)], lines)
+
+
+def one_backward() -> str:
+    """Steps of one backward minus exact ones, paired by seed, with 95 % intervals."""
+    rows = store.rows("training")
+    lines = []
+    for task in dict.fromkeys(r["task"] for r in rows):
+        for auxiliary in AUXILIARIES:
+            both = [
+                {r["seed"]: r for r in rows
+                 if (r["task"], r["auxiliary"], r["setting"], r["value"]) == (task, auxiliary, setting, "1")
+                 and r["size"] != "135M"}
+                for setting in ("one-backward", "strength")
+            ]  # fmt: skip
+            seeds = sorted(both[0].keys() & both[1].keys())
+            if len(seeds) > 1:
+                cells = []
+                for key in ("domain", "kept"):
+                    found = difference(*([float(part[s][key]) for s in seeds] for part in both))
+                    cells.append(f"{found.mean:+.3f} ± {found.half_width:.3f}")
+                lines.append([task, auxiliary, *cells, f"{len(seeds)}"])
+    return _table(["task", "auxiliary", "task loss", "kept loss", "seeds"], lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "strengths": strengths,
+    "losses": losses,
+    "ratios": ratios,
+    "rounding": rounding,
+    "price": price,
+    "directions": directions,
+    "one-backward": one_backward,
+}
+
+
+def _by_size(rows: Rows) -> Rows:
+    order = list(SIZES)
+    return sorted(rows, key=lambda row: order.index(row["size"]))
+
+
+def _scores(rows: Rows) -> float | None:
+    return statistics.fmean(float(r["domain"]) + float(r["rise"]) for r in rows) if rows else None
+
+
+def _marked(value: float | None, best: bool) -> str:
+    return "" if value is None else f"**{value:.3f}**" if best else f"{value:.3f}"
+
+
+def _mean(rows: Rows, key: str) -> str:
+    return f"{statistics.fmean(float(row[key]) for row in rows):.3f}"
+
+
+def _median(rows: Rows, key: str) -> str:
+    return f"{statistics.median(float(row[key]) for row in rows):.2g}"
+
+
+def _bold(value: str, least: float) -> str:
+    shown = f"{float(value):.3f}"
+    return f"**{shown}**" if float(value) >= least else shown
+
+
+def _table(titles: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    rows = [f"| {' | '.join(line)} |" for line in (titles, *lines)]
+    return "\n".join([rows[0], "|---" * len(titles) + "|", *rows[1:]])
+
+
+if __name__ == "__main__":
+    main()
