@@ -1,7 +1,8 @@
-"""The ascent direction that a step with one backward starts from: g as the caller's last backward passes brought it.
+"""The ascent direction that a step with one backward starts from: g as a step of plain SFT brought it.
 
-Those were backward passes of the whole loss, so what is collected is the gradient of l_SFT + lam * l_cons; the second
-term turns it a little further the way that the ascent goes anyway. docs/choosing-a-strength.md has what that costs.
+Every few steps are plain SFT for that. A backward of the whole loss would bring the gradient of l_SFT + lam * l_cons,
+whose second part points along the direction that the step had: a direction taken from it holds on to itself, and at
+strength 1 it soon points against g (docs/choosing-a-strength.md).
 """
 
 from __future__ import annotations
@@ -14,20 +15,19 @@ from torch import Tensor
 from lfu_reg.auxiliaries import Auxiliary
 from lfu_reg.auxiliaries.ascent import gradient_norm
 
-# Weight of the past in the mean of directions of length one: with more, it lags behind; with less, it is one batch's.
-MEMORY = 0.5
+# So many steps go along one direction, the plain one that brings it among them.
+REFRESHED_EVERY = 4
 
 
 class Direction:
-    """A mean over the last steps."""
+    """That of the last plain step."""
 
     def __init__(self) -> None:
-        self._mean: dict[str, Tensor] = {}
+        self._last: dict[str, Tensor] = {}
 
-    @property
-    def is_known(self) -> bool:
-        """Whether a backward has brought one."""
-        return bool(self._mean)
+    def is_due(self, turn: int) -> bool:
+        """Whether this step is to bring one; `turn` counts the steps with LfU."""
+        return not self._last or turn % REFRESHED_EVERY == 0
 
     def collect(self, auxiliary: Auxiliary) -> None:
         """Take what was brought since the last step; the auxiliary forgets it."""
@@ -44,17 +44,14 @@ class Direction:
         norm = gradient_norm(list(found.values()))
         if not (torch.isfinite(norm) and norm > 0):  # no backward, or one that overflowed
             return
-        for name, gradient in found.items():
-            unit, mean = gradient.detach() / norm, self._mean.get(name)
-            known = mean is not None and mean.shape == unit.shape and mean.device == unit.device
-            self._mean[name] = MEMORY * mean + (1 - MEMORY) * unit if known and mean is not None else unit
+        self._last = {name: gradient.detach().clone() for name, gradient in found.items()}
 
     def hand_over(self, auxiliary: Auxiliary) -> None:
         """Let it be g; components that it does not know stay where they are."""
 
         def known(gradients: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
             return {
-                name: mean if (mean := self._mean.get(name)) is not None and mean.shape == zero.shape else zero
+                name: last if (last := self._last.get(name)) is not None and last.shape == zero.shape else zero
                 for name, zero in gradients.items()
             }
 

@@ -51,10 +51,8 @@ class OneBackward:
     def backward_clean(
         self, sft_loss: Tensor, leaves: list[Tensor], clean: ForwardPass, shared: SharedBackward | None
     ) -> float:
-        """None; the caller's backward brings the next step's direction."""
-        self._sft_loss, self._gate, self._saves_elsewhere = sft_loss, clean.gate, clean.record.saves_elsewhere
-        self._gate.is_open = True
-        self._auxiliary.collect_later()
+        """None: the caller's backward does."""
+        self._sft_loss, self._saves_elsewhere = sft_loss, clean.record.saves_elsewhere
         return 1.0
 
     def backward_explicit(self, sft_loss: Tensor, fwd: ForwardPass) -> float:
@@ -85,15 +83,11 @@ class OneBackward:
         """Both terms' gradients, each by a backward of its own."""
         if not self._trained or self._saves_elsewhere or reenters(self._sft_loss):
             return None
-        self._gate.is_open = False
         terms = self._sft_loss, _carry(self._sft_loss.detach() * 0, 1.0, carriers)
-        try:
-            with grad_set_aside(self._trained):
-                first, second = (
-                    LossScale().gradients(term, self._trained, float16=False, keep_graph=True)[0] for term in terms
-                )
-        finally:
-            self._gate.is_open = True
+        with grad_set_aside(self._trained):
+            first, second = (
+                LossScale().gradients(term, self._trained, float16=False, keep_graph=True)[0] for term in terms
+            )
         sft, consistency = (zip(self._trained, found, strict=True) for found in (first, second))
         return compare(sft, consistency, self._trained, with_product=True)
 

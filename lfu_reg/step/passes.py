@@ -148,14 +148,16 @@ class Passes(SecondPass):
         return loss.detach(), clean.record.states
 
     def _first_of_one(self, loss: Tensor, changes: Changes) -> tuple[Tensor, list[State]]:
-        """Nothing is differentiated yet; without a direction the step only brings one."""
+        """Nothing is differentiated in the step; a direction that is due comes with the caller's backward of plain SFT."""
         clean, attached = self.clean, self._attached
         attached.check_clean(clean, [*self._trained, clean.anchor], self._sft.model, self._turn)
         self._strength.eps = rounding(clean.record.states)
         self._look_at_states(changes)
-        self._strategy.backward_clean(loss, [], clean, None)
-        if not self._progress.direction.is_known:
+        if self._progress.direction.is_due(self._turn):
+            clean.gate.is_open = True
+            self._auxiliary.collect_later()
             raise PlainSFT(loss)
+        self._strategy.backward_clean(loss, [], clean, None)
         cut = attached.reused.cut(changes, clean.record.states)
         self._start = None if cut is None else cut.detach()
         return loss.detach(), clean.record.states
