@@ -148,7 +148,7 @@ class Passes(SecondPass):
         return loss.detach(), clean.record.states
 
     def _first_of_one(self, loss: Tensor, changes: Changes) -> tuple[Tensor, list[State]]:
-        """Nothing is differentiated in the step; a direction that is due comes with the caller's backward of plain SFT."""
+        """Nothing is differentiated in the step; a direction that is due comes with the caller's backward of SFT."""
         clean, attached = self.clean, self._attached
         attached.check_clean(clean, [*self._trained, clean.anchor], self._sft.model, self._turn)
         self._strength.eps = rounding(clean.record.states)
