@@ -76,7 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def cosines(auxiliary: str, size: int, start: int) -> dict[str, list[float]]:
-    """Of every direction, at `MEASURED` steps from `start` on."""
+    """Of every direction, at the steps with LfU among `MEASURED` ones from `start` on."""
     model, twin = (starting_point(MODEL, 0) for _ in range(2))
     recipe = Recipe(start + MEASURED, size, SIZES[MODEL].recipe.lr, "lora", 64)
     optimizer, found, earlier = make_optimizer(model, recipe.lr), {}, []
@@ -88,7 +88,7 @@ def cosines(auxiliary: str, size: int, start: int) -> dict[str, list[float]]:
                 aux, alpha = TOLD[auxiliary](), float(reg.metrics["alpha"])
                 exact = gradient(twin, batch, aux, alpha)
                 own = aux.found
-                if number >= start:
+                if number >= start and number % 2:  # the others are plain
                     told = {f"exact, {len(earlier) - i} steps before": g for i, g in enumerate(earlier)}
                     for name, direction in told.items():
                         aux = TOLD[auxiliary]()
@@ -101,7 +101,7 @@ def cosines(auxiliary: str, size: int, start: int) -> dict[str, list[float]]:
                     note(
                         found, "exact, through the clean pass", exact, through_clean(twin, batch, auxiliary, alpha, own)
                     )
-                    built_in = reg._progress.direction._last
+                    built_in = reg._progress.direction._mean
                     note(found, "built in", exact, through_clean(twin, batch, auxiliary, alpha, built_in))
                 earlier = [*earlier, own][-BEFORE:]
             optimizer.step()
@@ -124,7 +124,7 @@ def through_clean(model: nn.Module, batch: Batch, auxiliary: str, alpha: float, 
     """The same by a step of one backward that is told its direction."""
     with LfURegularizer(model, auxiliary, alpha=alpha, strength=ALONE, strategy="one-backward", seed=0) as reg:
         reg(model, batch, sft_loss)  # the first one only brings a direction
-        reg._progress.direction._last = dict(direction)
+        reg._progress.direction._mean, reg._progress.direction.is_new = dict(direction), True
         return vector(model, reg(model, batch, sft_loss))
 
 

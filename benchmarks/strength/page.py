@@ -163,7 +163,7 @@ def pushes() -> str:
     names = {
         "strength": "exact",
         "perturbed": 'stop_gradient="perturbed"',
-        "one-backward, direction of every backward": "one backward, its direction from every backward",
+        "one-backward, direction of every backward": "one backward, its direction from every backward (tried)",
     }
     rows = [r for r in store.rows("training") if (r["size"], r["task"], r["value"]) == ("2.2M", "gsm8k-64", "1")]
     lines = []

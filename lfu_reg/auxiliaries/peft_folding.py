@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from lfu_reg.auxiliaries.base import Components
-from lfu_reg.model.compile import untraced
 from lfu_reg.model.patching import patched
 from lfu_reg.model.peft import PlainLoRA, acting_adapter
 
@@ -79,4 +78,5 @@ def has_acted(module: nn.Module) -> bool:
 def _runner() -> Callable[[Fold, Any, Any], Any]:
     # Where torch.compile comes across a fold unforeseen, it is to call it, and not to look inside. Made at the first
     # fold: the decorator imports the compiler.
-    return untraced(Fold.run)
+    runner: Callable[[Fold, Any, Any], Any] = torch.compiler.disable(Fold.run)  # type: ignore[no-untyped-call]
+    return runner

@@ -20,7 +20,6 @@ from lfu_reg.model.layers import choose_layers
 from lfu_reg.model.names import did_you_mean
 from lfu_reg.model.outputs import HIDDEN_STATE, get, locate
 from lfu_reg.regularizer import LfURegularizer
-from lfu_reg.step.direction import REFRESHED_EVERY
 
 BLOCKS = "blocks"
 LFU = {"steering": "LfU steering", "lora": "LfU LoRA", "weights": "LfU weights"}
@@ -136,8 +135,7 @@ def lfu_method(
     regularizer.load_state_dict({**regularizer.state_dict(), "step": MID_TRAINING})
     if compiled:
         own.compile()
-    refreshed = REFRESHED_EVERY if options.get("strategy") == "one-backward" else 1
-    steps = int(options.get("every", 1)) * refreshed
+    steps = 2 if options.get("strategy") == "one-backward" else int(options.get("every", 1))
 
     def run() -> None:
         for _ in range(steps):

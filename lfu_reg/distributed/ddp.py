@@ -68,8 +68,11 @@ class Wrappers:
 
 def not_synchronising(model: nn.Module, attached: nn.Module) -> AbstractContextManager[None]:
     """Let the wrappers run their forward in the block without any preparation or communication for a backward."""
+    wrappers = [vars(wrapper) for wrapper in wrappers_of(model, attached)]
     names = ("require_backward_grad_sync", "require_forward_param_sync")
-    return patched((vars(wrapper), name, False) for wrapper in wrappers_of(model, attached) for name in names)
+    # Within `join` each forward is one that ranks without batches answer.
+    joins = [(held, "_join_config", held["_join_config"]._replace(enable=False)) for held in wrappers]
+    return patched([*joins, *((held, name, False) for held in wrappers for name in names)])
 
 
 def wrappers_of(model: nn.Module, attached: nn.Module) -> list[DistributedDataParallel]:

@@ -54,15 +54,7 @@ class Coverage:
         self._diagnostics = diagnostics
 
     def check(self, fwd: ForwardPass, model: nn.Module) -> None:
-        """Look at pass 1.
-
-        Args:
-            fwd: the pass, after its forward.
-            model: what the user trains, the attached module or a wrapper of it.
-
-        Raises:
-            RuntimeError: if a layer of a compiled model ran without any hook inside of it.
-        """
+        """Look at pass 1; raises if a layer of a compiled model ran without any hook inside of it."""
         silent: list[str] = []
         for layer, sites in self._inside.items():
             missing = [site for site in sites if not fwd.record.fired[site]] if fwd.record.fired[layer] else []

@@ -74,11 +74,7 @@ def call_loss_function(function: Callable[[Any, Any], Tensor], model: Any, batch
 
 
 def way_is_clear(*, whoever: bool) -> bool:
-    """Whether the frames from the layer up to the call of the loss function may be left.
-
-    Args:
-        whoever: also those of code that would go on to do something.
-    """
+    """Whether the frames up to the call of the loss function may be left, by `whoever` also if they would go on."""
     if torch_module._global_forward_hooks:
         return False
     for frame in _frames_to_leave():

@@ -78,22 +78,13 @@ class Entries:
 
 
 def differing(clean: Iterable[Entry], again: Iterable[Entry], samples: Tensor | None, moved: bool) -> str | None:
-    """What pass 2 was given that differs from what pass 1 was given; None where all is the same.
-
-    Args:
-        clean: of pass 1; what a perturbation reaches is not among them.
-        again: of pass 2, all of them.
-        samples: the samples of the batch that pass 2 ran on, None for all.
-        moved: whether weights are moved in pass 2, so that only the model's own input is out of reach.
-    """
+    """What pass 2, of some `samples` or all, was given that differs from what pass 1 was given; None if nothing."""
     found = {(entry.name, entry.call): entry for entry in again}
     for entry in clean:
-        if moved and entry.name != MODEL:
+        if moved and entry.name != MODEL:  # weights are moved, which reaches all inputs but the model's own
             continue
         other = found.get((entry.name, entry.call))
-        called = (
-            f"the model's call {entry.call + 1}" if entry.name == MODEL else f"{entry.name}'s call {entry.call + 1}"
-        )
+        called = f"{entry.name or 'the model'}'s call {entry.call + 1}"
         if other is None:
             return f"{called} did not take place"
         pairs = zip(entry.tensors, other.tensors, strict=False)
@@ -111,8 +102,8 @@ def _equal(before: Tensor, after: Tensor, samples: Tensor | None) -> bool:
         before = before.index_select(0, samples.to(before.device))
     if before.shape != after.shape or before.dtype != after.dtype:
         return False
-    if torch.equal(before, after) or not before.is_floating_point():
-        return bool(torch.equal(before, after))
+    if (same := torch.equal(before, after)) or not before.is_floating_point():
+        return same
     if before.device.type == "cpu" and not is_part:
         return bool(torch.allclose(before, after, rtol=0.0, atol=0.0, equal_nan=True))
     # Kernels on a GPU, and those for fewer rows, need not repeat to the last bit; other data is off by much more.

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any, Protocol
 
-from lfu_reg.model.compile import region, untraced, untraced_itself
+import torch
+
+from lfu_reg.model.compile import region
 
 
 class Listener(Protocol):
@@ -46,23 +47,20 @@ class Hook:
             return None
         return self._hand_on(self, call)  # type: ignore[misc]
 
-    def __deepcopy__(self, memo: Any) -> Hook:
-        return Hook(None, self.name)
-
     def __reduce__(self) -> tuple[Any, ...]:
         return Hook, (None, self.name)
 
 
 @functools.cache
-def hand_on() -> Callable[[Hook, tuple[Any, ...]], Any]:
+def hand_on() -> Any:
     """How hooks hand calls on, unseen by torch.compile. Made at the first hook: the decorators import the compiler."""
 
-    @untraced
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def call_listener(hook: Hook, compiled: bool, call: tuple[Any, ...]) -> Any:
         assert hook.listener is not None
         return hook.listener.on_call(hook.name, compiled, *call)
 
-    @untraced_itself
+    @functools.partial(torch.compiler.disable, recursive=False)
     def hand_on(hook: Hook, call: tuple[Any, ...]) -> Any:
         # Inside of a function that is untraced altogether the region is not to be seen any more.
         return call_listener(hook, region() not in (None, False), call)

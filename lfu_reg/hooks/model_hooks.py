@@ -28,7 +28,6 @@ from lfu_reg.model import outputs
 from lfu_reg.model.autocast import in_float16, without_autocast
 from lfu_reg.model.channel_axis import channels_first
 from lfu_reg.model.checkpoints import saves_elsewhere
-from lfu_reg.model.compile import forget_graphs
 from lfu_reg.model.layers import encoder_and_decoder
 from lfu_reg.model.patching import patched
 
@@ -127,7 +126,7 @@ class ModelHooks:
             for module in self._model.modules():
                 if type(module) in classes and module not in hooked:
                     add(module.register_forward_hook(Hook(None, ""), with_kwargs=True))
-            forget_graphs()
+            torch.compiler.reset()  # one compilation, if there was one
 
     # ------------------------------------------------------------------ running
 

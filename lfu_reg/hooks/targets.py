@@ -40,10 +40,7 @@ class Targets:
         self._children, self._lists = {}, {}
 
     def were_replaced(self) -> bool:
-        """Whether a module, or one above it, has been replaced by something that does not run it as it was.
-
-        Also where a list of blocks has become longer or shorter.
-        """
+        """Whether a module, or one above it, no longer runs as it was, or a list of blocks has another length."""
         if any(len(blocks._modules) != length for blocks, length in self._lists.items()):
             return True
         for place, (parent, key, child) in self._children.items():

@@ -50,8 +50,8 @@ class LfUTrainerMixin:
         lfu: the regularizer while it is attached, else None.
 
     Logs `lfu/sft_loss`, `lfu/consistency_loss` and `lfu/ascent_grad_norm`, averaged since the last logging over this
-    process's batches, and the last `lfu/relative_distance`, `lfu/empty_steps`, `lfu/alpha` and `lfu/lam`. Checkpoints
-    hold the step count in `lfu_reg.json`.
+    process's batches, and the last `lfu/gradient_ratio`, `lfu/gradient_cosine`, `lfu/relative_distance`,
+    `lfu/empty_steps`, `lfu/alpha` and `lfu/lam`. Checkpoints hold the regularizer's state in `lfu_reg.json`.
 
     Raises:
         TypeError, ValueError: on construction, for settings out of range, several GPUs in one process, and reentrant

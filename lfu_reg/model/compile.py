@@ -11,14 +11,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
 
 from lfu_reg.model.walk import modules_of
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 
 def _region_getter() -> Callable[[], Any]:
@@ -44,23 +42,6 @@ DONATED = (
     "through it twice. Set torch._functorch.config.donated_buffer = False before the model is compiled, or use "
     "strategy='released'."
 )
-
-
-def forget_graphs() -> None:
-    """Have everything traced anew, for modules that have just got hooks. Costs one compilation, if there was one."""
-    torch.compiler.reset()
-
-
-def untraced(function: F) -> F:
-    """Decorator: torch.compile breaks its graph at a call of the function, and sees nothing of its inside."""
-    disabled: F = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
-    return disabled
-
-
-def untraced_itself(function: F) -> F:
-    """Decorator: as `untraced`, but what the function calls is compiled."""
-    disabled: F = torch.compiler.disable(function, recursive=False)  # type: ignore[no-untyped-call]
-    return disabled
 
 
 def entrances(model: nn.Module) -> dict[nn.Module, nn.Module]:

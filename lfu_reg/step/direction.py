@@ -1,8 +1,8 @@
-"""The ascent direction that a step with one backward starts from: g as a step of plain SFT brought it.
+"""The ascent direction of a step with one backward: g, as the caller's backward of a step before brought it.
 
-Every few steps are plain SFT for that. A backward of the whole loss would bring the gradient of l_SFT + lam * l_cons,
-whose second part points along the direction that the step had: a direction taken from it holds on to itself, and at
-strength 1 it soon points against g (docs/choosing-a-strength.md).
+It has to be that of l_SFT alone. A backward of l_SFT + lam * l_cons brings the second term's gradient as well, which
+points where the last direction pointed: a direction that is taken from it feeds on itself, while the SFT gradient
+turns. So steps take turns: a plain one brings a direction, and the next one uses it.
 """
 
 from __future__ import annotations
@@ -15,19 +15,16 @@ from torch import Tensor
 from lfu_reg.auxiliaries import Auxiliary
 from lfu_reg.auxiliaries.ascent import gradient_norm
 
-# So many steps go along one direction, the plain one that brings it among them.
-REFRESHED_EVERY = 4
+# Weight of the past in the mean of directions of length one: with more, it lags behind; with less, it is one batch's.
+MEMORY = 0.5
 
 
 class Direction:
-    """That of the last plain step."""
+    """A mean over the last steps."""
 
     def __init__(self) -> None:
-        self._last: dict[str, Tensor] = {}
-
-    def is_due(self, turn: int) -> bool:
-        """Whether this step is to bring one; `turn` counts the steps with LfU."""
-        return not self._last or turn % REFRESHED_EVERY == 0
+        self._mean: dict[str, Tensor] = {}
+        self.is_new = False  # whether a backward has brought one that no step has used yet
 
     def collect(self, auxiliary: Auxiliary) -> None:
         """Take what was brought since the last step; the auxiliary forgets it."""
@@ -44,14 +41,19 @@ class Direction:
         norm = gradient_norm(list(found.values()))
         if not (torch.isfinite(norm) and norm > 0):  # no backward, or one that overflowed
             return
-        self._last = {name: gradient.detach().clone() for name, gradient in found.items()}
+        for name, gradient in found.items():
+            unit, mean = gradient.detach() / norm, self._mean.get(name)
+            known = mean is not None and mean.shape == unit.shape and mean.device == unit.device
+            self._mean[name] = MEMORY * mean + (1 - MEMORY) * unit if known and mean is not None else unit
+        self.is_new = True
 
     def hand_over(self, auxiliary: Auxiliary) -> None:
-        """Let it be g; components that it does not know stay where they are."""
+        """Let it be g, once; components that it does not know stay where they are."""
+        self.is_new = False
 
         def known(gradients: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
             return {
-                name: last if (last := self._last.get(name)) is not None and last.shape == zero.shape else zero
+                name: mean if (mean := self._mean.get(name)) is not None and mean.shape == zero.shape else zero
                 for name, zero in gradients.items()
             }
 

@@ -83,8 +83,7 @@ class Passes(SecondPass):
             self._progress.direction.collect(auxiliary)
         auxiliary.reset(generators)
         try:
-            twice = graphs_for_two_backwards(self._strategy.keeps_graph or self._strength.compares)
-            with twice, attached.hooks.installed(stay=anything_is_compiled(compiled)):
+            with attached.hooks.installed(stay=anything_is_compiled(compiled)):
                 yield
         finally:
             attached.reused.forget()
@@ -115,6 +114,7 @@ class Passes(SecondPass):
         since = now()
         with (
             checkpoints.noted() as noted,
+            graphs_for_two_backwards(self._strategy.keeps_graph or self._strength.compares),
             attached.wrappers.must_run(sft.model, attached.model, lambda: bool(clean.record.states)),
             attached.reused.recording(clean, reuse),
             hooks.run(clean),
@@ -148,16 +148,18 @@ class Passes(SecondPass):
         return loss.detach(), clean.record.states
 
     def _first_of_one(self, loss: Tensor, changes: Changes) -> tuple[Tensor, list[State]]:
-        """Nothing is differentiated in the step; a direction that is due comes with the caller's backward of SFT."""
+        """Nothing is differentiated yet; without a new direction the step is plain SFT, and brings one."""
         clean, attached = self.clean, self._attached
-        attached.check_clean(clean, [*self._trained, clean.anchor], self._sft.model, self._turn)
+        # FSDP2's shards are on no graph, and what reentrant checkpoints hide is on none that could be walked.
+        leaves = [*self._trained, clean.anchor] if self.engine.shards is None else graph_of(loss).leaves
+        attached.check_clean(clean, leaves, self._sft.model, self._turn)
         self._strength.eps = rounding(clean.record.states)
         self._look_at_states(changes)
-        if self._progress.direction.is_due(self._turn):
-            clean.gate.is_open = True
-            self._auxiliary.collect_later()
-            raise PlainSFT(loss)
         self._strategy.backward_clean(loss, [], clean, None)
+        if not self._progress.direction.is_new:
+            self._auxiliary.collect_later()
+            clean.gate.is_open = True
+            raise PlainSFT(loss)
         cut = attached.reused.cut(changes, clean.record.states)
         self._start = None if cut is None else cut.detach()
         return loss.detach(), clean.record.states

@@ -33,10 +33,10 @@ FIRST_STEPS, MEASURE_EVERY = 10, 10
 
 UNKNOWN = (
     "strength={strength} sets lam from the gradients of both terms, which cannot be taken one by one here (sharding: "
-    "{engine}): parameters that FSDP1 and ZeRO-3 shard are on no graph, and reentrant checkpointing and activation "
-    "offloading allow one backward only. Give lam (and alpha), as LfURegularizer.paper(model, ...) does; or shard the "
-    "model with FSDP2 (torch.distributed.fsdp.fully_shard), checkpoint with use_reentrant=False, and leave "
-    "strategy='auto', stop_gradient='clean'."
+    "{engine}): parameters that FSDP1 and ZeRO-3 shard are on no graph, and reentrant checkpointing, activation "
+    "offloading and, with strategy='one-backward', compiled graphs allow one backward only. Give lam (and alpha), as "
+    "LfURegularizer.paper(model, ...) does; or shard the model with FSDP2 (torch.distributed.fsdp.fully_shard), "
+    "checkpoint with use_reentrant=False, and leave strategy='auto', stop_gradient='clean'."
 )
 
 

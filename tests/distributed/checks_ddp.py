@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from lfu_reg import LfURegularizer, LfUWarning
 from tests.distributed.recipes import run_recipe
-from tests.distributed.reference import expected, mean, parameters_of, regularizer, train
+from tests.distributed.reference import both_terms, expected, length, mean, parameters_of, regularizer, train
 from tests.support.cases import Batch, Case, seeded, token_batch
 from tests.support.compare import assert_same_gradients, gradients_of, mismatch
 from tests.support.harness import a_matrices_of
@@ -431,6 +431,85 @@ def check_all_of_it_needs_no_group() -> None:
     reg = LfURegularizer(model, "steering")
     if dist.get_rank() == 0:
         reg(model, TINY.batch(), TINY.loss).backward()
+
+
+STRENGTH: dict[str, Any] = {"lam": None, "strength": 0.8}
+
+
+def check_strength() -> None:
+    """One lam for all ranks, from the lengths of all ranks' gradients."""
+    for name in ("lora", "steering", "weights"):
+        model = TINY.make()
+        ddp = DDP(model)
+        with regularizer(model, name, **STRENGTH) as reg:
+            reg(ddp, TINY.batch(dist.get_rank()), TINY.loss).backward()
+            sft, cons = both_terms(TINY, name, [a_matrices_of(reg)] * 2)
+            squares = [sum(length(g) ** 2 for g in term) for term in (sft, cons)]
+            lam = 0.8 * (squares[0] / squares[1]) ** 0.5
+            assert float(reg.metrics["lam"]) == pytest.approx(lam, rel=1e-9)
+            assert float(reg.metrics["gradient_ratio"]) == pytest.approx(0.8, rel=1e-6)
+        want = {n: g + lam * mean(cons)[n] for n, g in mean(sft).items()}  # type: ignore[operator]
+        assert_same_gradients(gradients_of(model), want)
+
+
+def known_on_all_ranks(reg: LfURegularizer) -> dict[str, float]:
+    """What alpha and lam follow from: the same everywhere."""
+    state = reg.state_dict()["strength"]
+    states: list[Any] = [None] * 2
+    dist.all_gather_object(states, state)
+    assert states[0] == states[1]
+    return state
+
+
+def check_alpha_is_the_same_on_all_ranks() -> None:
+    """Also where ranks have looked for it one by one."""
+    for name in ("lora", "steering", "weights"):
+        model = TINY.make()
+        ddp = DDP(model)
+        with regularizer(model, name, alpha=None, **STRENGTH) as reg:
+            for number in range(4):
+                reg(ddp, TINY.batch(10 * number + dist.get_rank()), TINY.loss).backward()
+                assert known_on_all_ranks(reg)["alpha"] > 0
+
+
+def check_strength_where_a_rank_is_plain() -> None:
+    """Its loss does not repeat for a while: no rank waits for it, and all of them know the same."""
+    for layers in ("all", "late"):
+        model, calls = TINY.make(), [0]
+
+        def loss(given: Any, batch: Batch, calls: list[int] = calls) -> Tensor:
+            calls[0] += 1
+            restless = dist.get_rank() == 1 and calls[0] < 12
+            ids = batch["input_ids"].roll(calls[0], 1) if restless else batch["input_ids"]
+            return TINY.loss(given, {**batch, "input_ids": ids})
+
+        ddp = DDP(model)
+        with regularizer(model, "steering", alpha=None, layers=layers, **STRENGTH) as reg:
+            for number in range(16):
+                warned = number == 0 and dist.get_rank() == 1
+                with pytest.warns(LfUWarning, match="plain SFT") if warned else nullcontext():
+                    reg(ddp, TINY.batch(10 * number + dist.get_rank()), loss).backward()
+                known_on_all_ranks(reg)
+                assert torch.equal(*gathered(model.embed.weight.grad))
+            assert "consistency_loss" in reg.metrics
+            assert torch.equal(*gathered(reg.metrics["lam"]))
+
+
+def check_strength_where_a_rank_runs_out_of_batches() -> None:
+    """Under `join` each rank goes by its own gradients."""
+    model = TINY.make()
+    ddp = DDP(model)
+    with regularizer(model, "steering", **STRENGTH) as reg, ddp.join():
+        for number in range(2 + 2 * dist.get_rank()):
+            reg(ddp, TINY.batch(10 * number + dist.get_rank()), TINY.loss).backward()
+            assert float(reg.metrics["gradient_ratio"]) == pytest.approx(0.8, rel=1e-6)
+
+
+def check_one_backward() -> None:
+    """An ordinary backward, in which DDP reduces; each rank ascends along its own direction."""
+    for name in ("lora", "steering", "weights"):
+        compare(TINY, name, strategy="one-backward")
+        compare(TINY, name, "bucket_view", steps=2, micro=2, strategy="one-backward")
 
 
 def check_recipe() -> None:

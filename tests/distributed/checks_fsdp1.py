@@ -85,6 +85,41 @@ def check_what_needs_gradients_of_parameters_is_refused() -> None:
             reg(fsdp, TINY.batch(), TINY.loss)
 
 
+def check_strength_is_refused_with_the_cure() -> None:
+    """There is no gradient that it could follow from."""
+    for strategy in ("auto", "one-backward"):
+        fsdp = shard(TINY.make(), use_orig_params=True)
+        with regularizer(fsdp, "steering", lam=None, strength=1.0, strategy=strategy) as reg:
+            if strategy == "one-backward":
+                reg(fsdp, TINY.batch(), TINY.loss).backward()
+            with pytest.raises(ValueError, match=says("strength=1.0", "FSDP1", "Give lam", "fully_shard")):
+                reg(fsdp, TINY.batch(dist.get_rank()), TINY.loss)
+
+
+def check_one_backward() -> None:
+    """With a fixed lam, also through checkpoints: it is the backward of plain SFT."""
+    for name in ("steering", "lora"):
+        want = train(TINY, name, steps=3, optimizer=SGD, strategy="one-backward")[1]
+        for checkpointed in (False, True):
+            model: Any = TINY.make()
+            for block in model.blocks if checkpointed else ():
+                block.__class__ = CheckpointedBlock
+            fsdp = FSDP(
+                model,
+                auto_wrap_policy=ModuleWrapPolicy({ResidualBlock, CheckpointedBlock}),
+                use_orig_params=True,
+                device_id=torch.device("cpu"),
+            )
+            optimizer = SGD(fsdp.parameters())
+            with regularizer(fsdp, name, strategy="one-backward") as reg:
+                for number in range(3):
+                    optimizer.zero_grad()
+                    reg(fsdp, TINY.batch(10 * number + dist.get_rank()), TINY.loss).backward()
+                    optimizer.step()
+                assert "consistency_loss" in reg.metrics
+            assert_same_gradients(whole_parameters(fsdp), want)
+
+
 class CheckpointedBlock(ResidualBlock):
     def forward(self, hidden: Tensor) -> Tensor:
         return checkpoint(super().forward, hidden, use_reentrant=False)

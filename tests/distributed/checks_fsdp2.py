@@ -19,7 +19,16 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from benchmarks.sharded.recorder import Collectives
 from lfu_reg import LfURegularizer, LfUWarning
 from tests.distributed.recipes import run_recipe
-from tests.distributed.reference import expected, parameters_of, regularizer, train, whole
+from tests.distributed.reference import (
+    both_terms,
+    expected,
+    length,
+    mean,
+    parameters_of,
+    regularizer,
+    train,
+    whole,
+)
 from tests.distributed.sharding import blocks_of, gradients_of, same_on_all_ranks, shard
 from tests.support.cases import Batch, Case, next_token_loss, seeded, token_batch
 from tests.support.compare import assert_same_gradients, mismatch
@@ -105,6 +114,46 @@ def check_shared_ascent_against_the_oracle() -> None:
         reg = regularizer(model, name, seed=3 + dist.get_rank(), sync_perturbation=True)
         reg(model, TINY.batch(dist.get_rank()), TINY.loss).backward()
         assert_same_gradients(gradients_of(model), expected(TINY, name, [a_matrices_of(reg)] * 2, shared=True))
+
+
+def check_strength() -> None:
+    """From the lengths of the gradients that are reduced over ranks; lam and alpha are the same on all of them."""
+    for name in ("lora", "steering"):
+        model = shard(TINY.make())
+        reg = regularizer(model, name, lam=None, strength=0.8)
+        reg(model, TINY.batch(dist.get_rank()), TINY.loss).backward()
+        sft, cons = (mean(term) for term in both_terms(TINY, name, [a_matrices_of(reg)] * 2))
+        lam = 0.8 * length(sft) / length(cons)
+        assert float(reg.metrics["lam"]) == pytest.approx(lam, rel=1e-9)
+        assert_same_gradients(gradients_of(model), {n: g + lam * cons[n] for n, g in sft.items()})  # type: ignore[operator]
+        assert float(reg.metrics["gradient_ratio"]) == pytest.approx(0.8, rel=1e-6)
+        assert -1 < float(reg.metrics["gradient_cosine"]) < 1
+        reg.remove()
+
+
+def check_alpha_comes_nearer_from_step_to_step() -> None:
+    """No rank runs a further forward for it."""
+    for name in ("lora", "steering", "weights"):
+        model = shard(TINY.make())
+        with regularizer(model, name, alpha=None, lam=None, strength=1.0) as reg:
+            for number in range(6):
+                reg(model, TINY.batch(10 * number + dist.get_rank()), TINY.loss).backward()
+                known: list[Any] = [None, None]
+                dist.all_gather_object(known, reg.state_dict()["strength"])
+                assert known[0] == known[1]
+            assert 1 / 3 < float(reg.metrics["relative_distance"]) / 1e-2 < 3
+
+
+def check_one_backward() -> None:
+    """With a fixed lam; the weights' gradients are not known within a step."""
+    for name in ("lora", "steering"):
+        compare(TINY, name, strategy="one-backward", micro=2)
+    model = shard(TINY.make())
+    with (
+        regularizer(model, "weights", strategy="one-backward") as reg,
+        pytest.raises(ValueError, match=says("FSDP2", "auxiliary='lora' or 'steering'")),
+    ):
+        reg(model, TINY.batch(), TINY.loss)
 
 
 def check_training() -> None:

@@ -125,6 +125,30 @@ def regularizer(model: nn.Module, name: str, **options: Any) -> LfURegularizer:
     return LfURegularizer(model, aux, **{**SETTINGS, "seed": 3, **options})
 
 
+def both_terms(
+    case: Case, name: str, a_matrices: Sequence[Mapping[str, Tensor]], **settings: Any
+) -> tuple[list[Gradients], list[Gradients]]:
+    """Every rank's gradients of l_SFT and of l_cons, rank r having batch number r, by the oracle."""
+    sft, consistency = [], []
+    much = 1e4  # so that the gradient of l_cons is no small difference
+    for rank in range(RANKS):
+        found = []
+        for lam in (0.0, much):
+            setup = oracle.Setup(auxiliary=name, **{**SETTINGS, **settings, "lam": lam})
+            step = oracle.step(
+                case.make(), case.batch(rank), case.loss, case.layers, setup, case.mask, a_matrices=a_matrices[rank]
+            )
+            found.append({key: g for key, g in step.gradients.items() if g is not None})
+        sft.append(found[0])
+        consistency.append({key: (g - found[0].get(key, 0.0)) / much for key, g in found[1].items()})
+    return sft, consistency
+
+
+def length(gradients: Gradients) -> float:
+    """Of all of them together."""
+    return float(torch.cat([g.flatten() for g in gradients.values() if g is not None]).norm())
+
+
 def parameters_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: whole(parameter.detach()).clone() for name, parameter in model.named_parameters()}
 

@@ -21,7 +21,7 @@ from lfu_reg.integrations.lightning import LfUCallback
 from lfu_reg.step.attached_model import is_attached
 from tests.support.cases import plain_loss, seeded, token_batch
 from tests.support.compare import assert_same_gradients, gradients_of, mismatch
-from tests.support.loops import FIXED, STEERING, descended, values
+from tests.support.loops import FIXED, STEERING, assert_of_strength_one, descended, values
 from tests.support.plain_models import TinyLM
 from tests.support.refusals import says
 from tests.support.snapshots import Snapshot, differing
@@ -117,6 +117,11 @@ def test_one_step_is_the_regularizers(returns: str, tmp_path: Path) -> None:
     trainer = fit(tmp_path, module, LfUCallback(**STEERING))
     assert_same_gradients(descended(before, module), by_hand(Module(), BATCHES[:1], STEERING), 1e-9)
     assert trainer.callback_metrics["lfu/consistency_loss"] > 0
+
+
+def test_how_strong_it_is_is_logged(tmp_path: Path) -> None:
+    trainer = fit(tmp_path, Module(lr=0.01), LfUCallback())
+    assert_of_strength_one(trainer.callback_metrics)
 
 
 @pytest.mark.parametrize("lfu", [STEERING, {**FIXED, "module": "model"}])

@@ -19,7 +19,17 @@ from lfu_reg.integrations.trl import LfUSFTTrainer
 from tests.support.architectures import llama, peft_llama
 from tests.support.cases import seeded
 from tests.support.compare import assert_same_gradients, gradients_of, mismatch
-from tests.support.loops import FIXED, STEERING, Remembers, descended, quiet, tiny_llama, values, word_tokenizer
+from tests.support.loops import (
+    FIXED,
+    STEERING,
+    Remembers,
+    assert_of_strength_one,
+    descended,
+    quiet,
+    tiny_llama,
+    values,
+    word_tokenizer,
+)
 from tests.support.refusals import says
 
 disable_progress_bars()
@@ -167,3 +177,12 @@ def test_gsm8k(tmp_path: Path) -> None:
     assert all(log["lfu/empty_steps"] == 0 for log in seen.logs if "loss" in log)
     assert isinstance(trainer, SFTTrainer)
     assert torch.isfinite(next(model.parameters())).all()
+
+
+def test_how_strong_it_is_is_logged(tmp_path: Path) -> None:
+    seen = Remembers()
+    sft_trainer(tmp_path, lfu=None, callbacks=[seen], learning_rate=0.01, max_steps=2).train()
+    logs = [log for log in seen.logs if "loss" in log]
+    assert len(logs) == 2
+    for log in logs:
+        assert_of_strength_one(log)

@@ -17,7 +17,17 @@ from lfu_reg.step.attached_model import is_attached
 from tests.support.architectures import peft_llama
 from tests.support.cases import seeded
 from tests.support.compare import assert_same_gradients, gradients_of, mismatch
-from tests.support.loops import FIXED, STEERING, Fails, arguments, descended, tiny_llama, token_rows, values
+from tests.support.loops import (
+    FIXED,
+    STEERING,
+    Fails,
+    arguments,
+    assert_of_strength_one,
+    descended,
+    tiny_llama,
+    token_rows,
+    values,
+)
 from tests.support.refusals import says
 from tests.support.snapshots import Snapshot, differing
 
@@ -207,6 +217,22 @@ def test_logged_figures_are_averages(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert log["lfu/lam"] == steps[-1]["lam"]
 
 
+def test_how_strong_it_is_is_logged(tmp_path: Path) -> None:
+    """By default a gradient as long as that of the SFT loss, over micro-batches."""
+    _, trainer = trained(
+        tmp_path,
+        lfu=None,
+        max_steps=3,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        learning_rate=0.01,
+    )
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert len(logs) == 3
+    for log in logs:
+        assert_of_strength_one(log)
+
+
 # ------------------------------------------------------------------ resuming
 
 
@@ -214,8 +240,9 @@ def _noisy() -> Any:
     return tiny_llama(attention_dropout=0.2)
 
 
-def test_resuming_is_exact(tmp_path: Path) -> None:
-    lfu = {"auxiliary": "lora", "alpha": 0.05, "lam": lambda step: 0.5 / (1 + step)}
+@pytest.mark.parametrize("weight", [{"alpha": 0.05, "lam": lambda step: 0.5 / (1 + step)}, {}], ids=["lam", "strength"])
+def test_resuming_is_exact(weight: dict[str, Any], tmp_path: Path) -> None:
+    lfu = {"auxiliary": "lora", **weight}
     options = {
         "max_steps": 4,
         "per_device_train_batch_size": 1,

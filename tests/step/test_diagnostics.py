@@ -133,7 +133,7 @@ def test_oscillation() -> None:
     def loss(m: Any, batch: Any) -> torch.Tensor:
         return TINY.loss(m, TINY.batch(0)) * (3.0 if state["step"] % 2 else 1.0)
 
-    told = warnings_of(LfURegularizer(model, "steering", alpha=alpha, lam=0.1), model, loss=loss)
+    told = warnings_of(LfURegularizer(model, "steering", alpha=alpha, lam=10.0), model, loss=loss)
     assert any("lam" in message or "learning rate" in message for message in told)
     assert len(told) == 1
 
@@ -264,3 +264,110 @@ def test_warnings_name_the_users_line(where: str) -> None:
     with pytest.warns(LfUWarning) as told:
         steps()
     assert {warning.filename for warning in told} == {__file__}
+
+
+# ------------------------------------------------------------------ how strong it is, at the first steps
+
+
+def told_of_strength(reg: LfURegularizer, model: Any, steps: int = 3, case: Any = TINY) -> list[str]:
+    """Warnings of the first steps."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for seed in range(steps):
+            reg(model, case.batch(seed), case.loss).backward()
+            model.zero_grad()
+    return [str(w.message) for w in caught if issubclass(w.category, LfUWarning)]
+
+
+@pytest.mark.parametrize("name", ["lora", "steering", "weights"])
+def test_the_defaults_are_silent(name: str) -> None:
+    for model in (TINY.make(), TINY.make().float(), TINY.make().bfloat16()):
+        assert told_of_strength(LfURegularizer(model, name), model, steps=12) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (
+            {"strength": 1e-4},
+            ("no effect", "1.0e-04 of that of the SFT loss", "Use strength=1 instead of strength=0.0001"),
+        ),
+        ({"strength": 50.0}, ("outweighs", "50 times as long", "Use strength=1 instead of strength=50.0")),
+        ({"lam": 1e-6, "alpha": 0.05}, ("no effect", "Use strength=1, or lam=", "instead of lam=1e-06")),
+        ({"lam": 1e8, "alpha": 0.05}, ("outweighs", "Use strength=1, or lam=", "instead of lam=1e+08")),
+    ],
+    ids=str,
+)
+def test_too_little_and_too_much_are_told_at_the_first_step(options: dict[str, Any], parts: tuple[str, ...]) -> None:
+    model = TINY.make()
+    reg = LfURegularizer(model, "steering", **options)
+    (message,) = told_of_strength(reg, model, steps=1)
+    assert all(part in message for part in parts), message
+    assert told_of_strength(reg, model) == []
+
+
+def test_the_lam_that_is_proposed_has_the_strength_one() -> None:
+    model = TINY.make()
+    with LfURegularizer(model, "steering", alpha=0.05, lam=1e8) as reg:
+        (message,) = told_of_strength(reg, model, steps=1)
+    lam = float(message.split("or lam=")[1].split()[0])
+    with LfURegularizer(model, "steering", alpha=0.05, lam=lam) as reg:
+        assert told_of_strength(reg, model, steps=1) == []
+        assert float(reg.metrics["gradient_ratio"]) == pytest.approx(1.0, rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["lora", "steering", "weights"])
+def test_collapse_is_told_a_sensible_alpha(name: str) -> None:
+    """One that moves the hidden states by about a hundredth of their length; theta_aux stays where the step had it."""
+    model = TINY.make()
+    with LfURegularizer(model, name, alpha=1e6, seed=1) as reg:
+        (message,) = told_of_strength(reg, model, steps=1)
+        moved = [
+            t for value in reg.perturbation.values() for t in (value[1:] if isinstance(value, tuple) else (value,))
+        ]
+        assert float(torch.cat([t.flatten() for t in moved]).norm()) == pytest.approx(1e6, rel=1e-6)
+    assert "collapses the model" in message
+    assert "alpha=1e+06 is too large" in message
+    alpha = float(message.split("try alpha=")[1].split(",")[0])
+    with LfURegularizer(model, name, alpha=alpha, seed=1) as reg:
+        assert told_of_strength(reg, model, steps=1) == []
+        assert 1e-2 / 3 < float(reg.metrics["relative_distance"]) < 3e-2
+
+
+@pytest.mark.parametrize("name", ["lora", "steering", "weights"])
+def test_rounding_noise_is_told_an_alpha_above_it(name: str) -> None:
+    model = LLAMA.make().bfloat16()
+    with LfURegularizer(model, name, alpha=1e-5, seed=1) as reg:
+        told = told_of_strength(reg, model, steps=1, case=LLAMA)
+    (message,) = (m for m in told if "measures rounding" in m)
+    assert "rounds by 7.8e-03" in message
+    alpha = float(message.split("Try alpha=")[1].split()[0])
+    with LfURegularizer(model, name, alpha=alpha, seed=1) as reg:
+        assert told_of_strength(reg, model, steps=1, case=LLAMA) == []
+        assert 0.0625 / 3 < float(reg.metrics["relative_distance"]) < 3 * 0.0625
+
+
+def test_batches_without_tokens_say_nothing_of_strength() -> None:
+    """Their ratio is zero, whatever the settings."""
+    model = TINY.make()
+    reg = LfURegularizer(model, "steering", alpha=0.05)
+
+    def loss(m: Any, batch: Any) -> torch.Tensor:
+        return m(batch["input_ids"]).mean()
+
+    batch = {**TINY.batch(), "labels": torch.full_like(TINY.batch()["labels"], -100)}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            reg(model, batch, loss).backward()
+    assert not any("gradient of lam" in str(w.message) or "measures rounding" in str(w.message) for w in caught)
+    assert reg.metrics["empty_steps"] == 3
+
+
+def test_a_ratio_that_grows_is_told_when_it_is_measured_again() -> None:
+    """Not at the first steps alone."""
+    model = TINY.make()
+    reg = LfURegularizer(model, "steering", alpha=0.05, lam=lambda step: 1e8 if step > 15 else 300.0)
+    assert told_of_strength(reg, model, steps=16) == []
+    (message,) = told_of_strength(reg, model, steps=6)
+    assert "outweighs" in message

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, TrainerCallback, TrainingArguments
@@ -26,6 +27,20 @@ class FixedDirection(RandomDirections):
 
     def reset(self, generators: Any) -> None:
         super().reset(lambda device: torch.Generator(device).manual_seed(3))
+
+
+# What says how strong the regularizer is, with its defaults.
+STRENGTH = ("gradient_ratio", "gradient_cosine", "relative_distance", "lam", "alpha")
+
+
+def assert_of_strength_one(log: Mapping[str, Any]) -> None:
+    """The figures of a run with the defaults, as a loop logs them."""
+    assert all(f"lfu/{name}" in log for name in STRENGTH), log
+    assert float(log["lfu/gradient_ratio"]) == pytest.approx(1.0, rel=0.05)
+    assert -1 < float(log["lfu/gradient_cosine"]) < 1
+    assert 1e-2 / 4 < float(log["lfu/relative_distance"]) < 4e-2
+    assert float(log["lfu/lam"]) > 0
+    assert float(log["lfu/alpha"]) > 0
 
 
 FIXED = {"auxiliary": FixedDirection(), "alpha": 0.1, "lam": 100.0}

@@ -7,7 +7,7 @@ import math
 import time
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast, get_args
 
 import torch
 import typer
@@ -26,6 +26,7 @@ from lfu_reg.cli.errors import Unusable
 from lfu_reg.cli.options import check_device, check_threads
 
 STEPS = (EXACT, ONE_BACKWARD)
+AUXILIARIES: tuple[str, ...] = get_args(AuxiliaryName)
 STOPPED = 130  # exit code of what was interrupted
 
 
@@ -53,7 +54,7 @@ def compare(
     strengths: Annotated[str, typer.Option(help="Of LfU.")] = "0.3,1,3",
     lfu_rates: Annotated[str, typer.Option(help="Learning rates of LfU. 'best': the one that suits SFT.")] = "best",
     lfu_steps: Annotated[str, typer.Option(help="How LfU's step is taken: exact, one-backward, or both.")] = EXACT,
-    auxiliary: Annotated[AuxiliaryName, typer.Option(help="LfU's: lora, steering or weights.")] = Setting.auxiliary,
+    auxiliary: Annotated[str, typer.Option(help=f"LfU's: {', '.join(AUXILIARIES)}.")] = Setting.auxiliary,
     seeds: Annotated[int, typer.Option(help="Of every setting, the same for all.", min=1)] = Grid.seeds,
     dtype: Annotated[str, typer.Option(help="Of the weights: float32 or bfloat16.")] = Setting.dtype,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = Setting.device,
@@ -71,7 +72,7 @@ def compare(
         check_threads(threads)
         torch.set_num_threads(threads)
     _check_word("--dtype", dtype, ("float32", "bfloat16"))
-    _check_word("--auxiliary", auxiliary, ("lora", "steering", "weights"))
+    _check_word("--auxiliary", auxiliary, AUXILIARIES)
     chosen_steps = tuple(dict.fromkeys(lfu_steps.split(",")))
     for step in chosen_steps:
         _check_word("--lfu-steps", step, STEPS)
@@ -89,7 +90,18 @@ def compare(
     if len({file.name for file in files}) < len(files):
         raise Unusable("--keep: two of the files have the same name, by which they are told apart. Rename one.")
     setting = Setting(
-        model, data, files, train, held_out, steps, batch, tokens, chosen_scales, auxiliary, dtype, device
+        model,
+        data,
+        files,
+        train,
+        held_out,
+        steps,
+        batch,
+        tokens,
+        chosen_scales,
+        cast(AuxiliaryName, auxiliary),
+        dtype,
+        device,
     )
     _run(setting, grid, out, console)
 

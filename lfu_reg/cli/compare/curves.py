@@ -104,7 +104,8 @@ def half_width(spread: float, count: int, looked_at: int) -> float:
     """Of the interval for the mean of `count` values with this standard deviation."""
     from scipy.stats import t
 
-    return float(t.ppf(1 - (1 - CONFIDENCE) / (2 * looked_at), count - 1)) * spread / math.sqrt(count)
+    quantile = float(t.ppf(1 - (1 - CONFIDENCE) / (2 * looked_at), count - 1))
+    return quantile * spread / math.sqrt(count)
 
 
 def per_step(row: Mapping[str, Any]) -> float:

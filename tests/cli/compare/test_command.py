@@ -166,7 +166,10 @@ def test_warnings_are_repeated_in_the_end(tmp_path: Path, rows: Path, monkeypatc
         (["{small}", "{rows}", "--strengths", "inf"], "--strengths inf: give numbers"),
         (["{small}", "{rows}", "--scales", "2"], "--scales 2: allowed are numbers between 0 and 1"),
         (["{small}", "{rows}", "--lfu-steps", "three"], "--lfu-steps three: allowed are exact, one-backward"),
-        (["{small}", "{rows}", "--auxiliary", "magic"], "--auxiliary magic: allowed are lora, steering, weights"),
+        (
+            ["{small}", "{rows}", "--auxiliary", "magic"],
+            "--auxiliary magic: allowed are lora, steering, weights, random",
+        ),
         (["{small}", "{rows}", "--dtype", "int8"], "--dtype int8: allowed are float32, bfloat16"),
         (["{small}", "{rows}", "--device", "abacus"], "no such kind of device"),
         (["{small}", "{rows}", "--out", "{rows}"], "cannot be used"),
