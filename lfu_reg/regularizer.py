@@ -67,7 +67,8 @@ class LfURegularizer(Controls):
         distance: "mse", "cosine", "contrastive", "logit_kl", a `Distance`, or a function of (clean, perturbed), both
             [tokens, hidden], that returns a scalar.
         stop_gradient: which hidden states are detached: "clean" (Eq. 5), "perturbed" (the authors' steering code, which
-            moves the model toward its undesirable self) or "none".
+            moves the model toward its undesirable self: steering at strength 1 took the task's loss of a 2.2 M model to
+            11.0 instead of 3.9) or "none".
         token_mask: tensor shaped like the token dimensions (nonzero counts), or a callable of the batch that returns
             one. None: labels that are not ignored, where the attention mask allows, else every position.
         ignore_index: the label that the loss ignores, besides negative ones.

@@ -25,8 +25,8 @@ from strength.sizes import AUXILIARIES, SIZES, batches_of, starting_point
 
 MODEL, ALONE = "2.2M", 1e4
 Direction = Mapping[str, Tensor]
-SETTINGS = ((8, 12), (8, 40), (16, 12))  # batch, step
-MEASURED, BEFORE = 2, 3  # steps that are measured in a row, and exact directions kept before them
+SETTINGS = ((8, 13), (8, 41), (16, 13))  # batch, step
+MEASURED, BEFORE = 3, 3  # steps that are measured in a row, and exact directions kept before them
 
 
 class Told:
@@ -76,25 +76,20 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def cosines(auxiliary: str, size: int, start: int) -> dict[str, list[float]]:
-    """Of every direction, at `MEASURED` steps from `start` on."""
+    """Of every direction, at the steps with LfU among `MEASURED` ones from `start` on."""
     model, twin = (starting_point(MODEL, 0) for _ in range(2))
     recipe = Recipe(start + MEASURED, size, SIZES[MODEL].recipe.lr, "lora", 64)
     optimizer, found, earlier = make_optimizer(model, recipe.lr), {}, []
     with LfURegularizer(model, auxiliary, strength=1.0, strategy="one-backward", seed=0) as reg:
-        mean: Direction = {}
         for number, batch in enumerate(batches_of(MODEL, 0, recipe)):
-            before = mean
             reg(model, batch, sft_loss).backward()
-            mean = dict(reg._progress.direction._mean)
             if number >= start - BEFORE:
                 twin.load_state_dict(model.state_dict())
                 aux, alpha = TOLD[auxiliary](), float(reg.metrics["alpha"])
                 exact = gradient(twin, batch, aux, alpha)
                 own = aux.found
-                if number >= start:
-                    last = {name: 2 * mean[name] - before[name] for name in mean}
-                    told = {"mean of the last steps": mean, "last step": last}
-                    told |= {f"exact, {len(earlier) - i} steps before": g for i, g in enumerate(earlier)}
+                if number >= start and number % 2:  # the others are plain
+                    told = {f"exact, {len(earlier) - i} steps before": g for i, g in enumerate(earlier)}
                     for name, direction in told.items():
                         aux = TOLD[auxiliary]()
                         aux.told = direction
@@ -106,7 +101,8 @@ def cosines(auxiliary: str, size: int, start: int) -> dict[str, list[float]]:
                     note(
                         found, "exact, through the clean pass", exact, through_clean(twin, batch, auxiliary, alpha, own)
                     )
-                    note(found, "built in", exact, through_clean(twin, batch, auxiliary, alpha, mean))
+                    built_in = reg._progress.direction._mean
+                    note(found, "built in", exact, through_clean(twin, batch, auxiliary, alpha, built_in))
                 earlier = [*earlier, own][-BEFORE:]
             optimizer.step()
             optimizer.zero_grad()
@@ -128,7 +124,7 @@ def through_clean(model: nn.Module, batch: Batch, auxiliary: str, alpha: float, 
     """The same by a step of one backward that is told its direction."""
     with LfURegularizer(model, auxiliary, alpha=alpha, strength=ALONE, strategy="one-backward", seed=0) as reg:
         reg(model, batch, sft_loss)  # the first one only brings a direction
-        reg._progress.direction._mean = dict(direction)
+        reg._progress.direction._mean, reg._progress.direction.is_new = dict(direction), True
         return vector(model, reg(model, batch, sft_loss))
 
 

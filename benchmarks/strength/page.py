@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from evidence.paired import difference
 
@@ -14,6 +15,7 @@ from strength.sizes import AUXILIARIES, SIZES
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "choosing-a-strength.md"
 STRENGTHS = (0.1, 0.3, 1.0, 3.0, 10.0)
+K = TypeVar("K")
 Rows = list[dict[str, str]]
 MISSING = "not measured"
 
@@ -62,19 +64,18 @@ def strengths() -> str:
         for row in mine:
             if row["setting"] == "strength":
                 groups[row["auxiliary"], float(row["value"])].append(row)
-        sft = _scores([r for r in mine if r["setting"] == "lr" and float(r["value"]) == SIZES[size].recipe.lr])
+        sft = [r for r in mine if r["setting"] == "lr" and float(r["value"]) == SIZES[size].recipe.lr]
         for auxiliary in AUXILIARIES:
-            means = {0.0: sft} | {value: _scores(group) for (a, value), group in groups.items() if a == auxiliary}
-            found = {value: mean for value, mean in means.items() if mean is not None}
-            if len(found) < 4:  # runs of other plans alone
+            found = {0.0: sft} | {value: group for (a, value), group in groups.items() if a == auxiliary}
+            found = _on_common_seeds(found)
+            if len(found) < 2:  # runs of other plans alone
                 continue
-            best = min(found, key=found.__getitem__)
-            shown = [_marked(found.get(value), value == best) for value in (0.0, *STRENGTHS)]
-            at_one = groups[auxiliary, 1.0]
-            seeds = min(len(groups[auxiliary, value]) for value in found if value)
-            lines.append(
-                [size, task, auxiliary, *shown, _median(at_one, "lam"), _median(at_one, "product"), f"{seeds}"]
-            )
+            means = {value: statistics.fmean(_score(r) for r in group) for value, group in found.items()}
+            best = min(means, key=means.__getitem__)
+            shown = [_marked(means.get(value), value == best) for value in (0.0, *STRENGTHS)]
+            at_one = found.get(1.0, [])
+            products = [_median(at_one, key) if at_one else "" for key in ("lam", "product")]
+            lines.append([size, task, auxiliary, *shown, *products, f"{len(found[best])}"])
     titles = ["model", "task", "auxiliary", "0", *(f"{value:g}" for value in STRENGTHS)]
     return _table([*titles, "lambda at 1", "alpha * lambda at 1", "seeds"], lines)
 
@@ -86,6 +87,7 @@ def losses() -> str:
     for row in rows:
         if row["setting"] in ("lr", "strength"):
             groups[row["auxiliary"], row["setting"], float(row["value"])].append(row)
+    groups = _on_common_seeds(groups)
     order = ["", *AUXILIARIES]
     lines = []
     for (auxiliary, setting, value), group in sorted(groups.items(), key=lambda i: (order.index(i[0][0]), i[0][2])):
@@ -156,6 +158,23 @@ def one_backward() -> str:
     return _table(["task", "auxiliary", "task loss", "kept loss", "seeds"], lines)
 
 
+def pushes() -> str:
+    """Losses at strength 1 of what pushes a model the wrong way, beside the exact step; one seed."""
+    names = {
+        "strength": "exact",
+        "perturbed": 'stop_gradient="perturbed"',
+        "one-backward, direction of every backward": "one backward, its direction from every backward (tried)",
+    }
+    rows = [r for r in store.rows("training") if (r["size"], r["task"], r["value"]) == ("2.2M", "gsm8k-64", "1")]
+    lines = []
+    for auxiliary in AUXILIARIES:
+        for setting, name in names.items():
+            group = [r for r in rows if (r["auxiliary"], r["setting"], r["seed"]) == (auxiliary, setting, "0")]
+            if group:
+                lines.append([auxiliary, name, _mean(group, "domain"), _mean(group, "kept")])
+    return _table(["auxiliary", "step", "task, held out", "WikiText"], lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "strengths": strengths,
     "losses": losses,
@@ -164,6 +183,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "price": price,
     "directions": directions,
     "one-backward": one_backward,
+    "pushes": pushes,
 }
 
 
@@ -172,8 +192,15 @@ def _by_size(rows: Rows) -> Rows:
     return sorted(rows, key=lambda row: order.index(row["size"]))
 
 
-def _scores(rows: Rows) -> float | None:
-    return statistics.fmean(float(r["domain"]) + float(r["rise"]) for r in rows) if rows else None
+def _on_common_seeds(groups: Mapping[K, Rows]) -> dict[K, Rows]:
+    """The groups that have runs, each with those of the seeds that all of them have."""
+    found = {key: rows for key, rows in groups.items() if rows}
+    seeds = set.intersection(*({row["seed"] for row in rows} for rows in found.values())) if found else set()
+    return {key: [row for row in rows if row["seed"] in seeds] for key, rows in found.items()}
+
+
+def _score(row: dict[str, str]) -> float:
+    return float(row["domain"]) + float(row["rise"])
 
 
 def _marked(value: float | None, best: bool) -> str:

@@ -135,7 +135,7 @@ def lfu_method(
     regularizer.load_state_dict({**regularizer.state_dict(), "step": MID_TRAINING})
     if compiled:
         own.compile()
-    steps = int(options.get("every", 1))
+    steps = 2 if options.get("strategy") == "one-backward" else int(options.get("every", 1))
 
     def run() -> None:
         for _ in range(steps):

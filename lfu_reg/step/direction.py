@@ -1,7 +1,8 @@
-"""The ascent direction that a step with one backward starts from: g as the caller's last backward passes brought it.
+"""The ascent direction of a step with one backward: g, as the caller's backward of a step before brought it.
 
-Those were backward passes of the whole loss, so what is collected is the gradient of l_SFT + lam * l_cons; the second
-term turns it a little further the way that the ascent goes anyway. docs/choosing-a-strength.md has what that costs.
+It has to be that of l_SFT alone. A backward of l_SFT + lam * l_cons brings the second term's gradient as well, which
+points where the last direction pointed: a direction that is taken from it feeds on itself, while the SFT gradient
+turns. So steps take turns: a plain one brings a direction, and the next one uses it.
 """
 
 from __future__ import annotations
@@ -23,11 +24,7 @@ class Direction:
 
     def __init__(self) -> None:
         self._mean: dict[str, Tensor] = {}
-
-    @property
-    def is_known(self) -> bool:
-        """Whether a backward has brought one."""
-        return bool(self._mean)
+        self.is_new = False  # whether a backward has brought one that no step has used yet
 
     def collect(self, auxiliary: Auxiliary) -> None:
         """Take what was brought since the last step; the auxiliary forgets it."""
@@ -48,9 +45,11 @@ class Direction:
             unit, mean = gradient.detach() / norm, self._mean.get(name)
             known = mean is not None and mean.shape == unit.shape and mean.device == unit.device
             self._mean[name] = MEMORY * mean + (1 - MEMORY) * unit if known and mean is not None else unit
+        self.is_new = True
 
     def hand_over(self, auxiliary: Auxiliary) -> None:
-        """Let it be g; components that it does not know stay where they are."""
+        """Let it be g, once; components that it does not know stay where they are."""
+        self.is_new = False
 
         def known(gradients: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
             return {

@@ -3,7 +3,8 @@
       loss = l_SFT + lam * l_cons,    d loss / d h_l = d l_SFT / d h_l + lam * d l_cons / d h'_l
 
 The clean hidden states carry the gradient of l_cons with respect to the perturbed ones, so it reaches theta by the
-clean pass's Jacobian instead of the perturbed one's: a bias of order alpha, which the displacement keeps small. In
+clean pass's Jacobian instead of the perturbed one's: a bias of order alpha, which the displacement keeps small. The
+direction comes from the backward of the call before, which is plain SFT (`direction.py`): every second call acts. In
 return the caller's backward is that of plain SFT, with its graph alone: reentrant checkpointing, FSDP1, ZeRO and
 optimizers that step inside of the backward see nothing unusual.
 """
@@ -17,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lfu_reg.auxiliaries import Auxiliary
 from lfu_reg.hooks.forward_pass import ForwardPass
 from lfu_reg.model.compile import allows_one_backward
 from lfu_reg.model.graph import grad_set_aside, reenters
@@ -42,8 +42,8 @@ class OneBackward:
     keeps_graph = False
     scales_float16 = True  # the caller's GradScaler does
 
-    def __init__(self, auxiliary: Auxiliary, trained: Sequence[Tensor]) -> None:
-        self._auxiliary, self._trained = auxiliary, trained
+    def __init__(self, trained: Sequence[Tensor]) -> None:
+        self._trained = trained
         self._sft_loss = torch.zeros((), device="cpu")
         self._l_cons: Tensor | None = None
         self._carriers: list[tuple[Tensor, Tensor]] = []  # h_l, and the gradient of l_cons that it is to carry
@@ -52,10 +52,8 @@ class OneBackward:
     def backward_clean(
         self, sft_loss: Tensor, leaves: list[Tensor], clean: ForwardPass, shared: SharedBackward | None
     ) -> float:
-        """None; the caller's backward brings the next step's direction."""
-        self._sft_loss, self._gate, self._saves_elsewhere = sft_loss, clean.gate, clean.record.saves_elsewhere
-        self._gate.is_open = True
-        self._auxiliary.collect_later()
+        """None: that is the caller's."""
+        self._sft_loss, self._once = sft_loss, clean.record.saves_elsewhere
         return 1.0
 
     def backward_explicit(self, sft_loss: Tensor, fwd: ForwardPass) -> float:
@@ -84,9 +82,8 @@ class OneBackward:
 
     def _compare(self, carriers: Sequence[tuple[Tensor, Tensor]]) -> Comparison | None:
         """Both terms' gradients, each by a backward of its own."""
-        if not self._trained or self._saves_elsewhere or reenters(self._sft_loss):
+        if not self._trained or self._once or reenters(self._sft_loss):
             return None
-        self._gate.is_open = False
         terms = self._sft_loss, _carry(self._sft_loss.detach() * 0, 1.0, carriers)
         try:
             with grad_set_aside(self._trained):
@@ -97,8 +94,6 @@ class OneBackward:
             if allows_one_backward(error):
                 return None
             raise
-        finally:
-            self._gate.is_open = True
         sft, consistency = (zip(self._trained, found, strict=True) for found in (first, second))
         return compare(sft, consistency, self._trained, with_product=True)
 

@@ -148,7 +148,7 @@ class Passes(SecondPass):
         return loss.detach(), clean.record.states
 
     def _first_of_one(self, loss: Tensor, changes: Changes) -> tuple[Tensor, list[State]]:
-        """Nothing is differentiated yet; without a direction the step only brings one."""
+        """Nothing is differentiated yet; without a new direction the step is plain SFT, and brings one."""
         clean, attached = self.clean, self._attached
         # FSDP2's shards are on no graph, and what reentrant checkpoints hide is on none that could be walked.
         leaves = [*self._trained, clean.anchor] if self.engine.shards is None else graph_of(loss).leaves
@@ -156,7 +156,9 @@ class Passes(SecondPass):
         self._strength.eps = rounding(clean.record.states)
         self._look_at_states(changes)
         self._strategy.backward_clean(loss, [], clean, None)
-        if not self._progress.direction.is_known:
+        if not self._progress.direction.is_new:
+            self._auxiliary.collect_later()
+            clean.gate.is_open = True
             raise PlainSFT(loss)
         cut = attached.reused.cut(changes, clean.record.states)
         self._start = None if cut is None else cut.detach()

@@ -33,7 +33,7 @@ def choose_strategy(
     if settings.is_one_backward:
         if auxiliary.moves_weights and engine.is_sharded:
             raise ValueError(SHARDED_WEIGHTS.format(auxiliary=auxiliary, engine=engine.name))
-        return OneBackward(auxiliary, () if engine.is_sharded else trained)
+        return OneBackward(() if engine.is_sharded else trained)
     retained = settings.strategy == "retained" or settings.stop_gradient != "clean"
     if not engine.is_sharded:
         return Retained(auxiliary, scales, trained) if retained else Released(auxiliary, scales, trained)

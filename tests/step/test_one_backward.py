@@ -145,13 +145,13 @@ KINDS: dict[str, dict[str, Any]] = {"mean": {}, "sum": {"reduction": "sum"}, "co
 def test_the_gradient_is_the_sum_of_both(name: str, layers: str, case: Case, kind: str) -> None:
     model = case.make()
     reg = one_backward(model, name, layers=layers, **KINDS[kind])
-    for seed in range(3):
+    for seed in range(4):
         model.zero_grad()
         batch = case.batch(seed)
         loss = reg(model, dict(batch), case.loss)
         loss.backward()
         sft, cons, l_cons = literal(case, model, reg, name, batch, kind)
-        if not seed:
+        if seed % 2 == 0:  # brings the direction
             assert_same_gradients(gradients_of(model), sft)
             assert reg.metrics["consistency_loss"] == 0
             continue
@@ -171,7 +171,7 @@ def test_strength(name: str) -> None:
         model.zero_grad()
         batch = LLAMA.batch(seed)
         reg(model, dict(batch), LLAMA.loss).backward()
-        if not seed:
+        if seed % 2 == 0:
             continue
         sft, cons, _ = literal(LLAMA, model, reg, name, batch)
         lam = float(reg.metrics["lam"])
@@ -209,21 +209,24 @@ def steering_gradient(case: Case, model: nn.Module, reg: LfURegularizer, batch: 
 
 
 @pytest.mark.parametrize("name", ["steering", "weights"])
-def test_the_direction_is_a_mean_of_what_earlier_backward_passes_brought(name: str) -> None:
-    """Of gradients of length one; the factor that a GradScaler puts on the loss does not matter."""
+def test_the_direction_is_a_mean_of_what_plain_backward_passes_brought(name: str) -> None:
+    """Of gradients of length one, of l_SFT alone; the factor that a GradScaler puts on the loss does not matter."""
     model = TINY.make()
     reg = one_backward(model, name)
     mean: Tensor | None = None
-    for seed in range(4):
+    for seed in range(6):
         model.zero_grad()
         batch = TINY.batch(seed)
         loss = reg(model, dict(batch), TINY.loss)
-        if mean is not None:
+        if seed % 2:
+            assert mean is not None
             moved = torch.cat([delta.flatten() for _, delta in sorted(reg.perturbation.items())])
             torch.testing.assert_close(moved, 0.05 * mean / mean.norm(), rtol=1e-9, atol=1e-12)
         (loss * 2.0**seed).backward()
+        if seed % 2:
+            continue
         if name == "steering":
-            flat = steering_gradient(TINY, model, reg, batch, LAM if seed else 0.0)
+            flat = steering_gradient(TINY, model, reg, batch, 0.0)
         else:
             flat = torch.cat([p.grad.flatten() for _, p in sorted(model.named_parameters()) if p.grad is not None])
         unit = flat / flat.norm()
