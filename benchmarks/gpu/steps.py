@@ -23,7 +23,7 @@ from gpu.place import Place
 from lfu_reg import LfURegularizer, LoRADeltas
 from lfu_reg.auxiliaries.base import Generators
 from lfu_reg.cli.errors import Unusable
-from lfu_reg.cli.methods import DEFAULT, MID_TRAINING, VARIANTS, make_method
+from lfu_reg.cli.methods import DEFAULT, VARIANTS, go_to_mid_training, make_method
 from lfu_reg.cli.overhead import measure
 from lfu_reg.cli.plan import Plan
 from lfu_reg.cli.published import PROCEDURES, Procedure
@@ -44,7 +44,7 @@ class Beside(LoRADeltas):
 def beside(model: nn.Module) -> LfURegularizer:
     """In the middle of training, as all methods that are measured."""
     reg = LfURegularizer(model, Beside())
-    reg.load_state_dict({**reg.state_dict(), "step": MID_TRAINING})
+    go_to_mid_training(reg)
     return reg
 
 

@@ -20,6 +20,7 @@ from lfu_reg.model.layers import choose_layers
 from lfu_reg.model.names import did_you_mean
 from lfu_reg.model.outputs import HIDDEN_STATE, get, locate
 from lfu_reg.regularizer import LfURegularizer
+from lfu_reg.step.strength import FIRST_STEPS
 
 BLOCKS = "blocks"
 LFU = {"steering": "LfU steering", "lora": "LfU LoRA", "weights": "LfU weights"}
@@ -117,6 +118,13 @@ def _sft(model: nn.Module, batch: Any, sft_loss_fn: LossFunction) -> Tensor:
     return sft_loss_fn(model, batch)
 
 
+def go_to_mid_training(regularizer: LfURegularizer) -> None:
+    """Let the next step be one of the many at which nothing is checked or measured."""
+    state = regularizer.state_dict()
+    strength = {**state["strength"], "seen": FIRST_STEPS}
+    regularizer.load_state_dict({**state, "step": MID_TRAINING, "strength": strength})
+
+
 def lfu_method(
     auxiliary: str,
     label: str,
@@ -132,7 +140,7 @@ def lfu_method(
         regularizer = LfURegularizer(own, cast(AuxiliaryName, auxiliary), **options)
     except ValueError as error:
         raise Unusable(f"LfU cannot be attached to this model: {error}") from error
-    regularizer.load_state_dict({**regularizer.state_dict(), "step": MID_TRAINING})
+    go_to_mid_training(regularizer)
     if compiled:
         own.compile()
     steps = 2 if options.get("strategy") == "one-backward" else int(options.get("every", 1))

@@ -218,7 +218,7 @@ class StepStrength:
         numbers += [length.to(zero) ** 2 for length in self.moved or (zero, zero)]
         # Ranks look for their first alpha one by one; from then on they have its mean.
         own = (math.log(max(self.alpha, 1e-30)), self.eps, 1.0)
-        numbers += [zero] * 3 if self.moved is None else torch.tensor(own, dtype=dtype, device=device).unbind()
+        numbers += [zero if self.moved is None else torch.full_like(zero, number) for number in own]
         figures = torch.stack(numbers)
         self._exchanged = True
         return figures if self.engine.may_run_out else summed(figures, self.engine.groups)

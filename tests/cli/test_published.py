@@ -36,7 +36,7 @@ def test_literal_steering_has_the_gradients_of_lfu(workload: Workload) -> None:
     model, batch, loss = workload.model, workload.batch, workload.sft_loss
     three_forwards(model, batch, loss).backward()
     expected = gradients(model)
-    with LfURegularizer(model, "steering") as reg:
+    with LfURegularizer.paper(model, "steering") as reg:
         reg(model, batch, loss).backward()
     torch.testing.assert_close(gradients(model), expected, rtol=1e-4, atol=1e-6)
 
