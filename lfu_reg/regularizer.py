@@ -153,12 +153,11 @@ class LfURegularizer(Controls):
         progress = self._progress
         progress.step = step = progress.begin(self._attached.model, batch)
         strength = progress.strength.at(step)
-        is_off = strength.is_zero or step % self.settings.every > 0
         try:
-            if not is_off:
+            if not strength.is_off:
                 strength.engine = self._attached.engine_of(model, first=step == 0)
             with failures_explained(), loss_checks.errors_explained(), strength.together(self._attached.devices()):
-                if is_off or progress.waits():
+                if strength.is_off or progress.waits():
                     raise PlainSFT(loss_checks.check_loss(sft_loss_fn(model, batch), model, first=step == 0))
                 sft = SFTLoss(sft_loss_fn, model, batch, self.settings.token_mask, self.settings.ignore_index)
                 loss = self._regularized(sft, undesirable, strength)

@@ -310,6 +310,8 @@ def readme_figures(result: dict[str, Any]) -> str:
     lines = ["| time of a step, in SFT's | steering | LoRA | weights |", "|---|---|---|---|"]
     for label, end in (("exact", ""), ('exact, `layers="late"`', "-late"), ('`strategy="one-backward"`', "-one")):
         cells = [ratio.get(f"{name}{end}", "") for name in ("steering", "lora", "weights")]
+        if not any(cells):
+            continue
         lines.append(f"| {label} | {' | '.join(cells)} |")
     as_written = (ratio["literal-steering"], ratio["literal-lora"], "")
     lines.append(f"| the paper's text read literally | {' | '.join(as_written)} |")

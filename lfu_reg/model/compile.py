@@ -77,6 +77,11 @@ def graphs_for_two_backwards(wanted: bool) -> Iterator[None]:
         yield
 
 
+def allows_one_backward(error: RuntimeError) -> bool:
+    """Whether that is why a backward has failed: a compiled graph gives its buffers away in its first."""
+    return "donated buffer" in str(error)
+
+
 @contextmanager
 def failures_explained() -> Iterator[None]:
     """Turn errors of torch.compile that a step causes into ones that name the cure."""
@@ -85,6 +90,6 @@ def failures_explained() -> Iterator[None]:
     except Exception as error:
         if isinstance(error, torch._dynamo.exc.Unsupported) and "hand_on" in str(error):
             raise RuntimeError(FULLGRAPH) from error
-        if isinstance(error, RuntimeError) and "donated buffer" in str(error):
+        if isinstance(error, RuntimeError) and allows_one_backward(error):
             raise RuntimeError(DONATED) from error
         raise

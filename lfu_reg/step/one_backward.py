@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lfu_reg.hooks.forward_pass import ForwardPass
+from lfu_reg.model.compile import allows_one_backward
 from lfu_reg.model.graph import grad_set_aside, reenters
 from lfu_reg.step.comparison import Comparison, compare
 from lfu_reg.step.float16 import LossScale
@@ -52,8 +53,7 @@ class OneBackward:
         self, sft_loss: Tensor, leaves: list[Tensor], clean: ForwardPass, shared: SharedBackward | None
     ) -> float:
         """None: that is the caller's."""
-        # Neither who keeps activations elsewhere nor a compiled graph expects more backward passes than the caller's.
-        self._sft_loss, self._once = sft_loss, clean.record.saves_elsewhere or clean.record.compiled
+        self._sft_loss, self._once = sft_loss, clean.record.saves_elsewhere
         return 1.0
 
     def backward_explicit(self, sft_loss: Tensor, fwd: ForwardPass) -> float:
@@ -85,10 +85,15 @@ class OneBackward:
         if not self._trained or self._once or reenters(self._sft_loss):
             return None
         terms = self._sft_loss, _carry(self._sft_loss.detach() * 0, 1.0, carriers)
-        with grad_set_aside(self._trained):
-            first, second = (
-                LossScale().gradients(term, self._trained, float16=False, keep_graph=True)[0] for term in terms
-            )
+        try:
+            with grad_set_aside(self._trained):
+                first, second = (
+                    LossScale().gradients(term, self._trained, float16=False, keep_graph=True)[0] for term in terms
+                )
+        except RuntimeError as error:
+            if allows_one_backward(error):
+                return None
+            raise
         sft, consistency = (zip(self._trained, found, strict=True) for found in (first, second))
         return compare(sft, consistency, self._trained, with_product=True)
 

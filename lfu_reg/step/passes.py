@@ -114,7 +114,7 @@ class Passes(SecondPass):
         since = now()
         with (
             checkpoints.noted() as noted,
-            graphs_for_two_backwards(self._strategy.keeps_graph or self._strength.compares),
+            graphs_for_two_backwards(self._strategy.keeps_graph),
             attached.wrappers.must_run(sft.model, attached.model, lambda: bool(clean.record.states)),
             attached.reused.recording(clean, reuse),
             hooks.run(clean),

@@ -1,7 +1,8 @@
 """All that outlives a step, but for what has been learnt of the model (`attached_model.py`).
 
 `state_dict` holds what a resumed run needs to go on bit for bit. It leaves out counts of what went wrong, which are
-figures for the user, and how long to wait before a loss that did not repeat is tried again.
+figures for the user, how long to wait before a loss that did not repeat is tried again, and the direction of steps
+with one backward, which are as many numbers as components: the first step of a resumed run brings it anew.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from torch import Tensor
 from lfu_reg.auxiliaries import Auxiliary
 from lfu_reg.distributed.fsdp2 import Shards
 from lfu_reg.hooks.forward_pass import ForwardPass
+from lfu_reg.model.compile import allows_one_backward
 from lfu_reg.model.graph import grad_set_aside, leaves_of
 from lfu_reg.step.comparison import Comparison, compare
 from lfu_reg.step.float16 import LossScale, LossScales, float16_in_play
@@ -84,10 +85,9 @@ class Released:
             cut, arrived = self._shared.arrived
             both = [*self._gradients.values(), (cut, arrived)], [*pairs, (cut, at_cut)]
             above = self._compare(*both, scale, cut, with_product=False)
-            if strength.is_due or self._shared.is_small:
-                first, second = self._both_below(at_cut)
-                self._add(first, 1.0)
-                at_cut, pairs = None, [*pairs, *second]
+            if (strength.is_due or self._shared.is_small) and (below := self._both_below(at_cut)) is not None:
+                self._add(below[0], 1.0)
+                at_cut, pairs = None, [*pairs, *below[1]]
         if strength.compares and self._shared is None:
             whole = self._compare(self._gradients.values(), pairs, scale, with_product=strength.is_due)
         lam = strength.weigh(whole, above, self._value.device)
@@ -102,10 +102,15 @@ class Released:
         start = None if self._shared is None else self._shared.start
         return [pair for pair in pairs if pair[0] is not start], next((g for leaf, g in pairs if leaf is start), None)
 
-    def _both_below(self, at_cut: Tensor | None) -> tuple[Pairs, Pairs]:
-        """The shared part differentiated for each term alone: a sum of both tells nothing about either."""
+    def _both_below(self, at_cut: Tensor | None) -> tuple[Pairs, Pairs] | None:
+        """The shared part differentiated for each term alone, as their sum tells nothing; None if it cannot be."""
         assert self._shared is not None
-        first = self._below(self._shared.backward_of_first)
+        try:
+            first = self._below(self._shared.backward_of_first)
+        except RuntimeError as error:
+            if allows_one_backward(error):
+                return None
+            raise
         self._shared.collect(at_cut)
         second, self._shared = self._below(self._shared.backward), None
         return first, second

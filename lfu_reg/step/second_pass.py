@@ -17,7 +17,6 @@ from lfu_reg.distributed.ddp import not_synchronising
 from lfu_reg.distributed.engine import Engine
 from lfu_reg.hooks.entries import differing
 from lfu_reg.hooks.forward_pass import ForwardPass, State
-from lfu_reg.model.compile import graphs_for_two_backwards
 from lfu_reg.model.graph import grad_set_aside
 from lfu_reg.model.module_state import Changes
 from lfu_reg.model.patching import Patch
@@ -182,9 +181,7 @@ class SecondPass:
             )
             inner.enter_context(attached.hooks.run(perturbed))
             without_graph = settings.is_one_backward or (self._tries and self.clean.record.saves_elsewhere)
-            # What is compiled here may serve pass 1 of the next step.
-            twice = graphs_for_two_backwards(self._strategy.keeps_graph or self._strength.compares)
-            with twice, attached.hooks.recording(), nothing_saved() if without_graph else nullcontext():
+            with attached.hooks.recording(), nothing_saved() if without_graph else nullcontext():
                 self._sft.repeat(samples, record.batch_size)
             stack.push(inner.pop_all())
         return perturbed

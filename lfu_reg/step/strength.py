@@ -33,10 +33,11 @@ FIRST_STEPS, MEASURE_EVERY = 10, 10
 
 UNKNOWN = (
     "strength={strength} sets lam from the gradients of both terms, which cannot be taken one by one here (sharding: "
-    "{engine}): parameters that FSDP1 and ZeRO-3 shard are on no graph, and reentrant checkpointing, activation "
-    "offloading and, with strategy='one-backward', compiled graphs allow one backward only. Give lam (and alpha), as "
-    "LfURegularizer.paper(model, ...) does; or shard the model with FSDP2 (torch.distributed.fsdp.fully_shard), "
-    "checkpoint with use_reentrant=False, and leave strategy='auto', stop_gradient='clean'."
+    "{engine}): parameters that FSDP1 and ZeRO-3 shard are on no graph, and reentrant checkpoints, activation "
+    "offloading and graphs of torch.compile (but with torch._functorch.config.donated_buffer = False) allow one "
+    "backward only. Give lam (and alpha), as LfURegularizer.paper(model, ...) does; or shard the "
+    "model with FSDP2 (torch.distributed.fsdp.fully_shard), checkpoint with use_reentrant=False, and leave "
+    "strategy='auto', stop_gradient='clean'."
 )
 
 
@@ -102,7 +103,7 @@ class StepStrength:
     Attributes:
         alpha: length of the ascent step.
         lam: weight of the consistency term: a number, or a scalar tensor once the gradients are known.
-        is_zero: whether the step is plain SFT.
+        is_off: whether the step is to be plain SFT.
         is_due: whether everything is measured at this step.
         compares: whether the gradients of both terms are compared, where the strategy has them.
         pays: whether a strategy that has none of them runs two more backward passes for that.
@@ -127,7 +128,8 @@ class StepStrength:
         self.pays = strength.ratio is None or (rarely if settings.is_one_backward else self.is_due)
         self._rho = None if settings.strength is None else value_at("strength", settings.strength, step)
         self.lam: float | Tensor = 0.0 if settings.lam is None else value_at("lam", settings.lam, step)
-        self.is_zero = self._rho == 0 if settings.lam is None else self.lam == 0
+        weight = self.lam if self._rho is None else self._rho
+        self.is_off = weight == 0 or step % settings.every > 0
         self.compares = self._rho is not None or self.is_due
         self._exchanged = False
 
@@ -199,9 +201,12 @@ class StepStrength:
                 figures = self._exchange(None, None, device)
                 self._strength.learn(figures)
                 self._set_alpha(figures)
-            self._strength.seen += self._strength.seen < FIRST_STEPS
+            self._count()
             raise
-        self._strength.seen += self._strength.seen < FIRST_STEPS
+        self._count()
+
+    def _count(self) -> None:
+        self._strength.seen += self._strength.seen < FIRST_STEPS and not self.is_off
 
     def _exchange(self, whole: Comparison | None, above: Comparison | None, device: torch.device) -> Tensor:
         dtype = torch.float32 if device.type == "mps" else torch.float64

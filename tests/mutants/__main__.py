@@ -10,7 +10,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from tests.mutants.catalogue import MUTANTS
-from tests.mutants.run import ROOT, is_caught
+from tests.mutants.run import ROOT, check_tests_pass, is_caught
 
 PAGE = Path("docs/mutants.md")
 _HEAD = """# Guards taken out
@@ -25,17 +25,18 @@ Each guard of the library was taken out of a copy of it, and the named test run 
 
 def main(files: Collection[str]) -> int:
     known = set((ROOT / PAGE).read_text().splitlines()) if files else set()
+    before = {m: f"| {m.row} | {m.what} | `{m.file}` | `{m.test}` | " for m in MUTANTS}
+    chosen = [m for m in MUTANTS if m.file in files or f"{before[m]}fails |" not in known]
+    check_tests_pass(chosen)
     lines, survivors = [], 0
     for mutant in MUTANTS:
-        line = f"| {mutant.row} | {mutant.what} | `{mutant.file}` | `{mutant.test}` | "
-        if mutant.file in files or f"{line}fails |" not in known:
+        verdict = "fails"
+        if mutant in chosen:
             caught = is_caught(mutant)
             survivors += not caught
             verdict = "fails" if caught else "**passes**"
             print(f"{verdict:>10}  row {mutant.row}: {mutant.what}", flush=True)
-        else:
-            verdict = "fails"
-        lines.append(f"{line}{verdict} |")
+        lines.append(f"{before[mutant]}{verdict} |")
     (ROOT / PAGE).write_text(_HEAD + "\n".join(lines) + "\n")
     return int(survivors > 0)
 

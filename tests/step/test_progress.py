@@ -58,7 +58,7 @@ def test_a_step_that_is_repeated_draws_the_same() -> None:
     model, batch, progress, drawn = nn.Linear(2, 2), {"x": torch.zeros(2)}, Progress(0, SETTINGS), []
     for given in (batch, batch, {"x": torch.zeros(2)}):
         progress.step = progress.begin(model, given)
-        drawn.append(progress.draws().samples(1000, 0.5))
+        drawn.append(progress.samples(1000, 0.5))
         progress.step += 1
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], drawn[2])

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from lfu_reg import LfURegularizer, RandomDirections, SteeringVectors
 from lfu_reg.hooks.taps import Gate, tap
 from lfu_reg.model import checkpoints
-from lfu_reg.step.shared_backward import shared_backward
+from lfu_reg.step.shared_backward import SharedBackward, shared_backward
 from lfu_reg.step.strength import FIRST_STEPS
 from tests.support.cases import Batch, Case, next_token_loss, seeded
 from tests.support.checkpointed import CheckpointedLM, GroupedLM, PlainLM
@@ -632,3 +632,22 @@ def test_a_model_that_changes_its_way() -> None:
             loss = reg(model, case.batch(), case.loss)
         assert counts["blocks.0"] == (2 if mixed else 1)
         loss.backward()
+
+
+@shares
+@pytest.mark.parametrize("name", ["steering", "lora"])
+def test_a_graph_that_allows_one_backward(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch.compile makes them: what is shared is gone through once, and its share in the ratio is estimated."""
+
+    def refused(shared: Any) -> Any:
+        raise RuntimeError("This backward function was compiled with non-empty donated buffers")
+
+    found = []
+    for refuses in (False, True):
+        if refuses:
+            monkeypatch.setattr(SharedBackward, "backward_of_first", refused)
+        model, case = seeded(PlainLM), lm_case(PlainLM)
+        with LfURegularizer(model, auxiliary(name), alpha=0.05, lam=0.7, layers=[1, 2], seed=1) as reg:
+            reg(model, case.batch(), case.loss).backward()
+        found.append(gradients_of(model))
+    assert_same_gradients(*found)
