@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lfu_reg.auxiliaries.ascent import gradient_norm
-from lfu_reg.distributed.tensor_parallel import whole
+from lfu_reg.distributed.tensor_parallel import is_distributed, whole
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,11 @@ def compare(
         return None
     norms = [_norm(found) / scale for found, scale in zip((first, second), scales, strict=True)]
     product = norms[0].new_zeros(())
-    for key in first.keys() & second.keys() if with_product else ():
-        product += _product(first[key], second[key]).to(product)
+    products = [_product(first[key], second[key]) for key in first if key in second] if with_product else []
+    # One all-reduce for all that is sharded.
+    for group in ([p for p in products if is_distributed(p)], [p for p in products if not is_distributed(p)]):
+        if group:
+            product = product + whole(sum(group[1:], group[0])).to(product)
     return Comparison(norms[0], norms[1], product / (scales[0] * scales[1]))
 
 
@@ -65,7 +68,7 @@ def _product(first: Tensor, second: Tensor) -> Tensor:
     first, second = (_real(_dense(gradient)) for gradient in (first, second))
     dtype = torch.promote_types(first.dtype, torch.float32)
     product: Tensor = (first.to(dtype) * second.to(dtype)).sum()
-    return whole(product)
+    return product
 
 
 def _dense(gradient: Tensor) -> Tensor:

@@ -56,13 +56,16 @@ class SecondPass:
     _start: Tensor | None = None  # what pass 2 starts from where nothing below is differentiated with it
     _failure: str | None = None  # why pass 2 cannot begin where pass 1 did
     _repeats_whole = False  # whether a region runs again to its end, and so needs all of its graph where it came to it
+    _total: Tensor | None = None
     _tries = False  # whether pass 2 is run for alpha alone, without a backward
 
     def total(self) -> Tensor:
-        """l_SFT + lam * l_cons, differentiable."""
+        """l_SFT + lam * l_cons, differentiable: put together once, as ranks do that side by side."""
         assert self._changes is not None
-        with self._attached.hooks.run(self.clean), self._changes.on_copies():
-            return self._strategy.total(self._strength)
+        if self._total is None:
+            with self._attached.hooks.run(self.clean), self._changes.on_copies():
+                self._total = self._strategy.total(self._strength)
+        return self._total
 
     def gradient_here(self, batch: Any) -> float:
         """Let the auxiliary collect g where it is now, from a pass that gives nothing else; returns its factor.

@@ -18,6 +18,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 
 from benchmarks.sharded.recorder import Collectives
 from lfu_reg import LfURegularizer, LfUWarning
+from lfu_reg.step.strength import FIRST_STEPS
 from tests.distributed.recipes import run_recipe
 from tests.distributed.reference import (
     both_terms,
@@ -552,7 +553,7 @@ COUNTS: dict[str, dict[str, Any]] = {
 
 
 def step_collectives(options: Mapping[str, Any]) -> dict[str, int]:
-    """Collectives of the second step, at which nothing is checked, of a model with 3 blocks."""
+    """Collectives of a step at which nothing is checked or measured, of a model with 3 blocks."""
     model = shard(TINY.make())
     batch = TINY.batch(dist.get_rank())
     step: Callable[[], Tensor]
@@ -562,6 +563,8 @@ def step_collectives(options: Mapping[str, Any]) -> dict[str, int]:
     else:
         step = lambda: TINY.loss(model, batch)  # noqa: E731
     step().backward()
+    if options:
+        reg._progress.step, reg._progress.strength.seen = 11, FIRST_STEPS
     with Collectives() as collectives:
         step().backward()
     return dict(collectives.counts)
@@ -576,6 +579,21 @@ def check_collectives() -> None:
         want = dict(zip(("all-gather", "reduce-scatter", "all-reduce"), FSDP2[label], strict=True))
         assert {name: got.get(name, 0) for name in want} == want, (label, got)
         assert set(got) <= set(want)
+
+
+def check_measuring_costs_four_collectives() -> None:
+    """However many parameters there are: two norms, a product, and what ranks have measured."""
+    model = shard(TINY.make())
+    reg = regularizer(model, "steering")
+    batch = TINY.batch(dist.get_rank())
+    counts = []
+    for step in (1, 11):
+        reg(model, batch, TINY.loss).backward()
+        reg._progress.step, reg._progress.strength.seen = step, 0 if step == 1 else FIRST_STEPS
+        with Collectives() as collectives:
+            reg(model, batch, TINY.loss).backward()
+        counts.append(collectives.counts["all-reduce"])
+    assert counts[0] - counts[1] == 4
 
 
 def check_no_regularizer_no_difference() -> None:

@@ -25,6 +25,7 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lfu_reg.step.strength import FIRST_STEPS
 from tests.distributed.reference import parameters_of, regularizer, whole
 from tests.distributed.sharding import blocks_of, gradients_of, same_on_all_ranks
 from tests.support.architectures import llama
@@ -175,7 +176,8 @@ def check_collectives() -> None:
     # A backward for g needs none through the first block. LoRA: one A for each linear map.
     expected = {"steering": ("all_reduce", 14), "weights": ("all_reduce", 16), "lora": ("broadcast_", 6)}
     for name, (kind, number) in expected.items():
-        with Collectives() as counted, regularizer(model, name) as reg:
+        with regularizer(model, name) as reg, Collectives() as counted:
+            reg._progress.step, reg._progress.strength.seen = 11, FIRST_STEPS  # nothing is measured
             reg(model, TINY.batch(), TINY.loss).backward()
         assert counted.counts[kind] == number, counted.counts
         assert same_on_all_ranks(counted.counts.total())

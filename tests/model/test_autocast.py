@@ -197,8 +197,9 @@ def test_the_sum_of_both_passes_has_room() -> None:
     strategy = Released(auxiliary("weights"), LossScales(), [])
     terms = [(leaf.float() * 0.9).sum() for _ in range(2)]
     strategy.backward_clean(terms[0], [leaf], ForwardPass(TokenMasks({})), None)
-    strategy.backward_perturbed(terms[1], Strength(Settings(alpha=0.1, lam=1.0)).at(0))
-    strategy.total().backward()
+    strength = Strength(Settings(alpha=0.1, lam=1.0)).at(0)
+    strategy.backward_perturbed(terms[1], strength)
+    strategy.total(strength).backward()
     assert leaf.grad is not None
     assert leaf.grad.tolist() == pytest.approx([1.8] * 3, rel=1e-3)
 

@@ -371,3 +371,24 @@ def test_a_ratio_that_grows_is_told_when_it_is_measured_again() -> None:
     assert told_of_strength(reg, model, steps=16) == []
     (message,) = told_of_strength(reg, model, steps=6)
     assert "outweighs" in message
+
+
+def test_a_loss_that_does_not_repeat_while_alpha_is_sought() -> None:
+    """Nothing is proposed, and the step is what it was."""
+    model, twin = TINY.make(), TINY.make()
+    calls: list[int] = []
+
+    def loss(m: Any, batch: Any) -> torch.Tensor:
+        calls.append(1)
+        return TINY.loss(m, {**batch, "input_ids": batch["input_ids"].roll(int(len(calls) > 2), 1)})
+
+    with LfURegularizer(model, "steering", alpha=1e6) as reg, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        reg(model, TINY.batch(), loss).backward()
+    told = [str(w.message) for w in caught if issubclass(w.category, LfUWarning)]
+    assert any("collapses the model" in message for message in told)
+    with LfURegularizer(twin, "steering", alpha=1e6) as reg, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        reg(twin, TINY.batch(), TINY.loss).backward()
+    for one, other in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(one.grad, other.grad)
