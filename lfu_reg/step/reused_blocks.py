@@ -138,7 +138,7 @@ class ReusedBlocks:
         if any(state.watch is None or state.watch.was_written for state in states if state.name in self.blocks):
             return None
         cut = list(self._answers.values())[-1].hidden
-        if cut._backward_hooks or cut.retains_grad:
+        if cut.retains_grad:  # it would get the sum of both terms' gradients
             return None
         # Whether later blocks use what these have put in a cache is seen in the graph, where there is one.
         return None if self._sees_a_cache and not cut.requires_grad else cut

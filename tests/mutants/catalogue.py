@@ -547,7 +547,7 @@ MUTANTS = (
         "step/shared_backward.py",
         "gradient if self._gradient is None else self._gradient + gradient",
         "gradient",
-        "tests/step/test_shared_backward.py::test_gradients_are_the_oracles",
+        "tests/situations/test_backwards.py::test_backwards[World-late]",
     ),
     Mutant(
         26,
@@ -735,11 +735,19 @@ MUTANTS = (
     ),
     Mutant(
         33,
-        "nothing is reused where the cut has hooks",
-        "step/reused_blocks.py",
-        "if cut._backward_hooks or cut.retains_grad:",
-        "if False:",
+        "nothing is shared where tensors have hooks",
+        "step/passes.py",
+        "apart = hooked or (",
+        "apart = (",
         "tests/step/test_reused_blocks.py::test_gradients_are_those_of_retained_graphs[hook by the block]",
+    ),
+    Mutant(
+        33,
+        "nothing is reused where the cut retains its gradient",
+        "step/reused_blocks.py",
+        "if cut.retains_grad:",
+        "if False:",
+        "tests/situations/test_backwards.py::test_a_hidden_state_that_retains_its_gradient_gets_the_sft_losss",
     ),
     Mutant(
         37,
@@ -859,7 +867,7 @@ MUTANTS = (
         "step/passes.py",
         "elif changes.late:",
         "elif False:",
-        "tests/situations/test_repetition.py::test_frozen_weights_written_in_the_loss",
+        "tests/situations/test_repetition.py::test_trained_weights_written_by_the_forward",
     ),
     Mutant(
         3,

@@ -320,7 +320,7 @@ class Laplace(World):
 
 
 SITUATIONS = [
-    Penalty, HiddenPenalty, WeightPenalty, Reversal, ReversalBetween,
+    World, Penalty, HiddenPenalty, WeightPenalty, Reversal, ReversalBetween,
     HookOnInput, HookOnFirstInput, HookInsideFirst, FullBackward, FullBackwardFirst, FullBackwardInner,
     FullBackwardPre, BackwardHook, NonLinear, NonLinearFunction, ClippedEmbedding, DoubleBackward, Retains, Figure,
     Force, Laplace,
@@ -339,7 +339,8 @@ def test_backwards(world: type[World], layers: str) -> None:
         return found if layers == "all" else dict(list(found.items())[-1:])
 
     late = type(world.__name__, (world,), {"layers": chosen})
-    assert_exact(late, layers="all" if layers == "all" else ["layers.2"])
+    # The first steps compare both terms' gradients, and so take them apart; those that come then do not.
+    assert_exact(late, layers="all" if layers == "all" else ["layers.2"], steps=12)
 
 
 class InnerBackwardHook(BackwardHook):
@@ -377,6 +378,28 @@ def test_a_backward_inside_of_the_loss_counts_once(kind: str) -> None:
     assert_equal(
         "gradient of", {n: p.grad for n, p in ours.trained().items()}, {n: p.grad for n, p in alone.trained().items()}
     )
+
+
+@pytest.mark.parametrize("kind", ["steering", "lora"])
+def test_a_hidden_state_that_retains_its_gradient_gets_the_sft_losss(kind: str) -> None:
+    """Also where the blocks up to it are shared by both passes."""
+    ours, kept = World(), []
+    plain = copy.deepcopy(ours)
+
+    def loss(model: Any, batch: Any) -> Tensor:
+        hidden = model.layers[1](model.layers[0](model.inp(batch["x"])))
+        hidden.retain_grad()
+        kept.append(hidden)
+        return (model.out(model.layers[2](hidden)) - batch["y"]).square().mean()
+
+    with LfURegularizer(ours.model, kind, alpha=0.1, lam=5.0, layers=["layers.2"]) as reg:
+        for _ in range(12):
+            kept.clear()
+            reg(ours.model, ours.batch(0), loss)
+    got = kept[0].grad
+    kept.clear()
+    loss(plain.model, plain.batch(0)).backward()
+    assert_equal("gradient", got, kept[0].grad)
 
 
 class Freed(PartialBackward):
