@@ -2,9 +2,9 @@
 
     python -m sharded          # in benchmarks/; writes results/collectives.json, which python -m step.page shows
 
-Two processes on a CPU (gloo) shard a Llama and record every collective of the third step (at the first the regularizer
-checks its replay), and the operations of the fourth. `bytes.py` predicts both from shapes, and is then asked
-about a model that no CPU holds.
+Two processes on a CPU (gloo) shard a Llama and record every collective of a third step in the middle of training (at
+the first ten the regularizer also measures how hard it pulls), and the operations of the next. `bytes.py` predicts both
+from shapes, and is then asked about a model that no CPU holds.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from lfu_reg import LfURegularizer
 from lfu_reg.cli.environment import environment
 from lfu_reg.cli.flops import flop_counter
+from lfu_reg.cli.methods import go_to_mid_training
 from lfu_reg.cli.workloads import Setting, language_model_loss, make_batch
 from sharded.bytes import STEPS, Traffic
 from sharded.cases import FORECAST, MEASURED, Case
@@ -123,7 +124,10 @@ def _loss(step: str, model: nn.Module, batch: Any) -> Callable[[], Any]:
     if step == "sft":
         return lambda: language_model_loss(model, batch)
     auxiliary, _, strategy = step.partition(", ")
-    reg = LfURegularizer(model, auxiliary, strategy=strategy or "released", seed=0)  # type: ignore[arg-type]
+    # With lam fixed: strength adds an all-reduce of a few numbers, and "retained" cannot do it here.
+    settings: dict[str, Any] = {"strategy": strategy or "released", "alpha": 0.1, "lam": 1.0}
+    reg = LfURegularizer(model, auxiliary, seed=0, **settings)  # type: ignore[arg-type]
+    go_to_mid_training(reg)
     return lambda: reg(model, batch, language_model_loss)
 
 

@@ -28,6 +28,8 @@ DETAILS = """
 * Tensors are split along their first dimension, and padded where the number of ranks does not divide it. B, R and G are
   the padded sizes: LoRA matrices with 8 rows take 64 on 64 ranks.
 * `auxiliary="weights"` adds one all-reduce, of four bytes per trained tensor.
+* `strength` adds one all-reduce of eleven numbers to every step, from which all ranks get the same lambda. Counted here with
+  `lam` given, in the middle of training.
 * Bytes are those of whole tensors. Of N ranks, each sends and receives (N - 1) / N of them.
 * Operations: SFT's, the blocks' forward and backward once more, and the head's forward. Here no block is
   reused, and pass 2 runs the loss function to its end.

@@ -51,4 +51,7 @@ def test_a_run_writes_a_result_that_the_page_can_show(tmp_path: Path, monkeypatc
     assert all(option["code"] in page for option in result["advice"]["options"])
     assert "| perturbed backward |" in page
     assert "Extrapolated to all 2 layers" in page
-    assert f"**{result['rows'][2]['ratio']:.2f}x** (LoRA)" in step_page.readme_figures(result)
+    ratio = {row["key"]: f"{row['ratio']:.2f}" for row in result["rows"]}
+    of_readme = step_page.readme_figures(result)
+    assert f"| exact | {ratio['steering']} | {ratio['lora']} | {ratio['weights']} |" in of_readme
+    assert f"| {ratio['steering-one']} | {ratio['lora-one']} | {ratio['weights-one']} |" in of_readme

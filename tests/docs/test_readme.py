@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", *(f"docs/{name}.md" for name in ("index", "choosing-a-strength", "recipes/compile"))]
+    "page", ["README.md", *(f"docs/{name}" for name in ("index.md", "choosing-a-strength.md", "recipes/compile.md"))]
 )
 @pytest.mark.filterwarnings("ignore::lfu_reg.LfUWarning")
 def test_examples_run(page: str) -> None:
