@@ -33,10 +33,10 @@ NO_GRADIENT = (
 )
 UNREPEATABLE = (
     "This step is plain SFT: sft_loss_fn was called a second time, with the model perturbed, and {}. Both calls have "
-    "to see the same data and the same random draws. Take batches from iterators, count, and draw from generators of "
-    "your own outside of sft_loss_fn, or keep what you draw in the batch; torch's, numpy's and Python's global "
-    "generators and what the model's modules hold are put back for you. reg.is_second_pass tells your code which call "
-    "it is in."
+    "to see the same data and the same random draws. Take batches from iterators, count, write to the batch's tensors, "
+    "and draw from generators of your own outside of sft_loss_fn, or keep what you draw in the batch; torch's, numpy's "
+    "and Python's global generators and what the model's modules hold are put back for you. reg.is_second_pass tells "
+    "your code which call it is in."
 )
 WRITTEN_FIRST = (
     "This step is plain SFT: {}, and what was there before is lost. It is copied from the next step on, so nothing "

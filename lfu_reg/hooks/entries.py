@@ -56,9 +56,11 @@ class Entries:
     def on_call(self, name: str, compiled: bool, module: nn.Module, args: Any, kwargs: Any) -> None:
         """What the hook on `name` does before the module runs."""
         fwd = self._fwd
-        if fwd is None or not torch.is_grad_enabled():
+        if fwd is None:
             return
         call, self._calls[name] = self._calls[name], self._calls[name] + 1
+        if not torch.is_grad_enabled():
+            return
         given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and not value.is_meta]
         if name == MODEL:
             kept = given[:_MOST]

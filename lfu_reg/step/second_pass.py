@@ -94,8 +94,11 @@ class SecondPass:
         alpha, h, self._tries = self._strength.alpha, self.clean.record.states, True
         for _ in range(0 if self.engine.in_lockstep else TRIES):
             with self.second(samples) as h_prime:
-                factor = self._strength.factor(float(relative_distance(h, h_prime, samples)))
-            if 1 / CLOSE < factor < CLOSE or not self._auxiliary.rescale(factor):
+                moved = float(relative_distance(h, h_prime, samples))
+            factor = self._strength.factor(moved)
+            if (moved == 0 and self._strength.searches) or 1 / CLOSE < factor < CLOSE:
+                break
+            if not self._auxiliary.rescale(factor):
                 break
             alpha *= factor
         self._tries = False

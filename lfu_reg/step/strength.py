@@ -218,7 +218,9 @@ class StepStrength:
         numbers += [length.to(zero) ** 2 for length in self.moved or (zero, zero)]
         # Ranks look for their first alpha one by one; from then on they have its mean.
         own = (math.log(max(self.alpha, 1e-30)), self.eps, 1.0)
-        numbers += [zero if self.moved is None else torch.full_like(zero, number) for number in own]
+        # States that stay say nothing about alpha: a loss of weight zero, a head that starts at zero.
+        knows = zero > 0 if self.moved is None else self.moved[0].to(zero) > 0
+        numbers += [torch.where(knows, number, zero) for number in own]
         figures = torch.stack(numbers)
         self._exchanged = True
         return figures if self.engine.may_run_out else summed(figures, self.engine.groups)

@@ -362,6 +362,20 @@ def test_the_older_kind_of_backward_hook_is_told_with_the_cure(kind: str, world:
     assert full or ("layers.0.a" if kind == "lora" else "layers.0") in messages[0]
 
 
+class SelfConditioned(World):
+    """The model is given what it predicts without gradients, as diffusion models are."""
+
+    def loss(self, model: Any, batch: Any) -> Tensor:
+        with torch.no_grad():
+            guess = model(batch["x"])
+        return super().loss(model, {**batch, "x": batch["x"] + guess[:, :3]})
+
+
+def test_a_guess_without_gradients_is_of_the_clean_model_unless_weights_are_moved() -> None:
+    assert_exact(SelfConditioned, ("steering", "lora"))
+    assert_plain(SelfConditioned, "the input of the model's call 2 differs (as it does", ("weights",))
+
+
 @pytest.mark.parametrize("world", [InputAttack, BackwardInside])
 def test_another_input_in_pass_two_is_plain_sft(world: type[World]) -> None:
     for said in ("the input of the model's call 2 differs", "an adversarial example, say, which is to be made before"):

@@ -330,3 +330,29 @@ def test_a_step_without_tokens_leaves_what_is_known() -> None:
     model.zero_grad()
     reg(model, TINY.batch(), TINY.loss).backward()
     assert part_of_lfu(TINY, model, TINY.batch()) == pytest.approx(1.0, rel=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:LfU has no effect:lfu_reg.LfUWarning")
+@pytest.mark.parametrize("name", AUXILIARIES)
+@pytest.mark.parametrize("starts", ["a loss of weight zero", "a head of zeros"])
+def test_states_that_stay_say_nothing_about_alpha(name: str, starts: str) -> None:
+    model, batch = TINY.make(), TINY.batch()
+    head = [*model.modules()][-1]
+    assert isinstance(head, nn.Linear)
+    weights = [weight.detach().clone() for weight in head.parameters()]
+    if starts == "a head of zeros":
+        for weight in head.parameters():
+            weight.data.zero_()
+    with LfURegularizer(model, auxiliary(name), strength=1.0, seed=0) as reg:
+        for step in range(4):
+            empty = step < 2
+            if not empty:
+                for weight, own in zip(head.parameters(), weights, strict=True):
+                    weight.data.copy_(own)
+            factor = 0.0 if empty and starts == "a loss of weight zero" else 1.0
+            loss = reg(model, batch, lambda m, b, f=factor: f * TINY.loss(m, b))
+            loss.backward()
+            assert torch.isfinite(loss)
+            assert bool(reg.metrics["relative_distance"] > 0) is not empty
+        assert float(reg.metrics["relative_distance"]) == pytest.approx(1e-2, rel=0.3)
+        assert float(reg.metrics["gradient_ratio"]) == pytest.approx(1.0, rel=1e-3)
