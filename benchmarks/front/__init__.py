@@ -1,1 +1,1 @@
-"""The figure of the README and of the first page: cost and benefit. `python -m front` in benchmarks/ draws it."""
+"""The figure of both first pages, README and site: cost and benefit. `python -m front` in benchmarks/ draws it."""

@@ -1,4 +1,4 @@
-"""Draws the figure for light and dark pages, and puts it into the README with its numbers as text."""
+"""Draws the figure for light and dark pages, and puts it on both first pages with its numbers as text."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from html import escape
 
 from evidence.store import RESULTS, ROOT, rows
 
-from front.panels import Panel, benefit, cost
+from front.panels import Bar, Panel, benefit, cost
 from front.svg import COLORS, figure
 
-README = ROOT / "README.md"
+README, HOME = ROOT / "README.md", ROOT / "docs" / "index.md"
 FIGURES = ROOT / "docs" / "figures"
 
 
@@ -27,20 +27,37 @@ def files(shown: Sequence[Panel]) -> dict[str, str]:
     return {f"front-{scheme}.svg": figure(shown, scheme) for scheme in COLORS}
 
 
-def filled(page: str, shown: Sequence[Panel]) -> str:
+def filled(readme: str, shown: Sequence[Panel]) -> str:
     """The README with the figure between its marks; who cannot see it is read its numbers."""
-    told = ". ".join(
-        f"{panel.title}. "
-        + "; ".join(f"{bar.label}: {bar.value:.2f}{f' ({bar.note})' if bar.note else ''}" for bar in panel.bars)
-        for panel in shown
-    )
     markup = (
         "<picture>\n"
         '  <source media="(prefers-color-scheme: dark)" srcset="docs/figures/front-dark.svg">\n'
-        f'  <img src="docs/figures/front-light.svg" width="600" alt="{escape(told)}">\n'
+        f'  <img src="docs/figures/front-light.svg" width="600" alt="{escape(_told(shown))}">\n'
         "</picture>\n\n"
-        f"{' '.join(filter(None, (panel.caption for panel in shown)))} [All figures](docs/evidence.md).\n"
+        f"{_caption(shown)} [All figures](docs/evidence.md).\n"
     )
+    return _between_marks(readme, markup)
+
+
+def filled_home(page: str, shown: Sequence[Panel]) -> str:
+    """The same for the first page of the site, whose theme chooses by the end of an address."""
+    pictures = (f"![{_told(shown)}](figures/front-{scheme}.svg#only-{scheme})\n" for scheme in COLORS)
+    return _between_marks(page, f"\n{''.join(pictures)}\n{_caption(shown)}\n\n")
+
+
+def _told(shown: Sequence[Panel]) -> str:
+    return ". ".join(f"{panel.title}. {'; '.join(map(_words, panel.bars))}" for panel in shown)
+
+
+def _words(bar: Bar) -> str:
+    return f"{bar.label}: {bar.value:.2f}" + (f" ({bar.note})" if bar.note else "")
+
+
+def _caption(shown: Sequence[Panel]) -> str:
+    return " ".join(panel.caption for panel in shown if panel.caption)
+
+
+def _between_marks(page: str, markup: str) -> str:
     return re.sub(r"(<!-- figure -->\n).*?(<!-- /figure -->)", rf"\g<1>{markup}\2", page, flags=re.S)
 
 
@@ -49,3 +66,4 @@ if __name__ == "__main__":
     for name, picture in files(drawn).items():
         (FIGURES / name).write_text(picture)
     README.write_text(filled(README.read_text(), drawn))
+    HOME.write_text(filled_home(HOME.read_text(), drawn))

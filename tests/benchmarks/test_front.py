@@ -26,9 +26,12 @@ def test_the_figure_is_what_was_measured(front: ModuleType) -> None:
     shown = front.panels()
     readme = (ROOT / "README.md").read_text()
     assert front.filled(readme, shown) == readme, "run `python -m front` in benchmarks/"
+    home = (ROOT / "docs" / "index.md").read_text()
+    assert front.filled_home(home, shown) == home, "run `python -m front` in benchmarks/"
     for name, picture in front.files(shown).items():
         assert (ROOT / "docs" / "figures" / name).read_text() == picture, "run `python -m front` in benchmarks/"
         assert name in readme
+        assert f"{name}#only-" in home
         assert ElementTree.fromstring(picture).tag.endswith("svg")
     assert "<!-- figure -->\n<picture>" in readme
 
