@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from lfu_reg.integrations.history import History
 from lfu_reg.integrations.picture import BAND
 from tests.support.cases import plain_loss, seeded, token_batch
 from tests.support.plain_models import TinyLM
-from tests.whole.test_imports import WITHOUT, python
+from tests.whole.test_imports import python
 
 STEPS = 6
 FAR_TOO_MUCH = {"lam": lambda step: 1e6 if step >= 2 else 1.0, "alpha": 0.1}  # from the third step on
@@ -108,9 +109,13 @@ def test_a_picture_of_nothing() -> None:
         History().plot()
 
 
-def test_a_missing_matplotlib_is_named_when_a_picture_is_asked_for() -> None:
-    code = WITHOUT.format(packages=("matplotlib",)) + (
-        "from lfu_reg.integrations.history import History\n"
-        "try:\n    History().plot()\nexcept ImportError as error:\n    print(error)\n"
-    )
-    assert "pip install 'lfu_reg[plot]'" in python(code)
+def test_a_missing_matplotlib_is_named_when_a_picture_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    history = History()
+    recorded(history)
+    with pytest.raises(ImportError, match=r"pip install 'lfu_reg\[plot\]'"):
+        history.plot()
+
+
+def test_matplotlib_is_imported_for_a_picture_alone() -> None:
+    assert "False" in python("import lfu_reg.integrations.history, sys\nprint('matplotlib' in sys.modules)")

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import base64
+import importlib.util
 import json
 import re
-import subprocess
-import sys
 from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -164,14 +163,9 @@ def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
     assert "no file can be written there" in done.stderr
 
 
-def test_missing_extra_is_named() -> None:
-    code = (
-        "import importlib.util, sys\n"
-        "real = importlib.util.find_spec\n"
-        "importlib.util.find_spec = lambda name, *a: None if name == 'scipy' else real(name, *a)\n"
-        "sys.argv = ['lfu-reg', 'report', 'run']\n"
-        "from lfu_reg.cli import main\nmain()\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "pip install 'lfu_reg[compare]'" in done.stderr
+def test_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "scipy" else real(name, *rest))
+    done = report(folder(tmp_path / "run", RUNS))
+    assert done.exit_code == 2
+    assert "report needs scipy, which is not installed: pip install 'lfu_reg[compare]'" in done.stderr
