@@ -36,7 +36,7 @@ dl { display: grid; gap: .2rem 1rem; grid-template-columns: minmax(6rem, 14rem) 
 dd { margin: 0; white-space: pre-wrap; }
 footer { border-top: 1px solid var(--line); font-size: .85rem; margin-top: 2.5rem; padding-top: .8rem; }
 @media (max-width: 34rem) {
-  th:first-child { max-width: 8.5rem; overflow-wrap: anywhere; white-space: pre-wrap; }
+  th:first-child { min-width: 8rem; white-space: pre-wrap; }
   dl { display: block; }
   dd { margin: 0 0 .5rem; }
 }
