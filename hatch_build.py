@@ -26,7 +26,9 @@ def readme_for_a_package_page(text: str, repository: str) -> str:
 
     text = LINK.sub(link, text)
     if not repository:
-        return re.sub(r"<picture>.*?</picture>|<img [^>]*>", "", text, flags=re.DOTALL)
+        return re.sub(
+            r"<!-- figure -->.*?<!-- /figure -->|<picture>.*?</picture>|<img [^>]*>", "", text, flags=re.DOTALL
+        )
     return re.sub(r'(src|srcset)="(?!https?:)([^"]+)"', rf'\1="{repository}/raw/HEAD/\2"', text)
 
 

@@ -99,18 +99,18 @@ class LfUWarning(UserWarning):
 
 
 class Diagnostics:
-    """Watches the terms of the loss of one regularizer."""
+    """Watches the terms of the loss of one regularizer; `told` are the kinds of its warnings so far."""
 
     def __init__(self) -> None:
-        self._told: set[str] = set()
+        self.told: set[str] = set()
         self._window: list[tuple[Tensor, Tensor, Tensor]] = []
         self._history: list[float] = []
         self._period: int | None = None  # in which a step was watched last
 
     def warn_once(self, kind: str, message: str) -> None:
         """Warn, once per kind."""
-        if kind not in self._told:
-            self._told.add(kind)
+        if kind not in self.told:
+            self.told.add(kind)
             warnings.warn(message, LfUWarning, stacklevel=_levels_to_the_user())
 
     def is_due(self, turn: int) -> bool:
@@ -144,12 +144,12 @@ class Diagnostics:
     def _how_strong(self, look: Look, gradient_norm: Tensor) -> None:
         distance = float(look.figures.get("relative_distance", math.nan))
         if distance > COLLAPSED:
-            if "collapse" not in self._told:
+            if "collapse" not in self.told:
                 alpha = look.sensible_alpha()
                 self.warn_once("collapse", COLLAPSE.format(distance=distance, given=look.alpha, alpha=alpha))
             return
         if distance < look.eps:
-            if "rounding noise" not in self._told and float(gradient_norm):
+            if "rounding noise" not in self.told and float(gradient_norm):
                 alpha, given = look.sensible_alpha(), look.alpha
                 message = ROUNDING_NOISE.format(distance=distance, eps=look.eps, alpha=alpha, given=given)
                 self.warn_once("rounding noise", message)

@@ -16,7 +16,5 @@ def main() -> None:
     try:
         from lfu_reg.cli.app import app
     except ModuleNotFoundError as error:
-        raise SystemExit(
-            f"lfu-reg needs {error.name}, which is not installed: pip install 'lfu_reg[cli]', or '.[cli]' in a checkout"
-        ) from error
+        raise SystemExit(f"lfu-reg needs {error.name}, which is not installed: pip install 'lfu_reg[cli]'") from error
     app()

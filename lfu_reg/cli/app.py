@@ -34,6 +34,7 @@ from lfu_reg.cli.options import (
 from lfu_reg.cli.overhead import measure
 from lfu_reg.cli.plan import Plan
 from lfu_reg.cli.presets import PRESETS
+from lfu_reg.cli.report.command import report
 from lfu_reg.cli.tables import show_inspection, show_overhead
 from lfu_reg.cli.workloads import Setting, make_workload
 
@@ -163,6 +164,7 @@ def overhead(
 
 
 app.command()(compare)
+app.command()(report)
 
 
 @app.command()

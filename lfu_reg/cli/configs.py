@@ -29,9 +29,7 @@ def load_config(name: str) -> Any:
     try:
         from transformers import AutoConfig
     except ModuleNotFoundError as error:
-        raise Unusable(
-            "Models by name need transformers: pip install 'lfu_reg[cli]', or '.[cli]' in a checkout."
-        ) from error
+        raise Unusable("Models by name need transformers: pip install 'lfu_reg[cli]'.") from error
     if name in PRESETS:
         kind, settings = PRESETS[name]
         return AutoConfig.for_model(kind, **settings)

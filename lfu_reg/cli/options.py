@@ -72,7 +72,7 @@ def parse_layers(text: str) -> LayerChoice:
     return value if isinstance(value, (int, list)) else text
 
 
-def check_writable(file: Path | None) -> None:
+def check_writable(file: Path | None, option: str = "--json") -> None:
     """Raise at once, rather than after the measurement, where the result could not be written."""
     if file is None:
         return
@@ -81,7 +81,7 @@ def check_writable(file: Path | None) -> None:
         file.open("a").close()  # permissions alone do not tell: the administrator has them all, and /proc takes no file
     except OSError as error:
         raise Unusable(
-            f"--json {file}: no file can be written there ({error.strerror}); give a file in a folder that exists."
+            f"{option} {file}: no file can be written there ({error.strerror}); give a file in a folder that exists."
         ) from error
     if not existed:
         file.unlink()

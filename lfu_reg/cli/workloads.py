@@ -101,9 +101,7 @@ def with_adapter(model: nn.Module, device: str, rank: int = 8) -> nn.Module:
     try:
         from peft import LoraConfig, get_peft_model
     except ModuleNotFoundError as error:
-        raise Unusable(
-            "--tuning lora needs peft: pip install 'lfu_reg[cli]', or '.[cli]' in a checkout, or use --tuning full."
-        ) from error
+        raise Unusable("--tuning lora needs peft: pip install 'lfu_reg[cli]', or use --tuning full.") from error
     adapter = LoraConfig(r=rank, lora_alpha=16, target_modules="all-linear")
     with torch.device(device):
         adapted: nn.Module = get_peft_model(model, adapter)

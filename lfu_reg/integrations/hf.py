@@ -7,9 +7,7 @@ from lfu_reg.integrations.trainer import LfUTrainerMixin
 try:
     from transformers import Trainer
 except ImportError as error:
-    raise ImportError(
-        "lfu_reg.integrations.hf needs transformers and accelerate: pip install 'lfu_reg[hf]', or '.[hf]' in a checkout"
-    ) from error
+    raise ImportError("lfu_reg.integrations.hf needs transformers and accelerate: pip install 'lfu_reg[hf]'") from error
 
 __all__ = ["LfUTrainer", "LfUTrainerMixin"]
 

@@ -22,10 +22,7 @@ from lfu_reg.regularizer import LfURegularizer
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
 except ImportError as error:
-    raise ImportError(
-        "lfu_reg.integrations.lightning needs lightning 2: "
-        "pip install 'lfu_reg[lightning]', or '.[lightning]' in a checkout"
-    ) from error
+    raise ImportError("lfu_reg.integrations.lightning needs lightning 2: pip install 'lfu_reg[lightning]'") from error
 
 NOT_CALLED = (
     "LfU had no effect on this batch: with manual optimization the training step itself has to call it. Keep the "

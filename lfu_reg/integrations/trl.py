@@ -10,9 +10,7 @@ from lfu_reg.integrations.trainer import LfUTrainerMixin
 try:
     from trl.trainer import sft_trainer
 except ImportError as error:
-    raise ImportError(
-        "lfu_reg.integrations.trl needs trl and datasets: pip install 'lfu_reg[trl]', or '.[trl]' in a checkout"
-    ) from error
+    raise ImportError("lfu_reg.integrations.trl needs trl and datasets: pip install 'lfu_reg[trl]'") from error
 
 __all__ = ["LfUSFTTrainer", "LfUTrainerMixin"]
 

@@ -31,6 +31,8 @@ def test_links_of_a_package_page_leave_the_repository(hatch_build: ModuleType, r
     assert all(target.startswith(("https://", "#")) for target in targets), targets
     assert "https://arxiv.org/abs/2511.13052" in targets
     assert any(target.startswith("https://git.test") for target in targets) == bool(repository)
+    dark = f'media="(prefers-color-scheme: dark)" srcset="{repository}/raw/HEAD/docs/figures/front-dark.svg"'
+    assert (dark in page) == ("intervals of the difference" in page) == bool(repository)  # the figure and its caption
 
 
 def test_links_with_and_without_a_repository(hatch_build: ModuleType) -> None:
@@ -41,14 +43,23 @@ def test_links_with_and_without_a_repository(hatch_build: ModuleType) -> None:
     assert hatch_build.readme_for_a_package_page(text, "") == "a, p, [c](https://d.test), [e](#f) "
 
 
-def test_messages_name_extras_that_exist() -> None:
-    named = {
-        extra
-        for file in (ROOT / "lfu_reg").rglob("*.py")
-        for extra in re.findall(r"pip install 'lfu_reg\[(\w+)\]'", file.read_text())
-    }
-    assert {"hf", "trl", "lightning", "cli"} <= named
-    assert all(re.search(rf"^{extra} = \[", PYPROJECT, re.MULTILINE) for extra in named)
+def test_installing_is_said_in_one_form() -> None:
+    """`pip install .` on the first pages, and from then on `pip install 'lfu_reg[EXTRA]'`, which adds to what is there.
+
+    pip takes the package that is installed, whether it came from an index or from a folder.
+    """
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "lfu_reg").rglob("*.py")]
+    commands = {page: re.findall(r"pip install ((?:\\?'[^']*'|[^\s`\"])+)", page.read_text()) for page in pages}
+    plain = {str(page.relative_to(ROOT)) for page, found in commands.items() if "." in found}
+    assert plain == {"README.md", "docs/index.md"}
+    extras = set()
+    for page, found in commands.items():
+        for command in set(found) - {"."}:
+            match = re.fullmatch(r"'lfu_reg\[(\w+)\]'[.,;:)]*", command)
+            assert match, f"{page.relative_to(ROOT)}: pip install {command}"
+            extras.add(match[1])
+    assert {"hf", "trl", "lightning", "cli", "compare", "plot", "triton"} <= extras
+    assert all(re.search(rf"^{extra} = \[", PYPROJECT, re.MULTILINE) for extra in extras)
 
 
 def test_the_oldest_versions_are_those_that_nox_runs() -> None:

@@ -153,6 +153,7 @@ def _run(setting: Setting, grid: Grid, out: Path, console: Console) -> None:
         draw(store.rows, store.base["point"], out / "curves.png")
         console.print(f"Took {in_words(time.perf_counter() - started).removeprefix('about ')}.")
         console.print(f"\nPicture: {out / 'curves.png'}; rows: {out / 'runs.jsonl'}; adapters: {out / 'adapters'}")
+        console.print(f"One page of it all: lfu-reg report {out}", soft_wrap=True)
     if stopped:
         console.print(f"Stopped. {len(store.rows)} trainings are kept in {out}; the same command goes on from there.")
         raise typer.Exit(STOPPED)

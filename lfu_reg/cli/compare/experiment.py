@@ -53,7 +53,8 @@ class Experiment:
             point = self._point(self._model, 0.0)
             self._progress.evaluated("the base model")
             answers = [[list(answer.ids), answer.start] for answer in drawn]
-            self._store.add({"run": "base", "point": point, "drawn": answers, "samples": self._samples(self._model)})
+            asked = {"questions": self._prepared.questions, "samples": self._samples(self._model)}
+            self._store.add({"run": "base", "point": point, "drawn": answers, **asked})
         else:
             self._base_answers = [Tokens(tuple(ids), start) for ids, start in base["drawn"]]
             self._base = log_probabilities(self._model, self._base_answers, **self._where)

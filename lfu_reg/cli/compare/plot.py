@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from lfu_reg.cli.compare.curves import Point, place
 from lfu_reg.cli.compare.plan import Run
@@ -15,7 +15,7 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 GREYS = ("#000000", "#666666", "#aaaaaa")
 
 
-def draw(rows: Sequence[Mapping[str, Any]], base: Mapping[str, Any], file: Path) -> None:
+def draw(rows: Sequence[Mapping[str, Any]], base: Mapping[str, Any], file: Path | IO[bytes]) -> None:
     """Write a PNG: a line per setting from the base model over the scales of its adapter, a small mark per seed."""
     import matplotlib
 
@@ -47,7 +47,7 @@ def draw(rows: Sequence[Mapping[str, Any]], base: Mapping[str, Any], file: Path)
     )
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=9)
-    figure.savefig(file, dpi=150)
+    figure.savefig(file, dpi=150, format="png")
     pyplot.close(figure)
 
 

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from statistics import fmean, median, stdev
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from lfu_reg.cli.compare.curves import cost, forgotten, gaps, per_step
+from lfu_reg.cli.compare.curves import gaps
+from lfu_reg.cli.compare.means import NOTE, TITLE, means_of
 from lfu_reg.cli.compare.plan import Run, best_rate
 from lfu_reg.cli.compare.verdict import verdict
 
 Row = Mapping[str, Any]
-
-NOTE = (
-    "step: median; x SFT: on the same batches; MB: peak of a step above the weights (on a CPU, what autograd keeps); "
-    "tokens and answers right: by greedy decoding, an answer word for word; KL: from the base model, on answers of its "
-    "own; forgotten: mean rise of the losses on what was to be kept, or else KL. ±: between seeds."
-)
 
 
 def show(rows: Sequence[Row], base: Row, questions: Sequence[tuple[str, str]], console: Console) -> dict[str, Any]:
@@ -39,7 +33,7 @@ def show(rows: Sequence[Row], base: Row, questions: Sequence[tuple[str, str]], c
     if rows:
         console.print(_table(rows, base))
         console.print(NOTE, soft_wrap=True)
-    shown = _shown(rows, base)
+    shown = shown_runs(rows, base)
     _show_samples(shown, samples, questions, console)
     warned = sorted({warning for row in rows for warning in row["warnings"]})
     for warning in warned:
@@ -57,68 +51,16 @@ def show(rows: Sequence[Row], base: Row, questions: Sequence[tuple[str, str]], c
 
 
 def _table(rows: Sequence[Row], base: Row) -> Table:
-    """A line per setting and scale: SFT's best rate at all scales, and what was trained as it is."""
-    table = Table(title="Means over seeds", title_justify="left")
-    columns = ["", "seeds", "step", "x SFT", "MB", "held-out loss", "tokens right", "answers right"]
-    for name in base["kept"]:
-        columns += [f"{name} loss", *(["right"] * _has_answers(base, name))]
-    columns += ["KL to base", "forgotten"]
-    for number, column in enumerate(columns):
+    means = means_of(rows, base)
+    table = Table(title=TITLE, title_justify="left")
+    for number, column in enumerate(means.columns):
         table.add_column(column, justify="left" if number == 0 else "right", no_wrap=number == 0, overflow="fold")
-    table.add_row("base model", "", "", "", "", *_scores([base], base), end_section=True)
-    best = best_rate(rows)
-    settings = {Run.of(row).setting: row for row in rows if row["points"]}
-    for name, example in settings.items():
-        same = [row for row in rows if Run.of(row).setting == name and row["points"]]
-        ratio, peak = fmean(cost(row, rows) for row in same), max(row["peak_mb"] for row in same)
-        trained = [f"{len(same)}", f"{median(map(per_step, same)):.2f} s", f"{ratio:.2f}", f"{peak:.0f}"]
-        for place in range(len(example["points"]) - 1, -1, -1):
-            points = [row["points"][place] for row in same]
-            scale = points[0]["scale"]
-            if scale == 1:
-                table.add_row(name, *trained, *_scores(points, base))
-            elif example["step"] is None and example["rate"] == best:
-                table.add_row(f"  adapter x {scale:g}", "", "", "", "", *_scores(points, base))
+    for number, line in enumerate(means.lines):
+        table.add_row(*line, end_section=number == 0)
     return table
 
 
-def _has_answers(base: Row, name: str) -> bool:
-    """Whether the base model gives some of the answers of a part; of a text it gives no piece whole."""
-    return bool(base["kept"][name]["exact"])
-
-
-def _scores(points: Sequence[Row], base: Row) -> list[str]:
-    def mean(*path: str) -> float:
-        return fmean(_at(point, path) for point in points)
-
-    kept = []
-    for name in base["kept"]:
-        kept += [
-            f"{mean('kept', name, 'loss'):.3f}",
-            *([f"{mean('kept', name, 'exact'):.2f}"] * _has_answers(base, name)),
-        ]
-    return [
-        _with_spread([point["domain"]["loss"] for point in points]),
-        f"{mean('domain', 'token_accuracy'):.2f}",
-        f"{mean('domain', 'exact'):.2f}",
-        *kept,
-        f"{mean('kl'):.3f}",
-        _with_spread([forgotten(point, base) for point in points]),
-    ]
-
-
-def _with_spread(values: Sequence[float]) -> str:
-    return f"{fmean(values):.3f}" + (f"±{stdev(values):.3f}" if len(values) > 1 else "")
-
-
-def _at(point: Row, path: Sequence[str]) -> float:
-    value: Any = point
-    for name in path:
-        value = value[name]
-    return float(value)
-
-
-def _shown(rows: Sequence[Row], base: Row) -> dict[str, Row]:
+def shown_runs(rows: Sequence[Row], base: Row) -> dict[str, Row]:
     """The runs whose answers are shown: SFT at its best rate, and LfU's best setting of each kind of step."""
     best = best_rate(rows)
     found = {Run.of(row).setting: row for row in rows if row["step"] is None and row["rate"] == best and row["samples"]}

@@ -82,13 +82,14 @@ class Store:
         if not self._file.exists():
             return []
         lines = self._file.read_text(encoding="utf-8").splitlines()
-        whole = [line for line in lines if _is_json(line)]
+        whole = [line for line in lines if is_row(line)]
         if len(whole) < len(lines):
             self._file.write_text("".join(f"{line}\n" for line in whole), encoding="utf-8")
         return [json.loads(line) for line in whole]
 
 
-def _is_json(line: str) -> bool:
+def is_row(line: str) -> bool:
+    """Whether a line was written whole."""
     try:
         return isinstance(json.loads(line), dict)
     except ValueError:

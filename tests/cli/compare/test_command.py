@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import inspect
 import json
 import re
@@ -74,6 +75,11 @@ def test_end_to_end_and_again(tmp_path: Path, rows: Path) -> None:
     assert [gap["margin"] for gap in summary["gaps"]] == [None, None]
     for part in ("LfU 1, one-backward", "adapter x 0.5", "Verdict", "base model", "data: ", "KL to base"):
         assert part in done.output
+
+    assert CliRunner().invoke(app, ["report", str(out)]).exit_code == 0
+    page = (out / "report.html").read_text()
+    assert all(html.escape(line) in page for line in summary["verdict"])
+    assert "What is 2" in page  # of a question
 
     again = run(*call)  # nothing is done again, and more seeds go on
     assert "0 trainings to do, 4 done already" in again.output

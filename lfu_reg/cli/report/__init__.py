@@ -1,0 +1,1 @@
+"""`lfu-reg report`: a comparison as one page that can be mailed."""
