@@ -74,24 +74,15 @@ COLLAPSE = (
 
 @dataclass(frozen=True)
 class Look:
-    """What a step shows of how strong it is.
+    """What a step shows of how strong it is."""
 
-    Attributes:
-        figures: "gradient_ratio" and "relative_distance", where they were measured at this very step.
-        alpha, lam: what the step ran with.
-        strength: what lam follows from, None where it is fixed.
-        eps: relative rounding of the hidden states.
-        tokens_count: whether any does.
-        sensible_alpha: finds one for the displacement that is aimed at, by passes of its own.
-    """
-
-    figures: Mapping[str, Tensor]
+    figures: Mapping[str, Tensor]  # where they were measured at this very step
     alpha: float
     lam: float | Tensor
-    strength: float | None
-    eps: float
-    tokens_count: bool
-    sensible_alpha: Callable[[], float]
+    strength: float | None  # what lam follows from, None where it is fixed
+    eps: float  # relative rounding of the hidden states
+    tokens_count: bool  # whether any does
+    sensible_alpha: Callable[[], float]  # finds one by passes of its own
 
 
 class LfUWarning(UserWarning):

@@ -27,17 +27,11 @@ Generators: TypeAlias = Callable[[torch.device], torch.Generator]
 
 @dataclass(frozen=True)
 class Tokens:
-    """The positions of one output that count.
+    """The positions of one output that count; None where all do."""
 
-    Attributes:
-        mask: boolean, shaped like the output without its hidden axis; None where every position counts.
-        index: the same as row numbers of the output flattened to [positions, hidden]; None where every position counts.
-        axis: the hidden axis of the output.
-    """
-
-    mask: Tensor | None = None
-    index: Tensor | None = None
-    axis: int = -1
+    mask: Tensor | None = None  # boolean, shaped like the output without its hidden axis
+    index: Tensor | None = None  # the same as row numbers of the output flattened to [positions, hidden]
+    axis: int = -1  # the hidden one of the output
 
     def is_empty(self) -> bool:
         """Whether no position counts."""
@@ -46,21 +40,13 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a site.
+    """One call of a site."""
 
-    Attributes:
-        name: full name of the module.
-        module: the module.
-        x: its first floating-point tensor argument, None if it has none.
-        y: its output; for a layer, the hidden state in it.
-        tokens: the positions of y that count.
-    """
-
-    name: str
+    name: str  # full name of the module
     module: nn.Module
-    x: Tensor | None
-    y: Tensor
-    tokens: Tokens
+    x: Tensor | None  # its first floating-point tensor argument, None if it has none
+    y: Tensor  # its output; for a layer, the hidden state in it
+    tokens: Tokens  # the positions of y that count
 
 
 def master_dtype(tensor: Tensor) -> torch.dtype:

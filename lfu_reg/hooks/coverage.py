@@ -40,13 +40,7 @@ OLD_BACKWARD_HOOKS = (
 
 
 class Coverage:
-    """Watches the sites of one regularizer.
-
-    Args:
-        layers: names of the chosen layers.
-        sites: names of the modules at which the auxiliary acts.
-        diagnostics: warns of what looks wrong.
-    """
+    """Watches the sites of one regularizer."""
 
     def __init__(self, layers: Collection[str], sites: Collection[str], diagnostics: Diagnostics) -> None:
         inner = {layer: [site for site in sites if site.startswith(f"{layer}.")] for layer in layers}

@@ -41,14 +41,10 @@ class EarlyExit(BaseException):
 
 
 class Exits:
-    """Raises `EarlyExit` at the end of the layer whose hidden state was the last one wanted.
-
-    Attributes:
-        listening: whether the running pass may be left early.
-    """
+    """Raises `EarlyExit` at the end of the layer whose hidden state was the last one wanted."""
 
     def __init__(self) -> None:
-        self.listening = False
+        self.listening = False  # whether the running pass may be left early
         self._fwd: ForwardPass | None = None
 
     def follow(self, fwd: ForwardPass | None) -> None:
@@ -106,10 +102,8 @@ def _frames_to_leave() -> Iterator[FrameType]:
 
 @functools.lru_cache(maxsize=1024)
 def only_returns(code: CodeType, last: int) -> bool:
-    """Whether what is left of a function after instruction `last` calls and stores nothing, but for locals.
-
-    The end of a `with` block is a call as well, which an exception makes, too.
-    """
+    """Whether what is left of a function after instruction `last` calls and stores nothing, but for locals."""
+    # The end of a `with` block is a call as well, which an exception makes, too.
     instructions = [i for i in dis.get_instructions(code) if i.offset > last and i.opname not in ("CACHE", "PRECALL")]
     for number, instruction in enumerate(instructions):
         name = instruction.opname

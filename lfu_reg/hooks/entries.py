@@ -28,16 +28,7 @@ _MOST = 4
 
 
 class Entries:
-    """Notes what the model and the first layer of each stack are called with.
-
-    Args:
-        model: the attached model.
-        layers: the chosen layers by name.
-        auxiliary: theta_aux.
-
-    Attributes:
-        modules: those that are looked at, by name.
-    """
+    """Notes what the model and the first layer of each stack are called with."""
 
     def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module], auxiliary: Auxiliary) -> None:
         self._auxiliary = auxiliary

@@ -19,21 +19,13 @@ from lfu_reg.model.tokens import TokenMasks
 
 @dataclass
 class State:
-    """One captured hidden state h_{l,t}.
+    """One captured hidden state h_{l,t}."""
 
-    Attributes:
-        name: the layer.
-        hidden: its hidden state, as the layer returned it.
-        tokens: the positions that count.
-        watch: tells whether the model writes over what the layer returned; None where that cannot be told.
-        is_copy: whether `hidden` is safe from that.
-    """
-
-    name: str
-    hidden: Tensor
-    tokens: Tokens
-    watch: WriteWatch | None = None
-    is_copy: bool = False
+    name: str  # of the layer
+    hidden: Tensor  # as the layer returned it
+    tokens: Tokens  # that count
+    watch: WriteWatch | None = None  # whether the model writes over what was returned; None where none can tell
+    is_copy: bool = False  # so that `hidden` is safe from that
 
     def of(self, samples: Tensor | None) -> Tensor:
         """The hidden state of the given samples (numbers along the batch dimension); None is all of them."""
@@ -47,42 +39,25 @@ class State:
 
 @dataclass(frozen=True)
 class Entry:
-    """What a stack of layers was called with, before any perturbation could reach it.
-
-    Attributes:
-        name: the layer that was called.
-        call: how often it had been called before in this pass.
-        tensors: copies of what must be the same in pass 2.
-    """
+    """What a stack of layers was called with, before any perturbation could reach it."""
 
     name: str
-    call: int
-    tensors: tuple[Tensor, ...]
+    call: int  # how often it had been called before in this pass
+    tensors: tuple[Tensor, ...]  # copies of what must be the same in pass 2
 
 
 @dataclass
 class Record:
-    """What the hooks note down of a pass; nobody else writes to it.
-
-    Attributes:
-        states: what was captured, in order of execution.
-        entries: what the stacks of layers were called with.
-        fired: how often each hooked module ran with gradients.
-        compiled: whether any of them ran in a region of torch.compile.
-        float16: whether anything at the hooks ran in float16.
-        saves_elsewhere: whether saved tensors went through somebody's hooks at a captured layer.
-        old_backward_hooks: modules with hooks of `register_backward_hook`, which see an operation of ours.
-        watched: outputs in whose place the model got another tensor on the same memory, for the sake of a tap.
-    """
+    """What the hooks note down of a pass; nobody else writes to it."""
 
     states: list[State] = field(default_factory=list)
     entries: list[Entry] = field(default_factory=list)
-    fired: Counter[str] = field(default_factory=Counter)
-    compiled: bool = False
+    fired: Counter[str] = field(default_factory=Counter)  # how often each hooked module ran with gradients
+    compiled: bool = False  # whether any of them ran in a region of torch.compile
     float16: bool = False
-    saves_elsewhere: bool = False
-    old_backward_hooks: list[str] = field(default_factory=list)
-    watched: list[WriteWatch] = field(default_factory=list)
+    saves_elsewhere: bool = False  # whether saved tensors went through somebody's hooks at a captured layer
+    old_backward_hooks: list[str] = field(default_factory=list)  # modules with hooks of `register_backward_hook`
+    watched: list[WriteWatch] = field(default_factory=list)  # outputs in whose place a tap put another tensor
 
     @property
     def batch_size(self) -> int:
@@ -100,32 +75,18 @@ def _anchor() -> Tensor:
 
 @dataclass(frozen=True)
 class ForwardPass:
-    """One pass through the model.
-
-    Attributes:
-        tokens: the batch's token masks.
-        observe: tap the sites, so that the backward of this pass collects the ascent direction.
-        apply: run with the auxiliary components in place.
-        capture: keep hidden states: "detached", "attached" to the graph, "cloned" (attached, and safe from being
-            overwritten), or None.
-        patches: what stands in the place of parameters and forward methods during the pass.
-        leave: leave the forward after the last state that is wanted: "never", where the way is "clear" of code that
-            would be cut off, or "always".
-        leave_after: how many states are wanted.
-        quiet_tail: what runs after them is in no graph.
-        gate: open while the library's own backward of the pass is running.
-        anchor: leaf on which taps depend that would otherwise not be part of the graph.
-        record: what the hooks note down.
-    """
+    """One pass through the model."""
 
     tokens: TokenMasks
-    observe: bool = False
-    apply: bool = False
+    observe: bool = False  # tap the sites, so that the backward of this pass collects the ascent direction
+    apply: bool = False  # run with the auxiliary components in place
+    # Keep hidden states: attached to the graph or not; "cloned" is attached, and safe from being overwritten.
     capture: Literal["detached", "attached", "cloned"] | None = "detached"
     patches: Sequence[Patch] = ()
+    # Leave the forward after so many states: never, where the way is clear of code that would be cut off, or always.
     leave: Literal["never", "clear", "always"] = "never"
     leave_after: int = 0
-    quiet_tail: bool = False
+    quiet_tail: bool = False  # what runs after them is in no graph
     gate: Gate = field(default_factory=Gate)
-    anchor: Tensor = field(default_factory=_anchor)
+    anchor: Tensor = field(default_factory=_anchor)  # on which taps depend that would be in no graph otherwise
     record: Record = field(default_factory=Record)

@@ -10,12 +10,7 @@ from torch import Tensor
 
 
 class WriteWatch:
-    """Watches one output from now on, without keeping its memory alive: checkpointed blocks free theirs at once.
-
-    Args:
-        name: of the module.
-        output: what it returned.
-    """
+    """Watches one output from now on, without keeping its memory alive: checkpointed blocks free theirs at once."""
 
     def __init__(self, name: str, output: Tensor) -> None:
         self.name = name

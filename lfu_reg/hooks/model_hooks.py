@@ -38,20 +38,7 @@ TRANSFORMED = (
 
 
 class ModelHooks:
-    """The hooks of one regularizer on one model.
-
-    Args:
-        model: the attached model.
-        layers: the chosen layers by name; their hidden states are captured.
-        sites: where the auxiliary acts, by name.
-        auxiliary: theta_aux.
-        head: the module whose output holds the logits, if these are compared instead of hidden states.
-
-    Attributes:
-        captured: modules whose outputs are captured, by name.
-        overwritten: layers whose outputs the model changes in place, so that these need a copy; None: not known yet.
-        last_gradient: set to have the coming backward hand it the last captured state and dl/dh there.
-    """
+    """The hooks of one regularizer on one model."""
 
     def __init__(
         self,
@@ -63,8 +50,8 @@ class ModelHooks:
     ) -> None:
         self.listening = self._recording = False
         self.running: ForwardPass | None = None
-        self.overwritten: set[str] | None = None
-        self.last_gradient: LastGradient | None = None
+        self.overwritten: set[str] | None = None  # layers whose outputs the model changes in place; None: not known yet
+        self.last_gradient: LastGradient | None = None  # gets the last captured state, and dl/dh there
         self.captured = {"": head} if head is not None else dict(layers)
         self._model, self._auxiliary, self._sites = model, auxiliary, set(sites)
         self._hooked = {**layers, **sites, **self.captured}

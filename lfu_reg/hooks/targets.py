@@ -16,12 +16,7 @@ from lfu_reg.model import peft as adapters
 
 
 class Targets:
-    """Where some modules of a model are.
-
-    Args:
-        model: the root.
-        names: full names of modules in it.
-    """
+    """Where some modules of a model are."""
 
     def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
         self._children: dict[tuple[int, str], tuple[nn.Module, str, nn.Module]] = {}

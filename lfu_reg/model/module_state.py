@@ -94,10 +94,8 @@ class ModuleState:
         return result
 
     def _written_weights(self) -> list[tuple[Place, Tensor | None]]:
-        """Frozen weights that were written to, as a teacher's are, and are copied from the next forward on.
-
-        Some are only replaced and put back (PEFT's adapters of single parameters), which a copy shows.
-        """
+        """Frozen weights that were written to, as a teacher's are, and are copied from the next forward on."""
+        # Some are only replaced and put back (PEFT's adapters of single parameters), which a copy shows.
         for place in [place for place in self._followers if self._is_as_it_was(place)]:
             self._followers.remove(place)
             self._places.remove(place)

@@ -44,29 +44,7 @@ _attached: weakref.WeakKeyDictionary[nn.Module, weakref.ref[AttachedModel]] = we
 
 
 class AttachedModel:
-    """One regularizer on one model.
-
-    Args:
-        model: any module.
-        choice: see `choose_layers`.
-        auxiliary: theta_aux, which says where it acts.
-        distance: says whether it compares hidden states or the model's logits.
-        diagnostics: warns of what looks wrong.
-
-    Attributes:
-        layers: names of the chosen layers.
-        modules: the chosen layers by name.
-        hooks: capture hidden states, and run the model with theta_aux in place.
-        reused: blocks that answer pass 2 with what they returned in pass 1.
-        wrappers: DDP's, around the model.
-        state: what forwards change in the model.
-        has_run: whether a step has found its layers.
-        tail_may_be_quiet: whether code behind the last layer has run without gradients so far.
-
-    Raises:
-        ValueError: for layers that do not exist or cannot be hooked.
-        RuntimeError: if another regularizer, which is still in use, is attached to a part of the model.
-    """
+    """One regularizer on one model."""
 
     layers: tuple[str, ...]
     modules: dict[str, nn.Module]
@@ -103,17 +81,14 @@ class AttachedModel:
         self._coverage = Coverage(self.layers, sites, self._diagnostics)
         self._targets = Targets(model, [*chosen, *sites, *self.reused.blocks])
         self.state = ModuleState(model)
-        self.has_run, self.tail_may_be_quiet = False, True
+        self.has_run = False  # whether a step has found its layers
+        self.tail_may_be_quiet = True  # whether code behind the last layer has run without gradients so far
         for module in (model, *chosen.values()):
             _attached[module] = weakref.ref(self)
         self._finalizer = weakref.finalize(self, self.hooks.remove)  # hooks that stay, if nobody calls `remove()`
 
     def follow(self) -> None:
-        """Hook what is there now, where adapters came around hooked modules or were merged, or blocks were added.
-
-        Raises:
-            RuntimeError: if the auxiliary belongs to another regularizer by now.
-        """
+        """Hook what is there now, where adapters came around hooked modules or were merged, or blocks were added."""
         if self._targets.were_replaced():
             self._let_go()
             self._attach(self.model)
@@ -145,11 +120,7 @@ class AttachedModel:
 
     @property
     def model(self) -> nn.Module:
-        """The attached model.
-
-        Raises:
-            RuntimeError: after `remove()`.
-        """
+        """The attached model."""
         if self._model is None:
             raise RuntimeError(REMOVED)
         return self._model
@@ -159,33 +130,13 @@ class AttachedModel:
         return devices_of(self.modules.values())
 
     def engine_of(self, model: nn.Module, *, first: bool) -> Engine:
-        """The engine that spreads the model over processes.
-
-        Args:
-            model: what the user trains, the attached module or a wrapper of it.
-            first: whether this is the first step, at which offloaded weights are looked for.
-
-        Raises:
-            ValueError: for trainable weights that are offloaded, and for a DeepSpeed engine.
-        """
+        """The engine that spreads the model over processes."""
         if first:
             checks.check_resident(self.model)
         return engine_of(model, self.model, self.modules.values())
 
     def check_clean(self, clean: ForwardPass, leaves: Sequence[Tensor], model: nn.Module, turn: int) -> None:
-        """Look at pass 1: whether what was hooked ran, with something to train and tokens that count.
-
-        Args:
-            clean: the pass, after its forward.
-            leaves: what its loss depends on.
-            model: what the user trains, the attached module or a wrapper of it.
-            turn: number of the step among those that `every` leaves.
-
-        Raises:
-            ValueError: if the loss trains nothing, or if the user's token mask fits no hidden state.
-            RuntimeError: for layers that did not run, or ran without their hooks, or whose outputs were written to past
-                the hooks.
-        """
+        """Look at pass 1: whether what was hooked ran, with something to train and tokens that count."""
         record = clean.record
         loss_checks.check_trainable(leaves, clean.anchor, model)
         checks.check_not_written(watch.name for watch in record.watched if watch.was_written)
@@ -219,16 +170,7 @@ class AttachedModel:
         self.hooks.last_gradient = LastGradient(look) if targets else None
 
     def check_perturbed(self, perturbed: ForwardPass, clean: ForwardPass, samples: Tensor | None) -> None:
-        """Look at pass 2: whether the same ran as in pass 1.
-
-        Args:
-            perturbed: pass 2, after its forward.
-            clean: pass 1.
-            samples: the samples of the batch that pass 2 ran on, None for all.
-
-        Raises:
-            RuntimeError: if other layers ran.
-        """
+        """Look at pass 2: whether the same ran as in pass 1."""
         checks.check_same_layers(
             [state.name for state in clean.record.states], [state.name for state in perturbed.record.states]
         )

@@ -65,14 +65,7 @@ def errors_explained() -> Iterator[None]:
 
 
 def check_loss(loss: object, model: nn.Module, *, first: bool) -> Tensor:
-    """The SFT loss, if gradients can be taken of it.
-
-    Args:
-        loss: what the user's function returned.
-        model: what it was called with.
-        first: check for NaN and infinity as well, which waits for the device; in later steps these are the loop's
-            business, so that a GradScaler sees them and skips.
-    """
+    """The SFT loss, if gradients can be taken of it."""
     if not isinstance(loss, Tensor):
         raise TypeError(
             f"sft_loss_fn returned a {type(loss).__name__}; it has to return a scalar tensor.{_what_to_return(loss)}"
@@ -84,6 +77,7 @@ def check_loss(loss: object, model: nn.Module, *, first: bool) -> Tensor:
         )
     if not loss.requires_grad:
         raise _nothing_trainable(model)
+    # It waits for the device; in later steps that is the loop's business, so that a GradScaler sees it and skips.
     if first and not torch.isfinite(loss.detach()):
         raise ValueError(
             f"sft_loss_fn returned {float(loss.detach())} at the first step. Check the data (a batch without any label "

@@ -35,26 +35,10 @@ from lfu_reg.step.strength import StepStrength
 
 
 class Passes(SecondPass):
-    """The passes of one step.
-
-    Args:
-        attached: the model.
-        auxiliary: theta_aux.
-        sft: the loss function of the step.
-        settings: of the regularizer.
-        strength: alpha and lam of the step.
-        progress: what outlives the step.
-        diagnostics: warns.
-
-    Attributes:
-        engine: how the model is spread over processes.
-        batch: of pass 1, for further passes.
-        clean: pass 1, once it has run.
-        scale: what g was multiplied by in the backward of pass 1.
-    """
+    """The passes of one step."""
 
     clean: ForwardPass
-    scale: float = 1.0
+    scale: float = 1.0  # what g was multiplied by in the backward of pass 1
 
     def __init__(
         self,
@@ -89,17 +73,7 @@ class Passes(SecondPass):
             attached.reused.forget()
 
     def first(self, *, observe: bool) -> tuple[Tensor, list[State]]:
-        """Pass 1, with its backward.
-
-        Args:
-            observe: whether g is taken from it.
-
-        Returns:
-            l_SFT and the clean hidden states.
-
-        Raises:
-            PlainSFT: where the loss is that of an empty batch.
-        """
+        """Pass 1, with its backward."""
         attached, sft, hooks = self._attached, self._sft, self._attached.hooks
         self.clean = clean = ForwardPass(
             sft.tokens,

@@ -27,27 +27,14 @@ LONGEST_WAIT = 64
 
 
 class Progress:
-    """Where a regularizer is.
-
-    Args:
-        seed: of all draws; None for torch's initial one.
-        settings: of the regularizer.
-
-    Attributes:
-        step: number of the next step, or of the present one during a step.
-        seed: of all draws.
-        scales: of float16.
-        empty_steps: how many steps had no token that counts.
-        strength: what is known of alpha and lam.
-        direction: of steps with one backward.
-        unrepeatable_steps: how many steps were plain SFT, as the loss did not repeat.
-    """
+    """Where a regularizer is."""
 
     def __init__(self, seed: int | None, settings: Settings) -> None:
         self.strength, self.direction = Strength(settings), Direction()
         self.step, self.seed = 0, torch.initial_seed() % 2**31 if seed is None else int(seed)
         self.scales = LossScales()
-        self.empty_steps = self.unrepeatable_steps = 0
+        self.empty_steps = 0  # how many had no token that counts
+        self.unrepeatable_steps = 0  # how many were plain SFT, as the loss did not repeat
         self.same_step = SameStep()
         self._drawn_at, self._wait, self._resume_at = 0, 0, 0
 

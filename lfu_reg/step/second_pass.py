@@ -68,11 +68,7 @@ class SecondPass:
         return self._total
 
     def gradient_here(self, batch: Any) -> float:
-        """Let the auxiliary collect g where it is now, from a pass that gives nothing else; returns its factor.
-
-        For an ascent along other data, for a further step from a moved theta_aux, and where pass 1 took gradients of
-        gradients, in which the components themselves take part.
-        """
+        """Let the auxiliary collect g where it is now, from a pass that gives nothing else; returns its factor."""
         auxiliary, hooks = self._auxiliary, self._attached.hooks
         checks.check_batch(batch)
         auxiliary.require_gradients(True)
@@ -87,10 +83,8 @@ class SecondPass:
         return scale
 
     def find_alpha(self, samples: Tensor | None) -> float:
-        """The alpha that reaches the displacement, tried out by passes without a backward; theta_aux moves with it.
-
-        Ranks whose forward passes communicate take the first guess, and come nearer from step to step.
-        """
+        """The alpha that reaches the displacement, tried out by passes without a backward; theta_aux moves with it."""
+        # Ranks whose forward passes communicate take the first guess, and come nearer from step to step.
         alpha, h, self._tries = self._strength.alpha, self.clean.record.states, True
         for _ in range(0 if self.engine.in_lockstep else TRIES):
             with self.second(samples) as h_prime:
@@ -115,16 +109,7 @@ class SecondPass:
 
     @contextmanager
     def second(self, samples: Tensor | None) -> Iterator[list[State]]:
-        """Pass 2: the loss function is called again, with the components in place; gives the perturbed states.
-
-        The block is for its backward, which may repeat parts of the forward.
-
-        Args:
-            samples: the samples of the batch that it runs on, None for all.
-
-        Raises:
-            PlainSFT: if it is no repetition of pass 1.
-        """
+        """Pass 2 with the components in place: gives the perturbed states; the block is for its backward."""
         attached, in_lockstep = self._attached, self.engine.in_lockstep
         if self._failure is not None and not in_lockstep:
             self._progress.unrepeatable_steps += 1

@@ -104,12 +104,7 @@ def value_at(name: str, schedule: Schedule, step: int) -> float:
 
 
 def check_number(name: str, value: object) -> float:
-    """`value` as a float.
-
-    Raises:
-        TypeError: if it is not a number.
-        ValueError: if it is negative, infinite or NaN.
-    """
+    """`value` as a float."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(
             f"{name}={shown(value)} is a {type(value).__name__}; allowed are numbers from 0 and callables of the step "
