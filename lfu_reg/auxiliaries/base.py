@@ -78,7 +78,6 @@ class Auxiliary(ABC):
         moves_weights: whether the components are the model's own parameters.
         acts_at_sites: whether the components change nothing but what the sites return.
         shards: FSDP2's sharded parameters during a step, None without FSDP2; set by the regularizer.
-        may_fold: whether modules run as they are written, neither sharded nor compiled; set by the regularizer.
     """
 
     default_alpha: float = _NoDefault()  # type: ignore[assignment]
@@ -86,7 +85,6 @@ class Auxiliary(ABC):
     moves_weights = False
     acts_at_sites = False
     shards: Shards | None = None
-    may_fold = False
 
     @property
     def _label(self) -> str:
@@ -151,14 +149,6 @@ class Auxiliary(ABC):
     def pass2_patches(self) -> Iterable[Patch]:
         """What stands in the place of parameters in pass 2, for components that are no hook's business."""
         return ()
-
-    def pass1_patches(self) -> Iterable[Patch]:
-        """What stands in the place of something in pass 1, so that its backward gives g without a tap."""
-        return ()
-
-    def temporary_leaves(self) -> list[Tensor]:
-        """Components that are leaves of pass 1's graph: their gradient is g, and nothing that the caller gets."""
-        return []
 
     def is_attached_to(self, model: nn.Module) -> bool:
         """Whether `sites` was not asked about another model since: the weights of that one would be moved."""

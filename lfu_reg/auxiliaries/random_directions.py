@@ -46,10 +46,6 @@ class RandomDirections(OutputAuxiliary):
         """Those of the other auxiliary."""
         return self.of.sites(model, layers)
 
-    def detach(self, model: nn.Module) -> None:
-        """As the other auxiliary does."""
-        self.of.detach(model)
-
     def start(self, call: Call, generator: torch.Generator) -> Components:
         """Those of the other auxiliary."""
         return self.of.start(call, generator)

@@ -64,8 +64,7 @@ class Entries:
             return False
         if self._auxiliary.moves_weights:
             return True
-        own = {id(leaf) for leaf in self._auxiliary.temporary_leaves()}
-        return bool(fwd.record.fired or own) and depends_on_a_tap(value, own)
+        return bool(fwd.record.fired) and depends_on_a_tap(value)
 
 
 def differing(clean: Iterable[Entry], again: Iterable[Entry], samples: Tensor | None, moved: bool) -> str | None:

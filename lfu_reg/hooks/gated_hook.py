@@ -28,7 +28,6 @@ class Hook:
         self.listener = listener
         self.name = name
         self._hand_on = hand_on() if listener is not None else None
-        self.is_idle = listener is None
 
     def __call__(self, *call: Any) -> Any:
         """Pass the call on. Kept this short as torch.compile traces it: looking at the name would tell layers apart."""

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lfu_reg.auxiliaries.base import Auxiliary, Call, Tokens
-from lfu_reg.auxiliaries.peft_folding import has_acted
 from lfu_reg.hooks.early_exit import Exits
 from lfu_reg.hooks.entries import Entries
 from lfu_reg.hooks.forward_pass import ForwardPass, State
@@ -157,8 +156,6 @@ class ModelHooks:
         if self._recording:
             fwd.record.fired[name] += 1
             fwd.record.compiled |= compiled
-        if name not in self.captured and has_acted(module):
-            return None  # the adapter of PEFT has added the component
         path = outputs.locate(output) if name else outputs.locate_logits(output)
         if path is None:
             raise ValueError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -90,10 +90,6 @@ class _Tap(torch.autograd.Function):
         return grad_output, torch.zeros_like(ctx.anchor_like), None, None
 
 
-def depends_on_a_tap(tensor: Tensor, leaves: Collection[int] = ()) -> bool:
-    """Whether a tap of any pass, or one of some leaves (by identity), lies in the graph of `tensor`."""
-    if tensor.grad_fn is None:
-        return False
-    graph = graph_of(tensor)
-    taps = any(type(node).__name__ == "_TapBackward" for node in graph.nodes)
-    return taps or any(id(leaf) in leaves for leaf in graph.leaves)
+def depends_on_a_tap(tensor: Tensor) -> bool:
+    """Whether a tap of any pass lies in the graph of `tensor`."""
+    return any(type(node).__name__ == "_TapBackward" for node in graph_of(tensor).nodes)

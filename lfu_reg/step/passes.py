@@ -62,7 +62,6 @@ class Passes(SecondPass):
         attached, auxiliary = self._attached, self._auxiliary
         auxiliary.shards = self.engine.shards
         compiled = entrances(self._sft.model)
-        auxiliary.may_fold = not self.engine.is_sharded and not compiled
         if self._is_one_backward:
             self._progress.direction.collect(auxiliary)
         auxiliary.reset(generators)
@@ -79,7 +78,6 @@ class Passes(SecondPass):
             sft.tokens,
             observe=observe,
             capture=self._capture(),
-            patches=list(self._auxiliary.pass1_patches()) if observe else [],
         )
         reuse = not self._strategy.keeps_graph and not self.engine.in_lockstep
         attached.compare_with_loss(self._turn, tensors_in(sft.batch) if self._settings.token_mask is None else ())
@@ -97,7 +95,6 @@ class Passes(SecondPass):
             loss = sft.first(attached.devices(), check_value=self._progress.step == 0)
         checkpointed = "checkpoint" in noted
         self._repeats_whole = checkpointed and not checkpoints.repeats_stop_early()
-        # Without what stands in the place of forward methods for the pass: it is not to be put back after pass 2.
         self._changes = changes = attached.state.changes()
         # Loops return a dummy loss for an empty batch, zero times the sum of all parameters.
         if not clean.record.states and (attached.has_run or not bool(loss.detach())):

@@ -47,8 +47,7 @@ class Released:
                 sft_loss, leaves if shared is None else shared.above, self._scales.clean, clean
             )
         self._add(pairs, self._scale)
-        for own in (clean.anchor, *self._auxiliary.temporary_leaves()):
-            self._gradients.pop(id(own), None)
+        self._gradients.pop(id(clean.anchor), None)
         if clean.observe:
             self._auxiliary.gradient_from([leaf for leaf, _ in pairs], [gradient for _, gradient in pairs])
         return self._scale

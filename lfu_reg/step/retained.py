@@ -41,7 +41,7 @@ class Retained:
         if not clean.observe:
             return 1.0
         auxiliary = self._auxiliary
-        own = auxiliary.temporary_leaves() or (auxiliary.leaves() if auxiliary.moves_weights else [])
+        own = auxiliary.leaves() if auxiliary.moves_weights else []
         with clean.gate.opened(), grad_set_aside(self._trained) as written:
             # Every tap depends on the anchor, so the way to it goes through all of them.
             gradients, scale = self._scales.clean.gradients(

@@ -320,7 +320,7 @@ def test_samples_of_a_batch_as_large_as_the_sequence(fraction: float) -> None:
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_copy_made_by_the_loss_function(when: str) -> None:
-    """With deltas folded into adapters, a copy of the model is a plain one, and can be pickled."""
+    """A copy of the model that is made within a step is a plain one, and can be pickled."""
     import pickle
 
     copies: list[nn.Module] = []
