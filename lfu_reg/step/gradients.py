@@ -9,15 +9,16 @@ retained: only g is taken at once, pass 1's graph stays, and the caller's backwa
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from lfu_reg.auxiliaries import Auxiliary
 from lfu_reg.hooks.forward_pass import ForwardPass
 from lfu_reg.model.graph import grad_set_aside
-from lfu_reg.step.float16 import LossScale, float16_in_play
+from lfu_reg.step.float16 import LossScales, float16_in_play
 from lfu_reg.step.shared_backward import SharedBackward
 from lfu_reg.step.strength import StepStrength
 
@@ -25,12 +26,19 @@ Pair = tuple[Tensor, "Tensor | None"]
 Pairs = Sequence[Pair]
 
 
-class Strategy(Protocol):
+class Strategy(ABC):
     """What a step asks of a strategy."""
 
-    keeps_graph: bool  # whether the graphs of both passes outlive the step
-    scales_float16: bool  # whether gradients that float16 would lose are taken of a scaled loss
+    keeps_graph = False  # whether the graphs of both passes outlive the step
+    scales_float16 = True  # whether gradients that float16 would lose are taken of a scaled loss
 
+    def __init__(self, auxiliary: Auxiliary, scales: LossScales, trained: Sequence[Tensor]) -> None:
+        self._auxiliary, self._scales, self._trained = auxiliary, scales, trained
+        self._sft_loss = torch.zeros((), device="cpu")
+        self._l_cons: Tensor | None = None
+        self._float16 = False
+
+    @abstractmethod
     def backward_clean(
         self, sft_loss: Tensor, leaves: list[Tensor], clean: ForwardPass, shared: SharedBackward | None
     ) -> float:
@@ -38,31 +46,21 @@ class Strategy(Protocol):
 
     def backward_explicit(self, sft_loss: Tensor, fwd: ForwardPass) -> float:
         """Take g at the present theta_aux from a pass of its own, whose graph is freed; returns its factor."""
+        auxiliary, leaves = self._auxiliary, self._auxiliary.leaves()
+        float16 = self.scales_float16 and float16_in_play(fwd, [sft_loss, *leaves])
+        with grad_set_aside(self._trained) as written:
+            gradients, scale = self._scales.ascent.gradients(sft_loss, leaves, float16=float16)
+        pairs = together(list(zip(leaves, gradients, strict=True)), written if auxiliary.moves_weights else [])
+        auxiliary.gradient_from([leaf for leaf, _ in pairs], [gradient for _, gradient in pairs])
+        return scale
 
+    @abstractmethod
     def backward_perturbed(self, l_cons: Tensor, strength: StepStrength) -> None:
         """Take d l_cons / d theta if the graph is to be released."""
 
+    @abstractmethod
     def total(self, strength: StepStrength) -> Tensor:
         """l_SFT + lam * l_cons, differentiable, with lam from `strength`. Called with pass 1 in place again."""
-
-
-def down_to_components(
-    sft_loss: Tensor,
-    fwd: ForwardPass,
-    auxiliary: Auxiliary,
-    scale: LossScale,
-    trained: Sequence[Tensor],
-    *,
-    float16: bool,
-) -> float:
-    """Take g at the components where they are now, from a pass of its own; returns what it is multiplied by."""
-    leaves = auxiliary.leaves()
-    in_play = float16 and float16_in_play(fwd, [sft_loss, *leaves])
-    with grad_set_aside(trained) as written:
-        gradients, used = scale.gradients(sft_loss, leaves, float16=in_play)
-    pairs = together(list(zip(leaves, gradients, strict=True)), written if auxiliary.moves_weights else [])
-    auxiliary.gradient_from([leaf for leaf, _ in pairs], [gradient for _, gradient in pairs])
-    return used
 
 
 def together(pairs: Pairs, written: Pairs) -> Pairs:

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from lfu_reg.hooks.forward_pass import ForwardPass
 from lfu_reg.model.compile import allows_one_backward
-from lfu_reg.model.graph import grad_set_aside, reenters
-from lfu_reg.step.comparison import Comparison, compare
-from lfu_reg.step.float16 import LossScale
+from lfu_reg.model.graph import reenters
+from lfu_reg.step.comparison import Comparison
+from lfu_reg.step.retained import Retained
 from lfu_reg.step.shared_backward import SharedBackward
 from lfu_reg.step.strength import StepStrength
 
@@ -36,18 +36,12 @@ ONE_STEP = (
 )
 
 
-class OneBackward:
+class OneBackward(Retained):
     """Nothing is differentiated in the step, but for the comparison of gradients where it is due."""
 
     keeps_graph = False
-    scales_float16 = True  # the caller's GradScaler does
-
-    def __init__(self, trained: Sequence[Tensor]) -> None:
-        self._trained = trained
-        self._sft_loss = torch.zeros((), device="cpu")
-        self._l_cons: Tensor | None = None
-        self._carriers: list[tuple[Tensor, Tensor]] = []  # h_l, and the gradient of l_cons that it is to carry
-        self.states: list[tuple[Tensor, Tensor]] = []  # h_l in pass 1's graph, and h'_l
+    _carriers: Sequence[tuple[Tensor, Tensor]] = ()  # h_l, and the gradient of l_cons that it is to carry
+    states: Sequence[tuple[Tensor, Tensor]] = ()  # h_l in pass 1's graph, and h'_l
 
     def backward_clean(
         self, sft_loss: Tensor, leaves: list[Tensor], clean: ForwardPass, shared: SharedBackward | None
@@ -71,31 +65,19 @@ class OneBackward:
         self._carriers = [(state, g) for state, g in pairs if g is not None and state.requires_grad]
         self._l_cons = l_cons.detach()
 
-    def total(self, strength: StepStrength) -> Tensor:
-        """l_SFT + lam * l_cons, with pass 1's graph."""
-        if self._l_cons is None:
-            return self._sft_loss
-        whole = self._compare(self._carriers) if strength.compares and strength.pays and self._carriers else None
-        lam = strength.weigh(whole, None, self._sft_loss.device)
-        term = _carry((lam * self._l_cons).to(self._l_cons.dtype), lam, self._carriers)
-        return self._sft_loss + term.to(self._sft_loss.device)
+    def _term(self, lam: float | Tensor) -> Tensor:
+        assert self._l_cons is not None
+        return _carry((lam * self._l_cons).to(self._l_cons.dtype), lam, self._carriers)
 
-    def _compare(self, carriers: Sequence[tuple[Tensor, Tensor]]) -> Comparison | None:
-        """Both terms' gradients, each by a backward of its own."""
-        if not self._trained or self._once or reenters(self._sft_loss):
+    def _compare(self, term: Tensor) -> Comparison | None:
+        if self._once or reenters(self._sft_loss):
             return None
-        terms = self._sft_loss, _carry(self._sft_loss.detach() * 0, 1.0, carriers)
         try:
-            with grad_set_aside(self._trained):
-                first, second = (
-                    LossScale().gradients(term, self._trained, float16=False, keep_graph=True)[0] for term in terms
-                )
+            return super()._compare(term)
         except RuntimeError as error:
             if allows_one_backward(error):
                 return None
             raise
-        sft, consistency = (zip(self._trained, found, strict=True) for found in (first, second))
-        return compare(sft, consistency, self._trained, with_product=True)
 
 
 def _carry(value: Tensor, lam: float | Tensor, carriers: Sequence[tuple[Tensor, Tensor]]) -> Tensor:

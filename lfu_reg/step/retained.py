@@ -2,35 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from copy import copy
 
-import torch
 from torch import Tensor
 
-from lfu_reg.auxiliaries import Auxiliary
 from lfu_reg.hooks.forward_pass import ForwardPass
 from lfu_reg.model.graph import grad_set_aside
 from lfu_reg.step.comparison import Comparison, compare
-from lfu_reg.step.float16 import LossScales, float16_in_play
-from lfu_reg.step.gradients import down_to_components, together
+from lfu_reg.step.float16 import float16_in_play
+from lfu_reg.step.gradients import Strategy, together
 from lfu_reg.step.shared_backward import SharedBackward
 from lfu_reg.step.strength import StepStrength
 
 
-class Retained:
-    """The caller's backward runs through the graphs of both passes. Ranks in lockstep may not repeat a backward."""
+class Retained(Strategy):
+    """The caller's backward runs through the graphs of both passes."""
 
     keeps_graph = True
-
-    def __init__(
-        self, auxiliary: Auxiliary, scales: LossScales, trained: Sequence[Tensor], *, may_scale: bool = True
-    ) -> None:
-        self.scales_float16 = may_scale
-        self._auxiliary, self._scales, self._trained = auxiliary, scales, trained
-        self._sft_loss = torch.zeros((), device="cpu")
-        self._l_cons: Tensor | None = None
-        self._float16 = False
 
     def backward_clean(
         self, sft_loss: Tensor, leaves: list[Tensor], clean: ForwardPass, shared: SharedBackward | None
@@ -56,11 +44,6 @@ class Retained:
         auxiliary.gradient_from([leaf for leaf, _ in pairs], [gradient for _, gradient in pairs])
         return scale
 
-    def backward_explicit(self, sft_loss: Tensor, fwd: ForwardPass) -> float:
-        """A backward down to the components."""
-        scale, float16 = self._scales.ascent, self.scales_float16
-        return down_to_components(sft_loss, fwd, self._auxiliary, scale, self._trained, float16=float16)
-
     def backward_perturbed(self, l_cons: Tensor, strength: StepStrength) -> None:
         """Nothing but a note of the term."""
         self._l_cons = l_cons
@@ -69,15 +52,21 @@ class Retained:
         """The weighted sum; where that is due, both gradients are taken, to be compared."""
         if self._l_cons is None:
             return self._sft_loss
-        whole = self._compare(self._l_cons) if strength.compares and strength.pays else None
+        whole = self._compare(self._term(1.0)) if strength.compares and strength.pays else None
         lam = strength.weigh(whole, None, self._sft_loss.device)
-        return self._sft_loss + (lam * self._l_cons).to(self._sft_loss.device, self._l_cons.dtype)
+        return self._sft_loss + self._term(lam).to(self._sft_loss.device, self._l_cons.dtype)
 
-    def _compare(self, l_cons: Tensor) -> Comparison | None:
-        if not self._trained or not l_cons.requires_grad:
+    def _term(self, lam: float | Tensor) -> Tensor:
+        """Lam * l_cons, with its graph."""
+        assert self._l_cons is not None
+        return lam * self._l_cons
+
+    def _compare(self, term: Tensor) -> Comparison | None:
+        """Both terms' gradients, each by a backward of its own."""
+        if not self._trained or not term.requires_grad:
             return None
         parts = []
-        for loss, scale in ((self._sft_loss, self._scales.clean), (l_cons, self._scales.perturbed)):
+        for loss, scale in ((self._sft_loss, self._scales.clean), (term, self._scales.perturbed)):
             with grad_set_aside(self._trained) as written:
                 found, used = copy(scale).gradients(loss, self._trained, float16=self._float16, keep_graph=True)
             parts.append((together(list(zip(self._trained, found, strict=True)), written), used))
