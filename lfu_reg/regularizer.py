@@ -29,10 +29,9 @@ from lfu_reg.step.attached_model import AttachedModel
 from lfu_reg.step.consistency import consistency, displacement
 from lfu_reg.step.controls import Controls
 from lfu_reg.step.passes import Passes
-from lfu_reg.step.plain_sft import PlainSFT
 from lfu_reg.step.progress import Progress
 from lfu_reg.step.settings import Schedule, Settings, StopGradient, StrategyName
-from lfu_reg.step.sft_loss import LossFunction, SFTLoss
+from lfu_reg.step.sft_loss import LossFunction, PlainSFT, SFTLoss
 from lfu_reg.step.strength import StepStrength
 
 if TYPE_CHECKING:

@@ -19,9 +19,8 @@ from torch.utils.hooks import RemovableHandle
 from lfu_reg.auxiliaries.base import Auxiliary, Call, Tokens
 from lfu_reg.hooks.early_exit import Exits
 from lfu_reg.hooks.entries import Entries
-from lfu_reg.hooks.forward_pass import ForwardPass, State
+from lfu_reg.hooks.forward_pass import ForwardPass, State, WriteWatch
 from lfu_reg.hooks.gated_hook import Hook, Listener
-from lfu_reg.hooks.inplace import WriteWatch
 from lfu_reg.hooks.taps import LastGradient, LateRule, tap
 from lfu_reg.model import outputs
 from lfu_reg.model.autocast import in_float16, without_autocast

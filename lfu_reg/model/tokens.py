@@ -13,7 +13,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from lfu_reg.model.walk import modules_of
 
 TokenMask = Tensor | Callable[[Any], Tensor]
 
@@ -140,6 +142,16 @@ def ignored_but_counted(has_gradient: Tensor, mask: Tensor | None) -> tuple[int,
     counted = torch.ones_like(used) if mask is None else mask
     ignored, number = torch.stack([(counted & ~used).sum(), counted.sum()]).tolist()
     return int(ignored), int(number)
+
+
+def virtual_tokens(model: nn.Module) -> int:
+    """How many virtual tokens PEFT may put in front of the batch's own (prompt tuning, P-tuning); 0 without PEFT."""
+    # Those of prefix tuning are counted as well, but are keys and values: hidden states are no longer than the batch.
+    for module in modules_of(model):
+        if vars(module).get("_is_prompt_learning"):
+            config: Any = getattr(module, "active_peft_config", None)
+            return int(getattr(config, "num_virtual_tokens", 0) or 0)
+    return 0
 
 
 def _none() -> int:

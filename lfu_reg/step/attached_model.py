@@ -16,11 +16,10 @@ from lfu_reg.diagnostics import Diagnostics
 from lfu_reg.distances.base import Distance
 from lfu_reg.distributed.ddp import Wrappers
 from lfu_reg.distributed.engine import Engine, engine_of
-from lfu_reg.hooks.coverage import Coverage
+from lfu_reg.hooks.coverage import Coverage, Targets
 from lfu_reg.hooks.forward_pass import ForwardPass, State
 from lfu_reg.hooks.model_hooks import ModelHooks
 from lfu_reg.hooks.taps import LastGradient
-from lfu_reg.hooks.targets import Targets
 from lfu_reg.model.compile import anything_is_compiled, entrances
 from lfu_reg.model.layers import LayerChoice, choose_layers, is_preset
 from lfu_reg.model.module_state import ModuleState

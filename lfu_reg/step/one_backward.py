@@ -4,20 +4,23 @@
 
 The clean hidden states carry the gradient of l_cons with respect to the perturbed ones, so it reaches theta by the
 clean pass's Jacobian instead of the perturbed one's: a bias of order alpha, which the displacement keeps small. The
-direction comes from the backward of the call before, which is plain SFT (`direction.py`): every second call acts. In
-return the caller's backward is that of plain SFT, with its graph alone: reentrant checkpointing, FSDP1, ZeRO and
+direction comes from the backward of the call before, which is plain SFT: every second call acts. After l_SFT + lam *
+l_cons it would bring the second term's gradient as well, and feed on itself while the SFT gradient turns. In return the
+caller's backward is that of plain SFT, with its graph alone: reentrant checkpointing, FSDP1, ZeRO and
 optimizers that step inside of the backward see nothing unusual.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lfu_reg.auxiliaries import Auxiliary
+from lfu_reg.auxiliaries.ascent import gradient_norm
 from lfu_reg.hooks.forward_pass import ForwardPass
 from lfu_reg.model.compile import allows_one_backward
 from lfu_reg.model.graph import reenters
@@ -105,3 +108,48 @@ def nothing_saved() -> AbstractContextManager[Any]:
 
 def _unpack(packed: None) -> Tensor:
     raise RuntimeError(NOTHING_KEPT)
+
+
+# Weight of the past in the mean of directions of length one: with more, it lags behind; with less, it is one batch's.
+MEMORY = 0.5
+
+
+class Direction:
+    """A mean over the last steps."""
+
+    def __init__(self) -> None:
+        self._mean: dict[str, Tensor] = {}
+        self.is_new = False  # whether a backward has brought one that no step has used yet
+
+    def collect(self, auxiliary: Auxiliary) -> None:
+        """Take what was brought since the last step; the auxiliary forgets it."""
+        found: dict[str, Tensor] = {}
+
+        def take(gradients: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+            found.update(gradients)
+            return gradients
+
+        auxiliary.replace_gradients(take)
+        auxiliary.forget_gradient()
+        if not found:
+            return
+        norm = gradient_norm(list(found.values()))
+        if not (torch.isfinite(norm) and norm > 0):  # no backward, or one that overflowed
+            return
+        for name, gradient in found.items():
+            unit, mean = gradient.detach() / norm, self._mean.get(name)
+            known = mean is not None and mean.shape == unit.shape and mean.device == unit.device
+            self._mean[name] = MEMORY * mean + (1 - MEMORY) * unit if known and mean is not None else unit
+        self.is_new = True
+
+    def hand_over(self, auxiliary: Auxiliary) -> None:
+        """Let it be g, once; components that it does not know stay where they are."""
+        self.is_new = False
+
+        def known(gradients: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+            return {
+                name: mean if (mean := self._mean.get(name)) is not None and mean.shape == zero.shape else zero
+                for name, zero in gradients.items()
+            }
+
+        auxiliary.replace_gradients(known)

@@ -23,12 +23,11 @@ from lfu_reg.model.walk import parameters_of
 from lfu_reg.step.attached_model import AttachedModel
 from lfu_reg.step.consistency import rounding
 from lfu_reg.step.float16 import float16_in_play
-from lfu_reg.step.plain_sft import PlainSFT
 from lfu_reg.step.progress import Progress
 from lfu_reg.step.retained import Retained
 from lfu_reg.step.second_pass import SecondPass
 from lfu_reg.step.settings import Settings
-from lfu_reg.step.sft_loss import SFTLoss, tensors_in
+from lfu_reg.step.sft_loss import PlainSFT, SFTLoss, tensors_in
 from lfu_reg.step.shared_backward import shared_backward
 from lfu_reg.step.strategy_choice import choose_strategy
 from lfu_reg.step.strength import StepStrength

@@ -26,10 +26,9 @@ from lfu_reg.step.attached_model import AttachedModel
 from lfu_reg.step.consistency import relative_distance
 from lfu_reg.step.gradients import Strategy
 from lfu_reg.step.one_backward import OneBackward, nothing_saved
-from lfu_reg.step.plain_sft import PlainSFT
 from lfu_reg.step.progress import Progress
 from lfu_reg.step.settings import Settings
-from lfu_reg.step.sft_loss import SFTLoss
+from lfu_reg.step.sft_loss import PlainSFT, SFTLoss
 from lfu_reg.step.shared_backward import SharedBackward
 from lfu_reg.step.strength import CLOSE, StepStrength
 

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from lfu_reg.hooks.early_exit import EarlyExit, call_loss_function
-from lfu_reg.model.peft import virtual_tokens
 from lfu_reg.model.rng import RandomState
-from lfu_reg.model.tokens import TokenMask, TokenMasks
+from lfu_reg.model.tokens import TokenMask, TokenMasks, virtual_tokens
 from lfu_reg.step import loss_checks
 
 LossFunction: TypeAlias = Callable[[Any, Any], Tensor]
@@ -184,3 +183,11 @@ def select_samples(value: Any, samples: Tensor, batch_size: int, name: str = "")
         for key, entry in vars(value).items():  # of a copy
             vars(value)[key] = select_samples(entry, samples, batch_size, key)
     return value
+
+
+class PlainSFT(Exception):
+    """This step is plain SFT, whose loss this is, with its gradients."""
+
+    def __init__(self, loss: Tensor) -> None:
+        super().__init__()
+        self.loss = loss

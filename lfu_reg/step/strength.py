@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from lfu_reg.diagnostics import Look
-from lfu_reg.distributed.collectives import summed
 from lfu_reg.distributed.engine import Engine
+from lfu_reg.distributed.shared_ascent import summed
 from lfu_reg.step.comparison import Comparison
-from lfu_reg.step.plain_sft import PlainSFT
 from lfu_reg.step.settings import Settings, value_at
+from lfu_reg.step.sft_loss import PlainSFT
 
 # Where the search for alpha starts, and the smallest displacement that is aimed at, in units of the states' rounding.
 FIRST_ALPHA, ABOVE_ROUNDING = 0.1, 8

@@ -840,7 +840,7 @@ MUTANTS = (
     Mutant(
         31,
         "each step of an optimizer is one of its own",
-        "step/same_step.py",
+        "step/progress.py",
         "again = current is not None and current == self._in_closure",
         "again = current is not None",
         "tests/step/test_second_pass.py::test_evaluations_of_a_closure_are_one_step",
@@ -848,7 +848,7 @@ MUTANTS = (
     Mutant(
         31,
         "other weights make another step of the same batch",
-        "step/same_step.py",
+        "step/progress.py",
         "last[0] != version or ",
         "",
         "tests/step/test_progress.py::test_the_same_batch_and_weights_draw_the_same",
@@ -856,7 +856,7 @@ MUTANTS = (
     Mutant(
         31,
         "another batch makes another step",
-        "step/same_step.py",
+        "step/progress.py",
         "all(ref() is tensor for ref, tensor in",
         "all(True for ref, tensor in",
         "tests/step/test_progress.py::test_the_same_batch_and_weights_draw_the_same",
@@ -864,7 +864,7 @@ MUTANTS = (
     Mutant(
         21,
         "counters of optimizer steps go with the regularizer",
-        "step/same_step.py",
+        "step/progress.py",
         "            weakref.finalize(self, handle.remove)\n",
         "            pass\n",
         "tests/step/test_progress.py::test_nothing_counts_for_one_that_is_gone",
