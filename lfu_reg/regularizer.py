@@ -116,7 +116,7 @@ class LfURegularizer(Controls):
     ) -> None:
         self.auxiliary, self.distance = make_auxiliary(auxiliary), make_distance(distance)
         strength = 1.0 if strength is None and lam is None else strength
-        alpha = self.auxiliary.default_alpha if strength is None and alpha is None else alpha
+        alpha = self.auxiliary.default_of("alpha") if strength is None and alpha is None else alpha
         terms = (alpha, lam, strength, displacement, reduction, stop_gradient, token_mask, ignore_index)
         self.settings = Settings(*terms, ascent_steps, every, batch_fraction, strategy, leave_early, sync_perturbation)
         check_seed(seed)

@@ -54,22 +54,6 @@ def master_dtype(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-class _NoDefault:
-    """Stands where a subclass gives no default: an error as soon as it is needed."""
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._name = name
-
-    def __get__(self, auxiliary: Auxiliary | None, owner: type) -> Any:
-        if auxiliary is None:
-            return self
-        setting = self._name.removeprefix("default_")
-        raise ValueError(
-            f"{setting} was not given, and {auxiliary._label} has no {self._name}. Give "
-            f"LfURegularizer(..., {setting}=...), or set default_alpha and default_lam in the class."
-        )
-
-
 class Auxiliary(ABC):
     """Protocol between the regularizer and theta_aux. Subclass `OutputAuxiliary` unless you need all of it.
 
@@ -80,8 +64,8 @@ class Auxiliary(ABC):
         shards: FSDP2's sharded parameters during a step, None without FSDP2; set by the regularizer.
     """
 
-    default_alpha: float = _NoDefault()  # type: ignore[assignment]
-    default_lam: float = _NoDefault()  # type: ignore[assignment]
+    default_alpha: float
+    default_lam: float
     moves_weights = False
     acts_at_sites = False
     shards: Shards | None = None
@@ -90,6 +74,15 @@ class Auxiliary(ABC):
     def _label(self) -> str:
         """What error messages call it."""
         return type(self).__name__
+
+    def default_of(self, setting: str) -> float:
+        """`default_alpha` or `default_lam`; an error where the class has none, as soon as it is needed."""
+        if (value := getattr(self, f"default_{setting}", None)) is None:
+            raise ValueError(
+                f"{setting} was not given, and {self._label} has no default_{setting}. Give "
+                f"LfURegularizer(..., {setting}=...), or set default_alpha and default_lam in the class."
+            )
+        return float(value)
 
     @abstractmethod
     def sites(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> Mapping[str, nn.Module]:

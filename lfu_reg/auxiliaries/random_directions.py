@@ -27,15 +27,9 @@ class RandomDirections(OutputAuxiliary):
             )
         self.of = of
 
-    @property
-    def default_alpha(self) -> float:  # type: ignore[override]
+    def default_of(self, setting: str) -> float:
         """That of the other auxiliary."""
-        return self.of.default_alpha
-
-    @property
-    def default_lam(self) -> float:  # type: ignore[override]
-        """That of the other auxiliary."""
-        return self.of.default_lam
+        return self.of.default_of(setting)
 
     @property
     def _label(self) -> str:

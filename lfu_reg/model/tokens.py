@@ -42,7 +42,7 @@ class TokenMasks:
         self,
         batch: Any,
         token_mask: TokenMask | None = None,
-        virtual_tokens: Callable[[], int] | None = None,
+        model: nn.Module | None = None,
         *,
         ignore_index: int = IGNORED_LABEL,
     ) -> None:
@@ -64,7 +64,7 @@ class TokenMasks:
         self._labels = _counted_labels(labels, ignore_index)
         self._attention = _unpadded(_entry(batch, "attention_mask"))
         self._decoder_attention = _unpadded(_entry(batch, "decoder_attention_mask"))
-        self._virtual = virtual_tokens or _none
+        self._model = model
         self._cache: dict[Any, tuple[Tensor | None, Tensor | None]] = {}
         self.matched_given = self.matched = False
 
@@ -117,8 +117,8 @@ class TokenMasks:
         masks = [(mask, counted) for mask, counted in ((self.given, False), *own) if mask is not None]
         # Asking for virtual tokens is a walk over all modules, so it is done only where the masks alone do not fit.
         # They are added as PEFT adds them: attended to, but not a label, nor chosen by the user.
-        for virtual_tokens in (_none, self._virtual) if masks else ():
-            virtual = virtual_tokens()
+        for prepended in (False, self._model is not None) if masks else ():
+            virtual = virtual_tokens(self._model) if prepended and self._model is not None else 0
             for candidate, counted in masks:
                 if (fitted := _fit(_prepended(candidate, virtual, counted), dims)) is None:
                     continue
@@ -151,10 +151,6 @@ def virtual_tokens(model: nn.Module) -> int:
         if vars(module).get("_is_prompt_learning"):
             config: Any = getattr(module, "active_peft_config", None)
             return int(getattr(config, "num_virtual_tokens", 0) or 0)
-    return 0
-
-
-def _none() -> int:
     return 0
 
 

@@ -40,7 +40,7 @@ class Controls:
         """A regularizer with the paper's alpha and lambda, those of models of 1 to 8 B; settings as everywhere."""
         chosen = make_auxiliary(auxiliary)
         for name in {"alpha", "lam"} - settings.keys():
-            settings[name] = getattr(chosen, f"default_{name}")
+            settings[name] = chosen.default_of(name)
         return cls(model, chosen, **settings)  # type: ignore[call-arg]
 
     def _is_active(self) -> bool:

@@ -7,7 +7,6 @@ import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from lfu_reg.hooks.early_exit import EarlyExit, call_loss_function
 from lfu_reg.model.rng import RandomState
-from lfu_reg.model.tokens import TokenMask, TokenMasks, virtual_tokens
+from lfu_reg.model.tokens import TokenMask, TokenMasks
 from lfu_reg.step import loss_checks
 
 LossFunction: TypeAlias = Callable[[Any, Any], Tensor]
@@ -58,7 +57,7 @@ class SFTLoss:
 
     def tokens_of(self, batch: Any) -> TokenMasks:
         """Which tokens of a batch count."""
-        return TokenMasks(batch, self._token_mask, partial(virtual_tokens, self.model), ignore_index=self._ignore_index)
+        return TokenMasks(batch, self._token_mask, self.model, ignore_index=self._ignore_index)
 
     def first(self, devices: Iterable[torch.device], *, check_value: bool) -> Tensor:
         """The loss of pass 1. Later passes start from the random state of `devices` that this one finds."""
