@@ -11,49 +11,25 @@ from typing import Literal
 
 from torch import Tensor
 
-from lfu_reg.auxiliaries import Auxiliary
 from lfu_reg.auxiliaries.base import Generators
-from lfu_reg.diagnostics import NO_GRADIENT, UNSCALED_FLOAT16, Diagnostics
+from lfu_reg.diagnostics import NO_GRADIENT, UNSCALED_FLOAT16
 from lfu_reg.hooks.forward_pass import ForwardPass, State
 from lfu_reg.model import checkpoints
 from lfu_reg.model.compile import anything_is_compiled, entrances, graphs_for_two_backwards
 from lfu_reg.model.graph import graph_of, now
 from lfu_reg.model.module_state import Changes
-from lfu_reg.model.walk import parameters_of
-from lfu_reg.step.attached_model import AttachedModel
 from lfu_reg.step.consistency import rounding
 from lfu_reg.step.float16 import float16_in_play
-from lfu_reg.step.progress import Progress
 from lfu_reg.step.retained import Retained
 from lfu_reg.step.second_pass import SecondPass
-from lfu_reg.step.settings import Settings
-from lfu_reg.step.sft_loss import PlainSFT, SFTLoss, tensors_in
+from lfu_reg.step.sft_loss import PlainSFT, tensors_in
 from lfu_reg.step.shared_backward import shared_backward
-from lfu_reg.step.strategy_choice import choose_strategy
-from lfu_reg.step.strength import StepStrength
 
 
 class Passes(SecondPass):
     """The passes of one step."""
 
-    clean: ForwardPass
     scale: float = 1.0  # what g was multiplied by in the backward of pass 1
-
-    def __init__(
-        self,
-        attached: AttachedModel,
-        auxiliary: Auxiliary,
-        sft: SFTLoss,
-        settings: Settings,
-        strength: StepStrength,
-        progress: Progress,
-        diagnostics: Diagnostics,
-    ) -> None:
-        self._attached, self._auxiliary, self._sft, self._settings = attached, auxiliary, sft, settings
-        self._strength, self._progress, self._diagnostics = strength, progress, diagnostics
-        self.batch, self.engine = sft.batch, strength.engine
-        self._trained = [p for p in parameters_of(sft.model) if p.requires_grad]
-        self._strategy = choose_strategy(settings, self.engine, auxiliary, progress.scales, self._trained)
 
     @contextmanager
     def running(self, generators: Generators) -> Iterator[None]:
@@ -73,11 +49,7 @@ class Passes(SecondPass):
     def first(self, *, observe: bool) -> tuple[Tensor, list[State]]:
         """Pass 1, with its backward."""
         attached, sft, hooks = self._attached, self._sft, self._attached.hooks
-        self.clean = clean = ForwardPass(
-            sft.tokens,
-            observe=observe,
-            capture=self._capture(),
-        )
+        self.clean = clean = ForwardPass(sft.tokens, observe=observe, capture=self._capture())
         reuse = not self._strategy.keeps_graph and not self.engine.in_lockstep
         attached.compare_with_loss(self._turn, tensors_in(sft.batch) if self._settings.token_mask is None else ())
         attributes = not self.engine.is_sharded or self.engine.shards is not None

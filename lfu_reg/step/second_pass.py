@@ -14,22 +14,22 @@ from torch import Tensor
 from lfu_reg.auxiliaries import Auxiliary
 from lfu_reg.diagnostics import UNREPEATABLE, WRITTEN_FIRST, Diagnostics
 from lfu_reg.distributed.ddp import not_synchronising
-from lfu_reg.distributed.engine import Engine
 from lfu_reg.hooks.entries import differing
 from lfu_reg.hooks.forward_pass import ForwardPass, State
 from lfu_reg.model.graph import grad_set_aside
 from lfu_reg.model.module_state import Changes
 from lfu_reg.model.patching import Patch
 from lfu_reg.model.rng import random_state_kept
+from lfu_reg.model.walk import parameters_of
 from lfu_reg.step import checks
 from lfu_reg.step.attached_model import AttachedModel
 from lfu_reg.step.consistency import relative_distance
-from lfu_reg.step.gradients import Strategy
 from lfu_reg.step.one_backward import OneBackward, nothing_saved
 from lfu_reg.step.progress import Progress
 from lfu_reg.step.settings import Settings
 from lfu_reg.step.sft_loss import PlainSFT, SFTLoss
 from lfu_reg.step.shared_backward import SharedBackward
+from lfu_reg.step.strategy_choice import choose_strategy
 from lfu_reg.step.strength import CLOSE, StepStrength
 
 # How often pass 2 is tried for the sake of alpha at the first step.
@@ -37,19 +37,9 @@ TRIES = 6
 
 
 class SecondPass:
-    """What comes after pass 1 in a step; `Passes` sets all of this up."""
+    """What comes after pass 1 in a step; `Passes` adds what comes before."""
 
     clean: ForwardPass
-    engine: Engine
-    _attached: AttachedModel
-    _auxiliary: Auxiliary
-    _sft: SFTLoss
-    _settings: Settings
-    _strength: StepStrength
-    _progress: Progress
-    _diagnostics: Diagnostics
-    _strategy: Strategy
-    _trained: list[Tensor]
     _changes: Changes | None = None
     _shared: SharedBackward | None = None
     _start: Tensor | None = None  # what pass 2 starts from where nothing below is differentiated with it
@@ -57,6 +47,22 @@ class SecondPass:
     _repeats_whole = False  # whether a region runs again to its end, and so needs all of its graph where it came to it
     _total: Tensor | None = None
     _tries = False  # whether pass 2 is run for alpha alone, without a backward
+
+    def __init__(
+        self,
+        attached: AttachedModel,
+        auxiliary: Auxiliary,
+        sft: SFTLoss,
+        settings: Settings,
+        strength: StepStrength,
+        progress: Progress,
+        diagnostics: Diagnostics,
+    ) -> None:
+        self._attached, self._auxiliary, self._sft, self._settings = attached, auxiliary, sft, settings
+        self._strength, self._progress, self._diagnostics = strength, progress, diagnostics
+        self.batch, self.engine = sft.batch, strength.engine
+        self._trained = [p for p in parameters_of(sft.model) if p.requires_grad]
+        self._strategy = choose_strategy(settings, self.engine, auxiliary, progress.scales, self._trained)
 
     def total(self) -> Tensor:
         """l_SFT + lam * l_cons, differentiable: put together once, as ranks do that side by side."""
