@@ -94,10 +94,6 @@ class Targets:
                     self._lists[parent] = len(parent._modules)
                 parent = child
 
-    def forget(self) -> None:
-        """Let go of the model."""
-        self._children, self._lists = {}, {}
-
     def were_replaced(self) -> bool:
         """Whether a module, or one above it, no longer runs as it was, or a list of blocks has another length."""
         if any(len(blocks._modules) != length for blocks, length in self._lists.items()):

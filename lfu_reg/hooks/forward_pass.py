@@ -111,7 +111,6 @@ class ForwardPass:
     # Leave the forward after so many states: never, where the way is clear of code that would be cut off, or always.
     leave: Literal["never", "clear", "always"] = "never"
     leave_after: int = 0
-    quiet_tail: bool = False  # what runs after them is in no graph
     gate: Gate = field(default_factory=Gate)
     anchor: Tensor = field(default_factory=_anchor)  # on which taps depend that would be in no graph otherwise
     record: Record = field(default_factory=Record)

@@ -86,12 +86,6 @@ class ModelHooks:
             handle.remove()
         self._handles = []
 
-    def forget(self) -> None:
-        """Let go of the model."""
-        self._hooked, self.captured, self._others = {}, {}, []
-        self._entries.modules = {}
-        del self._model
-
     def _register(self) -> None:
         add = self._handles.append
         for name, module in self._hooked.items():

@@ -81,7 +81,6 @@ class AttachedModel:
         self._targets = Targets(model, [*chosen, *sites, *self.reused.blocks])
         self.state = ModuleState(model)
         self.has_run = False  # whether a step has found its layers
-        self.tail_may_be_quiet = True  # whether code behind the last layer has run without gradients so far
         for module in (model, *chosen.values()):
             _attached[module] = weakref.ref(self)
         self._finalizer = weakref.finalize(self, self.hooks.remove)  # hooks that stay, if nobody calls `remove()`
@@ -105,12 +104,8 @@ class AttachedModel:
             return
         self._let_go()
         self._auxiliary.detach(self._model)
-        self.reused.forget()
-        self.reused.blocks, self.reused.inside = {}, set()
-        self._targets.forget()
         self._model, self.modules = None, {}
-        del self.state
-        self.hooks.forget()
+        del self.state, self.hooks, self.reused, self._targets
 
     @property
     def is_removed(self) -> bool:

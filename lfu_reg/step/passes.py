@@ -34,17 +34,17 @@ class Passes(SecondPass):
     @contextmanager
     def running(self, generators: Generators) -> Iterator[None]:
         """Hooks are on the model for the block, and theta_aux starts at "no change"."""
-        attached, auxiliary = self._attached, self._auxiliary
+        auxiliary, hooks, reused = self._auxiliary, self._attached.hooks, self._attached.reused
         auxiliary.shards = self.engine.shards
         compiled = entrances(self._sft.model)
         if self._is_one_backward:
             self._progress.direction.collect(auxiliary)
         auxiliary.reset(generators)
         try:
-            with attached.hooks.installed(stay=anything_is_compiled(compiled)):
+            with hooks.installed(stay=anything_is_compiled(compiled)):
                 yield
         finally:
-            attached.reused.forget()
+            reused.forget()
 
     def first(self, *, observe: bool) -> tuple[Tensor, list[State]]:
         """Pass 1, with its backward."""
@@ -65,7 +65,6 @@ class Passes(SecondPass):
         ):
             loss = sft.first(attached.devices(), check_value=self._progress.step == 0)
         checkpointed = "checkpoint" in noted
-        self._repeats_whole = checkpointed and not checkpoints.repeats_stop_early()
         self._changes = changes = attached.state.changes()
         # Loops return a dummy loss for an empty batch, zero times the sum of all parameters.
         if not clean.record.states and (attached.has_run or not bool(loss.detach())):
