@@ -94,10 +94,6 @@ class Record:
         return all(state.tokens.is_empty() for state in self.states)
 
 
-def _anchor() -> Tensor:
-    return torch.zeros((), dtype=torch.float32, device="cpu", requires_grad=True)
-
-
 @dataclass(frozen=True)
 class ForwardPass:
     """One pass through the model."""
@@ -112,5 +108,8 @@ class ForwardPass:
     leave: Literal["never", "clear", "always"] = "never"
     leave_after: int = 0
     gate: Gate = field(default_factory=Gate)
-    anchor: Tensor = field(default_factory=_anchor)  # on which taps depend that would be in no graph otherwise
+    # On which taps depend that would be in no graph otherwise.
+    anchor: Tensor = field(
+        default_factory=lambda: torch.zeros((), dtype=torch.float32, device="cpu", requires_grad=True)
+    )
     record: Record = field(default_factory=Record)

@@ -160,7 +160,8 @@ class ModelHooks:
         tokens = self._tokens(name, y, fwd)
         changed = y
         if name in self._sites and (fwd.apply or fwd.observe):
-            changed = self._at_site(Call(name, module, _first_input(args, kwargs), y, tokens), fwd)
+            given = (v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point())
+            changed = self._at_site(Call(name, module, next(given, None), y, tokens), fwd)
         if name in self.captured and self._recording and fwd.capture is not None:
             changed = self._keep(name, changed, tokens, fwd)
         if changed is y:
@@ -205,10 +206,3 @@ class ModelHooks:
 
 def _nothing(gradient: Tensor) -> Sequence[Tensor | None]:
     return ()
-
-
-def _first_input(args: Any, kwargs: Any) -> Tensor | None:
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor) and value.is_floating_point():
-            return value
-    return None

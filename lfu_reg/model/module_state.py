@@ -7,7 +7,7 @@ forward that changes nothing costs little more than a copy of some small tables.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
@@ -237,8 +237,3 @@ class Changes:
                     place.table.pop(place.key, None)
                 else:
                     place.table[place.key] = tensor
-
-
-def versions_of(weights: Iterable[Tensor]) -> int:
-    """The sum of the trained weights' version counters, which only grow."""
-    return sum(weight._version for weight in weights if weight.requires_grad and not weight.is_inference())

@@ -16,6 +16,7 @@ from lfu_reg.diagnostics import Diagnostics
 from lfu_reg.distances.base import Distance
 from lfu_reg.distributed.ddp import Wrappers
 from lfu_reg.distributed.engine import Engine, engine_of
+from lfu_reg.distributed.tensor_parallel import differ_between_ranks
 from lfu_reg.hooks.coverage import Coverage, Targets
 from lfu_reg.hooks.forward_pass import ForwardPass, State
 from lfu_reg.hooks.model_hooks import ModelHooks
@@ -77,7 +78,7 @@ class AttachedModel:
         if anything_is_compiled(entrances(model)):
             with self.hooks.installed(stay=True):
                 pass
-        self._coverage = Coverage(self.layers, sites, self._diagnostics)
+        self.coverage = Coverage(self.layers, sites, self._diagnostics)
         self._targets = Targets(model, [*chosen, *sites, *self.reused.blocks])
         self.state = ModuleState(model)
         self.has_run = False  # whether a step has found its layers
@@ -132,15 +133,16 @@ class AttachedModel:
     def check_clean(self, clean: ForwardPass, leaves: Sequence[Tensor], model: nn.Module, turn: int) -> None:
         """Look at pass 1: whether what was hooked ran, with something to train and tokens that count."""
         record = clean.record
-        loss_checks.check_trainable(leaves, clean.anchor, model)
+        if all(leaf is clean.anchor for leaf in leaves):
+            raise loss_checks.nothing_trainable(model)
         checks.check_not_written(watch.name for watch in record.watched if watch.was_written)
         ran, named = {state.name for state in record.states}, not is_preset(self._choice)
         checks.check_layers_ran(self.hooks.captured, ran, named=named)
-        self._coverage.check(clean, model)
+        self.coverage.check(clean, model)
         hidden_states = [state.hidden for state in record.states]
         checks.check_token_mask(clean.tokens, hidden_states)
-        if not self.has_run:
-            checks.check_whole(hidden_states, leaves)
+        if not self.has_run and differ_between_ranks(hidden_states, leaves):  # which communicates
+            raise ValueError(checks.SLICES)
         if self._diagnostics.is_due(turn) and (message := checks.masks_without_effect(clean.tokens, hidden_states)):
             self._diagnostics.warn_once("no mask", message)
         self.has_run = True
@@ -162,14 +164,6 @@ class AttachedModel:
                     self._diagnostics.warn_once("no mask", COUNTED_BUT_IGNORED.format(ignored=ignored, counted=counted))
 
         self.hooks.last_gradient = LastGradient(look) if targets else None
-
-    def check_perturbed(self, perturbed: ForwardPass, clean: ForwardPass, samples: Tensor | None) -> None:
-        """Look at pass 2: whether the same ran as in pass 1."""
-        checks.check_same_layers(
-            [state.name for state in clean.record.states], [state.name for state in perturbed.record.states]
-        )
-        if samples is None:
-            self._coverage.compare(clean, perturbed)
 
 
 def is_attached(model: nn.Module) -> bool:

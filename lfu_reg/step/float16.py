@@ -103,10 +103,6 @@ def float16_in_play(fwd: ForwardPass, tensors: Iterable[Tensor]) -> bool:
 
 def all_finite(gradients: Iterable[Tensor | None], flags: Sequence[Tensor] = ()) -> bool:
     """Whether all gradients are finite and all flags set, for one synchronisation of the device."""
-    found = [*flags, *(is_finite(gradient) for gradient in gradients if gradient is not None)]
+    values = [g.coalesce().values() if g.is_sparse else g for g in gradients if g is not None]
+    found = [*flags, *(torch.isfinite(value).all() for value in values)]
     return not found or bool(torch.stack([flag.to(found[0].device) for flag in found]).all())
-
-
-def is_finite(tensor: Tensor) -> Tensor:
-    """Whether all entries are finite: a scalar tensor, nothing is read."""
-    return torch.isfinite(tensor.coalesce().values() if tensor.is_sparse else tensor).all()

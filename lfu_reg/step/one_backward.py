@@ -25,7 +25,7 @@ from lfu_reg.hooks.forward_pass import ForwardPass
 from lfu_reg.model.compile import allows_one_backward
 from lfu_reg.model.graph import reenters
 from lfu_reg.step.comparison import Comparison
-from lfu_reg.step.retained import Retained
+from lfu_reg.step.gradients import Retained
 from lfu_reg.step.shared_backward import SharedBackward
 from lfu_reg.step.strength import StepStrength
 

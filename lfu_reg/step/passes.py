@@ -20,7 +20,7 @@ from lfu_reg.model.graph import graph_of, now
 from lfu_reg.model.module_state import Changes
 from lfu_reg.step.consistency import rounding
 from lfu_reg.step.float16 import float16_in_play
-from lfu_reg.step.retained import Retained
+from lfu_reg.step.gradients import Retained
 from lfu_reg.step.second_pass import SecondPass
 from lfu_reg.step.sft_loss import PlainSFT, tensors_in
 from lfu_reg.step.shared_backward import shared_backward
@@ -49,7 +49,9 @@ class Passes(SecondPass):
     def first(self, *, observe: bool) -> tuple[Tensor, list[State]]:
         """Pass 1, with its backward."""
         attached, sft, hooks = self._attached, self._sft, self._attached.hooks
-        self.clean = clean = ForwardPass(sft.tokens, observe=observe, capture=self._capture())
+        kept: Literal["detached", "attached", "cloned"] = "attached" if self._is_one_backward else "detached"
+        capture = kept if self._settings.stop_gradient == "clean" else "cloned"
+        self.clean = clean = ForwardPass(sft.tokens, observe=observe, capture=capture)
         reuse = not self._strategy.keeps_graph and not self.engine.in_lockstep
         attached.compare_with_loss(self._turn, tensors_in(sft.batch) if self._settings.token_mask is None else ())
         attributes = not self.engine.is_sharded or self.engine.shards is not None
@@ -136,11 +138,6 @@ class Passes(SecondPass):
         elif changes.late:
             self._failure = f"the forward wrote to {changes.late[0]}, for the first time"
         hooks.overwritten = (hooks.overwritten or set()) | written
-
-    def _capture(self) -> Literal["detached", "attached", "cloned"]:
-        if self._settings.stop_gradient != "clean":
-            return "cloned"
-        return "attached" if self._is_one_backward else "detached"
 
     @property
     def _is_one_backward(self) -> bool:

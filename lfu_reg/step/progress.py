@@ -12,7 +12,8 @@ where the batch and the weights are those of the call before.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from itertools import islice
 from typing import Any
 
 import torch
@@ -23,7 +24,6 @@ from torch.optim.optimizer import (
 )
 
 from lfu_reg.auxiliaries.base import Generators
-from lfu_reg.model.module_state import versions_of
 from lfu_reg.model.rng import StepDraws
 from lfu_reg.model.walk import parameters_of
 from lfu_reg.step.checks import check_state
@@ -63,8 +63,9 @@ class SameStep:
 
     def repeats(self, model: nn.Module, batch: Any) -> bool:
         """Whether the batch's tensors and the trained weights are those of the call before."""
-        tensors = list(_some(tensors_in(batch)))
-        version = versions_of(parameters_of(model))
+        tensors = list(islice(tensors_in(batch), 8))
+        weights = [weight for weight in parameters_of(model) if weight.requires_grad and not weight.is_inference()]
+        version = sum(weight._version for weight in weights)  # counters, which only grow
         last, self._last = self._last, (version, [weakref.ref(tensor) for tensor in tensors], id(model))
         if last is None or not tensors or last[0] != version or last[2] != id(model) or len(last[1]) != len(tensors):
             return False
@@ -76,13 +77,6 @@ def _count(me: weakref.ref[SameStep], change: int) -> None:
     if this is not None:
         this._running = max(this._running + change, 0)
         this._optimizer_steps += change > 0
-
-
-def _some(tensors: Iterable[Tensor], most: int = 8) -> Iterable[Tensor]:
-    for number, tensor in enumerate(tensors):
-        if number == most:
-            return
-        yield tensor
 
 
 # Steps after which a loss that never repeats is tried again, at most.

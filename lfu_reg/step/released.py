@@ -122,7 +122,7 @@ class Released(Strategy):
     ) -> tuple[Pairs, float]:
         edge = [] if clean is None or self._shared is None or self._shared.edge is None else [self._shared.edge]
         gate = None if clean is None else clean.gate
-        forget: Callable[[], None] = self._auxiliary.forget_gradient if clean is not None else _nothing
+        forget: Callable[[], None] = self._auxiliary.forget_gradient if clean is not None else lambda: None
         with grad_set_aside([*self._trained, *leaves]) as written:
             gradients, used = scale.gradients(loss, [*leaves, *edge], float16=self._float16, gate=gate, forget=forget)
         if edge and self._shared is not None:
@@ -174,7 +174,3 @@ def _exact(gradient: Tensor) -> Tensor:
 def _on(factor: float | Tensor, gradient: Tensor) -> float | Tensor:
     # A scalar that is a tensor has to be where the gradient is, and plain: a DTensor takes numbers of no dimension.
     return factor.to(gradient.device) if isinstance(factor, Tensor) else factor
-
-
-def _nothing() -> None:
-    """No tap has collected anything."""

@@ -190,7 +190,9 @@ class SecondPass:
         if samples is not None and (failure is not None or perturbed.record.batch_size != len(samples)):
             raise ValueError(checks.CANNOT_DIVIDE.format(number=len(samples)))
         if failure is None:
-            self._attached.check_perturbed(perturbed, self.clean, samples)
+            checks.check_same_layers([s.name for s in clean.states], [s.name for s in perturbed.record.states])
+            if samples is None:
+                self._attached.coverage.compare(self.clean, perturbed)
         else:
             self._diagnostics.warn_once("not repeatable", UNREPEATABLE.format(failure))
         if self._failure is None and not self.engine.in_lockstep:

@@ -9,10 +9,9 @@ from torch import Tensor
 from lfu_reg.auxiliaries import Auxiliary
 from lfu_reg.distributed.engine import TENSOR_PARALLEL, Engine
 from lfu_reg.step.float16 import LossScales
-from lfu_reg.step.gradients import Strategy
+from lfu_reg.step.gradients import Retained, Strategy
 from lfu_reg.step.one_backward import OneBackward
 from lfu_reg.step.released import Released, ReleasedShards
-from lfu_reg.step.retained import Retained
 from lfu_reg.step.settings import Settings
 
 SHARDED_RELEASED = (

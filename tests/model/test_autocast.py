@@ -15,8 +15,8 @@ from lfu_reg.auxiliaries.ascent import ascend, gradient_norm
 from lfu_reg.hooks.forward_pass import ForwardPass
 from lfu_reg.model.tokens import TokenMasks
 from lfu_reg.step.float16 import FIRST_SCALE, GROWTH_INTERVAL, LossScale, LossScales
+from lfu_reg.step.gradients import Retained
 from lfu_reg.step.released import Released
-from lfu_reg.step.retained import Retained
 from lfu_reg.step.settings import Settings
 from lfu_reg.step.strength import Strength
 from tests.support.cases import Loss, seeded

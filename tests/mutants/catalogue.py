@@ -401,8 +401,8 @@ MUTANTS = (
         24,
         "inputs given by keyword are seen",
         "hooks/model_hooks.py",
-        "for value in (*args, *kwargs.values())",
-        "for value in args",
+        "for v in (*args, *kwargs.values())",
+        "for v in args",
         "tests/hooks/test_coverage.py::test_keyword_only_calls",
     ),
     Mutant(
