@@ -64,8 +64,6 @@ class ModelHooks:
         """Let somebody else listen to some modules, before everybody."""
         self._others += [(module, Hook(listener, name)) for name, module in modules.items()]
 
-    # ------------------------------------------------------------------ registering
-
     @contextmanager
     def installed(self, *, stay: bool) -> Iterator[None]:
         """Hooks are on the model for the block; with `stay` beyond it and from then on, until `remove()`."""
@@ -106,8 +104,6 @@ class ModelHooks:
                 if type(module) in classes and module not in hooked:
                     add(module.register_forward_hook(Hook(None, ""), with_kwargs=True))
             torch.compiler.reset()  # one compilation, if there was one
-
-    # ------------------------------------------------------------------ running
 
     @contextmanager
     def run(self, fwd: ForwardPass) -> Iterator[ForwardPass]:

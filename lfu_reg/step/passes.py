@@ -37,7 +37,7 @@ class Passes(SecondPass):
         auxiliary, hooks, reused = self._auxiliary, self._attached.hooks, self._attached.reused
         auxiliary.shards = self.engine.shards
         compiled = entrances(self._sft.model)
-        if self._is_one_backward:
+        if self._settings.is_one_backward:
             self._progress.direction.collect(auxiliary)
         auxiliary.reset(generators)
         try:
@@ -49,7 +49,7 @@ class Passes(SecondPass):
     def first(self, *, observe: bool) -> tuple[Tensor, list[State]]:
         """Pass 1, with its backward."""
         attached, sft, hooks = self._attached, self._sft, self._attached.hooks
-        kept: Literal["detached", "attached", "cloned"] = "attached" if self._is_one_backward else "detached"
+        kept: Literal["detached", "attached", "cloned"] = "attached" if self._settings.is_one_backward else "detached"
         capture = kept if self._settings.stop_gradient == "clean" else "cloned"
         self.clean = clean = ForwardPass(sft.tokens, observe=observe, capture=capture)
         reuse = not self._strategy.keeps_graph and not self.engine.in_lockstep
@@ -71,7 +71,7 @@ class Passes(SecondPass):
         # Loops return a dummy loss for an empty batch, zero times the sum of all parameters.
         if not clean.record.states and (attached.has_run or not bool(loss.detach())):
             raise PlainSFT(loss)
-        if self._is_one_backward:
+        if self._settings.is_one_backward:
             return self._first_of_one(loss, changes)
         graph = graph_of(loss, since)
         if graph.reaches_outside and not self._strategy.keeps_graph:
@@ -138,10 +138,6 @@ class Passes(SecondPass):
         elif changes.late:
             self._failure = f"the forward wrote to {changes.late[0]}, for the first time"
         hooks.overwritten = (hooks.overwritten or set()) | written
-
-    @property
-    def _is_one_backward(self) -> bool:
-        return self._settings.is_one_backward
 
     @property
     def _turn(self) -> int:

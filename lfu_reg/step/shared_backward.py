@@ -1,15 +1,11 @@
-"""What no perturbation reaches is run and differentiated once, for both passes.
+"""What no perturbation reaches is run and differentiated once, for both passes; `reused_blocks.py` has the forward.
 
-      embedding, layers below ──► cut ──► layers that theta_aux acts in or behind ──► l_SFT, l_cons
-      └─────── reused ─────────┘
-
-Both passes have the same hidden states up to the cut, so blocks below it run once (`reused_blocks.py`). Backward, both
-terms of the loss reach what is below through the cut alone, and a gradient is linear in what comes from above:
+Backward, both terms of the loss reach what is below the cut through the cut alone, and a gradient is linear in what
+comes from above, so one backward below it, from the sum, does for both. Nothing of this is an estimate:
 
       d(l_SFT + lam * l_cons) / d theta_below = (d l_SFT / d cut + lam * d l_cons / d cut) . d cut / d theta_below
 
-So one backward below the cut, from the sum, does for both. Nothing of this is an estimate. Steering vectors act
-behind the first chosen layer: with all L layers chosen, one of L is saved; with the last third, two thirds of them.
+Steering vectors act behind the first chosen layer: with all L layers, one is saved; with the last third, two thirds.
 """
 
 from __future__ import annotations
