@@ -295,11 +295,11 @@ MUTANTS = (
     ),
     Mutant(
         10,
-        "code after the layers that needs a graph runs with one",
+        "code that needs what a block leaves behind has it run",
         "step/second_pass.py",
         "if not answers:",
         "if True:",
-        "tests/step/test_second_pass.py::test_code_after_the_layers_that_needs_a_graph",
+        "tests/step/test_reused_blocks.py::test_code_that_needs_what_a_block_leaves_behind_has_it_run",
     ),
     Mutant(
         11,
