@@ -97,13 +97,13 @@ class Auxiliary(ABC):
     def reset(self, generators: Generators) -> None:
         """Back to "no change", at the start of a step. `generators(device)` gives the step's seeded generator."""
 
-    @abstractmethod
     def observe(self, call: Call) -> GradientRule | None:
         """Pass 1, at a site: the rule that takes dl/dy and collects the gradient of the components there."""
+        return None
 
-    @abstractmethod
     def apply_at(self, call: Call) -> Tensor:
         """Pass 2, at a site: the output with the components in place."""
+        return call.y
 
     @abstractmethod
     def leaves(self) -> list[Tensor]:

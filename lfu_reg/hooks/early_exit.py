@@ -57,7 +57,7 @@ class Exits:
         if fwd is None or len(fwd.record.states) < fwd.leave_after or fwd.record.compiled:
             return
         is_last = type(next(reversed(module._forward_hooks.values()))) is Hook
-        if fwd.leave != "never" and is_last and way_is_clear(whoever=fwd.leave == "always"):
+        if fwd.leave and is_last and way_is_clear(whoever=fwd.leave is True):
             raise EarlyExit
 
 

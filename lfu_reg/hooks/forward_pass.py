@@ -104,8 +104,7 @@ class ForwardPass:
     # Keep hidden states: attached to the graph or not; "cloned" is attached, and safe from being overwritten.
     capture: Literal["detached", "attached", "cloned"] | None = "detached"
     patches: Sequence[Patch] = ()
-    # Leave the forward after so many states: never, where the way is clear of code that would be cut off, or always.
-    leave: Literal["never", "clear", "always"] = "never"
+    leave: Literal["auto"] | bool = False  # the forward after so many states; "auto" where no code would be cut off
     leave_after: int = 0
     gate: Gate = field(default_factory=Gate)
     # On which taps depend that would be in no graph otherwise.

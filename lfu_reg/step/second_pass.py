@@ -156,7 +156,6 @@ class SecondPass:
 
     def _run_second(self, stack: ExitStack, samples: Tensor | None, answers: list[Patch]) -> ForwardPass:
         attached, record, settings = self._attached, self.clean.record, self._settings
-        may_leave = settings.leave_early and not self.engine.is_sharded
         with ExitStack() as inner:
             inner.enter_context(self._again(but_blocks=bool(answers)))
             perturbed = ForwardPass(
@@ -164,7 +163,7 @@ class SecondPass:
                 apply=True,
                 capture="attached",
                 patches=[*self._auxiliary.pass2_patches(), *answers],  # of weights as they were before pass 1
-                leave="never" if not may_leave else "always" if settings.leave_early is True else "clear",
+                leave=settings.leave_early if not self.engine.is_sharded else False,
                 leave_after=len(record.states),
             )
             inner.enter_context(attached.hooks.run(perturbed))
