@@ -13,7 +13,7 @@ from torch import nn
 
 from lfu_reg.diagnostics import Diagnostics
 from lfu_reg.hooks.forward_pass import ForwardPass
-from lfu_reg.model.compile import entrances
+from lfu_reg.model.compile import holds_compiled
 from lfu_reg.model.linears import base_layer
 
 SILENT = (
@@ -53,7 +53,7 @@ class Coverage:
         silent: list[str] = []
         for layer, sites in self._inside.items():
             missing = [site for site in sites if not fwd.record.fired[site]] if fwd.record.fired[layer] else []
-            if missing == sites and (fwd.record.compiled or entrances(model)):
+            if missing == sites and (fwd.record.compiled or holds_compiled(model)):
                 raise RuntimeError(STALE.format(layer))
             silent += missing
         if fwd.record.old_backward_hooks:

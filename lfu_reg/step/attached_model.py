@@ -21,7 +21,7 @@ from lfu_reg.hooks.coverage import Coverage, Targets
 from lfu_reg.hooks.forward_pass import ForwardPass, State
 from lfu_reg.hooks.model_hooks import ModelHooks
 from lfu_reg.hooks.taps import LastGradient
-from lfu_reg.model.compile import anything_is_compiled, entrances
+from lfu_reg.model.compile import anything_is_compiled
 from lfu_reg.model.layers import LayerChoice, choose_layers, is_preset
 from lfu_reg.model.module_state import ModuleState
 from lfu_reg.model.rng import devices_of
@@ -75,7 +75,7 @@ class AttachedModel:
         at_sites = sites if self._auxiliary.acts_at_sites and not self._on_logits else None
         self.reused = ReusedBlocks(model, self.layers, at_sites, self.devices)
         self.hooks.also(self.reused.blocks, self.reused)
-        if anything_is_compiled(entrances(model)):
+        if anything_is_compiled(model):
             with self.hooks.installed(stay=True):
                 pass
         self.coverage = Coverage(self.layers, sites, self._diagnostics)

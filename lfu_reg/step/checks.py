@@ -155,7 +155,7 @@ def check_same_layers(clean: Sequence[str], perturbed: Sequence[str]) -> None:
         raise RuntimeError(
             f"Pass 2 ran other layers than pass 1: {len(perturbed)} hidden states instead of {len(clean)} "
             f"({', '.join(sorted(set(clean) ^ set(perturbed))[:5]) or 'the same layers in another order'}). The "
-            "model's control flow depends on something that a replay does not repeat; leave those layers out with "
+            "model's control flow depends on something that a second call does not repeat; leave those layers out with "
             "layers=...."
         )
 

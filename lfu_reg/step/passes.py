@@ -15,7 +15,7 @@ from lfu_reg.auxiliaries.base import Generators
 from lfu_reg.diagnostics import NO_GRADIENT, UNSCALED_FLOAT16
 from lfu_reg.hooks.forward_pass import ForwardPass, State
 from lfu_reg.model import checkpoints
-from lfu_reg.model.compile import anything_is_compiled, entrances, graphs_for_two_backwards
+from lfu_reg.model.compile import anything_is_compiled, graphs_for_two_backwards
 from lfu_reg.model.graph import graph_of, now
 from lfu_reg.model.module_state import Changes
 from lfu_reg.step.consistency import rounding
@@ -36,12 +36,11 @@ class Passes(SecondPass):
         """Hooks are on the model for the block, and theta_aux starts at "no change"."""
         auxiliary, hooks, reused = self._auxiliary, self._attached.hooks, self._attached.reused
         auxiliary.shards = self.engine.shards
-        compiled = entrances(self._sft.model)
         if self._settings.is_one_backward:
             self._progress.direction.collect(auxiliary)
         auxiliary.reset(generators)
         try:
-            with hooks.installed(stay=anything_is_compiled(compiled)):
+            with hooks.installed(stay=anything_is_compiled(self._sft.model)):
                 yield
         finally:
             reused.forget()
