@@ -162,7 +162,8 @@ class LfURegularizer(Controls):
                 loss = self._regularized(sft, undesirable, strength)
         except PlainSFT as plain:
             loss = plain.loss
-            self.metrics = metrics.plain_step(loss, progress, strength)
+            terms = {"loss": loss, "sft_loss": loss, "consistency_loss": torch.zeros_like(loss)}
+            self.metrics = metrics.of_step(terms, progress, strength)
         except BaseException:
             self.auxiliary.reset(torch.Generator)
             raise
@@ -193,5 +194,5 @@ class LfURegularizer(Controls):
             look = strength.look(tokens_count=not empty, sensible_alpha=lambda: passes.sensible_alpha(samples))
             diagnostics.watch(progress.step // settings.every, sft_loss, l_cons.detach(), gradient_norm, look)
         terms = {"loss": loss, "sft_loss": sft_loss, "consistency_loss": l_cons, "ascent_grad_norm": gradient_norm}
-        self.metrics = metrics.regularized_step(terms, h, distances, progress, strength)
+        self.metrics = metrics.of_step(terms, progress, strength, h, distances)
         return loss
