@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from statistics import fmean, median, pstdev
+from statistics import fmean, pstdev
 
 import torch
 from torch import Tensor
@@ -22,8 +22,6 @@ LOOK_EVERY = 50
 NEGLIGIBLE, OVERWHELMING = 1e-3, 30.0
 # The perturbed states are as far from the clean ones as from zero: nothing of the model is left in them.
 COLLAPSED = 1.0
-# So much above its median, the consistency term is exploding.
-EXPLODED = 100.0
 # Two terms that swing by a third of their mean, each up when the other is down, are pulling against each other.
 SWING, OPPOSED = 0.33, -0.8
 
@@ -74,24 +72,15 @@ COLLAPSE = (
 
 @dataclass(frozen=True)
 class Look:
-    """What a step shows of how strong it is.
+    """What a step shows of how strong it is."""
 
-    Attributes:
-        figures: "gradient_ratio" and "relative_distance", where they were measured at this very step.
-        alpha, lam: what the step ran with.
-        strength: what lam follows from, None where it is fixed.
-        eps: relative rounding of the hidden states.
-        tokens_count: whether any does.
-        sensible_alpha: finds one for the displacement that is aimed at, by passes of its own.
-    """
-
-    figures: Mapping[str, Tensor]
+    figures: Mapping[str, Tensor]  # where they were measured at this very step
     alpha: float
     lam: float | Tensor
-    strength: float | None
-    eps: float
-    tokens_count: bool
-    sensible_alpha: Callable[[], float]
+    strength: float | None  # what lam follows from, None where it is fixed
+    eps: float  # relative rounding of the hidden states
+    tokens_count: bool  # whether any does
+    sensible_alpha: Callable[[], float]  # finds one by passes of its own
 
 
 class LfUWarning(UserWarning):
@@ -104,7 +93,6 @@ class Diagnostics:
     def __init__(self) -> None:
         self.told: set[str] = set()
         self._window: list[tuple[Tensor, Tensor, Tensor]] = []
-        self._history: list[float] = []
         self._period: int | None = None  # in which a step was watched last
 
     def warn_once(self, kind: str, message: str) -> None:
@@ -138,7 +126,6 @@ class Diagnostics:
         self._window = []
         rounding = torch.finfo(torch.promote_types(sft_loss.dtype, torch.float32)).eps
         self._no_effect(sft, consistency, norms, look.alpha, rounding, complete=len(sft) >= LOOK_EVERY - 1)
-        self._explosion(consistency)
         self._oscillation(sft, consistency)
 
     def _how_strong(self, look: Look, gradient_norm: Tensor) -> None:
@@ -200,18 +187,6 @@ class Diagnostics:
                 f"LfU has no effect: for {len(consistency)} steps lam * l_cons was zero. Raise alpha (the "
                 "perturbation), or give strength and leave alpha out; and check that tokens count (labels, masks).",
             )
-
-    def _explosion(self, consistency: list[float]) -> None:
-        finite = [value for value in consistency if math.isfinite(value)]
-        usual = median(self._history) if self._history else 0.0
-        if len(self._history) >= 2 and finite and median(finite) > EXPLODED * usual > 0:
-            self.warn_once(
-                "explosion",
-                f"lam * l_cons went from {usual:.2e} to {median(finite):.2e}. Lower alpha or lam, or the learning "
-                "rate.",
-            )
-        if finite:
-            self._history.append(median(finite))
 
     def _oscillation(self, sft: list[float], consistency: list[float]) -> None:
         if len(sft) < LOOK_EVERY - 1 or not all(map(math.isfinite, sft + consistency)):

@@ -29,10 +29,9 @@ from lfu_reg.step.attached_model import AttachedModel
 from lfu_reg.step.consistency import consistency, displacement
 from lfu_reg.step.controls import Controls
 from lfu_reg.step.passes import Passes
-from lfu_reg.step.plain_sft import PlainSFT
 from lfu_reg.step.progress import Progress
 from lfu_reg.step.settings import Schedule, Settings, StopGradient, StrategyName
-from lfu_reg.step.sft_loss import LossFunction, SFTLoss
+from lfu_reg.step.sft_loss import LossFunction, PlainSFT, SFTLoss
 from lfu_reg.step.strength import StepStrength
 
 if TYPE_CHECKING:
@@ -117,7 +116,7 @@ class LfURegularizer(Controls):
     ) -> None:
         self.auxiliary, self.distance = make_auxiliary(auxiliary), make_distance(distance)
         strength = 1.0 if strength is None and lam is None else strength
-        alpha = self.auxiliary.default_alpha if strength is None and alpha is None else alpha
+        alpha = self.auxiliary.default_of("alpha") if strength is None and alpha is None else alpha
         terms = (alpha, lam, strength, displacement, reduction, stop_gradient, token_mask, ignore_index)
         self.settings = Settings(*terms, ascent_steps, every, batch_fraction, strategy, leave_early, sync_perturbation)
         check_seed(seed)
@@ -163,7 +162,8 @@ class LfURegularizer(Controls):
                 loss = self._regularized(sft, undesirable, strength)
         except PlainSFT as plain:
             loss = plain.loss
-            self.metrics = metrics.plain_step(loss, progress, strength)
+            terms = {"loss": loss, "sft_loss": loss, "consistency_loss": torch.zeros_like(loss)}
+            self.metrics = metrics.of_step(terms, progress, strength)
         except BaseException:
             self.auxiliary.reset(torch.Generator)
             raise
@@ -194,5 +194,5 @@ class LfURegularizer(Controls):
             look = strength.look(tokens_count=not empty, sensible_alpha=lambda: passes.sensible_alpha(samples))
             diagnostics.watch(progress.step // settings.every, sft_loss, l_cons.detach(), gradient_norm, look)
         terms = {"loss": loss, "sft_loss": sft_loss, "consistency_loss": l_cons, "ascent_grad_norm": gradient_norm}
-        self.metrics = metrics.regularized_step(terms, h, distances, progress, strength)
+        self.metrics = metrics.of_step(terms, progress, strength, h, distances)
         return loss

@@ -11,9 +11,9 @@ from typing import Any
 from unittest import mock
 
 import torch
+from step.others import OTHERS
 
 from gpu.place import Place, Skipped
-from gpu.steps import MORE
 from lfu_reg import LfURegularizer
 from lfu_reg.cli.methods import DEFAULT
 from lfu_reg.cli.overhead import measure
@@ -31,7 +31,7 @@ def cost(place: Place) -> dict[str, Any]:
     for tuning in ("lora", "full"):
         name = place.sized("smollm2-135m", "tiny")
         setting = Setting(name, tuning, "bfloat16", batch=batch, tokens=tokens, device=place.device.name)
-        with mock.patch.dict(PROCEDURES, MORE):
+        with mock.patch.dict(PROCEDURES, OTHERS):
             found[tuning] = measure(setting, Plan(DEFAULT, rounds=place.sized(20, 2)), make_workload(setting), None)
         place.device.clear()
     return found

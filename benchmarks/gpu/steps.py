@@ -16,40 +16,21 @@ from unittest import mock
 
 import torch
 from step.others import OTHERS
-from torch import nn
 
 import lfu_reg
 from gpu.place import Place
-from lfu_reg import LfURegularizer, LoRADeltas
-from lfu_reg.auxiliaries.base import Generators
 from lfu_reg.cli.errors import Unusable
-from lfu_reg.cli.methods import DEFAULT, VARIANTS, go_to_mid_training, make_method
+from lfu_reg.cli.methods import DEFAULT, VARIANTS, make_method
 from lfu_reg.cli.overhead import measure
 from lfu_reg.cli.plan import Plan
-from lfu_reg.cli.published import PROCEDURES, Procedure
+from lfu_reg.cli.published import PROCEDURES
 from lfu_reg.cli.workloads import Setting, Workload, make_workload
 
 SHOWN = 15  # functions and kernels that are listed
 SECONDS = 100.0  # of interleaved rounds with all methods
 
 
-class Beside(LoRADeltas):
-    """LoRA deltas that are never folded into the adapter that is trained."""
-
-    def reset(self, generators: Generators) -> None:
-        self.may_fold = False
-        super().reset(generators)
-
-
-def beside(model: nn.Module) -> LfURegularizer:
-    """In the middle of training, as all methods that are measured."""
-    reg = LfURegularizer(model, Beside())
-    go_to_mid_training(reg)
-    return reg
-
-
-MORE = {"lora-beside": Procedure("LfU LoRA, not folded", beside), **OTHERS}
-KEYS = tuple(dict.fromkeys((*DEFAULT, "lora-beside", *VARIANTS, *PROCEDURES, *MORE)))  # in order of worth
+KEYS = tuple(dict.fromkeys((*DEFAULT, *VARIANTS, *PROCEDURES, *OTHERS)))  # in order of worth
 
 
 def setting(place: Place) -> Setting:
@@ -172,7 +153,7 @@ def tried(place: Place) -> dict[str, dict[str, Any]]:
 
 def alone(place: Place, key: str) -> dict[str, Any]:
     """One method, after a first step that compiles and checks."""
-    with mock.patch.dict(PROCEDURES, MORE), warnings.catch_warnings():
+    with mock.patch.dict(PROCEDURES, OTHERS), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         method = make_method(key, workload(place))
         method.run()
@@ -192,7 +173,7 @@ def alone(place: Place, key: str) -> dict[str, Any]:
 def measured(place: Place, keys: Sequence[str], rounds: int) -> dict[str, Any]:
     """A result of `lfu-reg overhead`, and the bytes of the clean states that a step keeps."""
     made, about = workload(place), setting(place)
-    with mock.patch.dict(PROCEDURES, MORE):
+    with mock.patch.dict(PROCEDURES, OTHERS):
         result = measure(about, Plan(tuple(keys), rounds=rounds), made, None)
     hidden = int(made.model.config.get_text_config().hidden_size)
     itemsize = getattr(torch, about.dtype).itemsize

@@ -25,7 +25,7 @@ phases above). To come below: a later first layer (`layers="late"`, exact for it
 (`batch_fraction`, `every`).
 
 Calls outside of the passes take milliseconds of Python that grow with the number of modules and not with their size
-(walks over the modules and the autograd graph, a look at each adapter): under 1 % where a step takes a second or more.
+(walks over the modules and the autograd graph): under 1 % where a step takes a second or more.
 """
 
 

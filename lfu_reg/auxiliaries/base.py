@@ -27,17 +27,11 @@ Generators: TypeAlias = Callable[[torch.device], torch.Generator]
 
 @dataclass(frozen=True)
 class Tokens:
-    """The positions of one output that count.
+    """The positions of one output that count; None where all do."""
 
-    Attributes:
-        mask: boolean, shaped like the output without its hidden axis; None where every position counts.
-        index: the same as row numbers of the output flattened to [positions, hidden]; None where every position counts.
-        axis: the hidden axis of the output.
-    """
-
-    mask: Tensor | None = None
-    index: Tensor | None = None
-    axis: int = -1
+    mask: Tensor | None = None  # boolean, shaped like the output without its hidden axis
+    index: Tensor | None = None  # the same as row numbers of the output flattened to [positions, hidden]
+    axis: int = -1  # the hidden one of the output
 
     def is_empty(self) -> bool:
         """Whether no position counts."""
@@ -46,42 +40,18 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a site.
+    """One call of a site."""
 
-    Attributes:
-        name: full name of the module.
-        module: the module.
-        x: its first floating-point tensor argument, None if it has none.
-        y: its output; for a layer, the hidden state in it.
-        tokens: the positions of y that count.
-    """
-
-    name: str
+    name: str  # full name of the module
     module: nn.Module
-    x: Tensor | None
-    y: Tensor
-    tokens: Tokens
+    x: Tensor | None  # its first floating-point tensor argument, None if it has none
+    y: Tensor  # its output; for a layer, the hidden state in it
+    tokens: Tokens  # the positions of y that count
 
 
 def master_dtype(tensor: Tensor) -> torch.dtype:
     """Components are kept in float32 (float64 for a float64 model) and cast to the activation at each site."""
     return torch.promote_types(tensor.dtype, torch.float32)
-
-
-class _NoDefault:
-    """Stands where a subclass gives no default: an error as soon as it is needed."""
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._name = name
-
-    def __get__(self, auxiliary: Auxiliary | None, owner: type) -> Any:
-        if auxiliary is None:
-            return self
-        setting = self._name.removeprefix("default_")
-        raise ValueError(
-            f"{setting} was not given, and {auxiliary._label} has no {self._name}. Give "
-            f"LfURegularizer(..., {setting}=...), or set default_alpha and default_lam in the class."
-        )
 
 
 class Auxiliary(ABC):
@@ -92,20 +62,27 @@ class Auxiliary(ABC):
         moves_weights: whether the components are the model's own parameters.
         acts_at_sites: whether the components change nothing but what the sites return.
         shards: FSDP2's sharded parameters during a step, None without FSDP2; set by the regularizer.
-        may_fold: whether modules run as they are written, neither sharded nor compiled; set by the regularizer.
     """
 
-    default_alpha: float = _NoDefault()  # type: ignore[assignment]
-    default_lam: float = _NoDefault()  # type: ignore[assignment]
+    default_alpha: float
+    default_lam: float
     moves_weights = False
     acts_at_sites = False
     shards: Shards | None = None
-    may_fold = False
 
     @property
     def _label(self) -> str:
         """What error messages call it."""
         return type(self).__name__
+
+    def default_of(self, setting: str) -> float:
+        """`default_alpha` or `default_lam`; an error where the class has none, as soon as it is needed."""
+        if (value := getattr(self, f"default_{setting}", None)) is None:
+            raise ValueError(
+                f"{setting} was not given, and {self._label} has no default_{setting}. Give "
+                f"LfURegularizer(..., {setting}=...), or set default_alpha and default_lam in the class."
+            )
+        return float(value)
 
     @abstractmethod
     def sites(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> Mapping[str, nn.Module]:
@@ -120,13 +97,13 @@ class Auxiliary(ABC):
     def reset(self, generators: Generators) -> None:
         """Back to "no change", at the start of a step. `generators(device)` gives the step's seeded generator."""
 
-    @abstractmethod
     def observe(self, call: Call) -> GradientRule | None:
         """Pass 1, at a site: the rule that takes dl/dy and collects the gradient of the components there."""
+        return None
 
-    @abstractmethod
     def apply_at(self, call: Call) -> Tensor:
         """Pass 2, at a site: the output with the components in place."""
+        return call.y
 
     @abstractmethod
     def leaves(self) -> list[Tensor]:
@@ -165,14 +142,6 @@ class Auxiliary(ABC):
     def pass2_patches(self) -> Iterable[Patch]:
         """What stands in the place of parameters in pass 2, for components that are no hook's business."""
         return ()
-
-    def pass1_patches(self) -> Iterable[Patch]:
-        """What stands in the place of something in pass 1, so that its backward gives g without a tap."""
-        return ()
-
-    def temporary_leaves(self) -> list[Tensor]:
-        """Components that are leaves of pass 1's graph: their gradient is g, and nothing that the caller gets."""
-        return []
 
     def is_attached_to(self, model: nn.Module) -> bool:
         """Whether `sites` was not asked about another model since: the weights of that one would be moved."""

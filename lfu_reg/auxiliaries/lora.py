@@ -5,26 +5,20 @@
             └── A ──► z = A x ── B ─┘         A: [rank, in]   B: [out, rank]   s = lora_alpha / rank
 
 A is drawn anew at every step and B starts at zero, so y' = y, dl/dA = 0 and dl/dB = s (dl/dy)^T z: the ascent moves B.
-Where a LoRA adapter is trained anyway, `peft_folding.py` widens it instead, without a tap on y.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from lfu_reg.auxiliaries.base import Call, Components, Generators, GradientRule, master_dtype
+from lfu_reg.auxiliaries.base import Call, Components, GradientRule, master_dtype
 from lfu_reg.auxiliaries.output import OutputAuxiliary
-from lfu_reg.auxiliaries.peft_folding import Fold
 from lfu_reg.distributed.tensor_parallel import replicated
-from lfu_reg.model import peft as adapters
 from lfu_reg.model.linears import TargetModules, find_linears, linear_sizes
-from lfu_reg.model.patching import Patch
-from lfu_reg.model.peft import PlainLoRA
 from lfu_reg.model.tokens import rows
 
 
@@ -50,10 +44,6 @@ class LoRADeltas(OutputAuxiliary):
         self.rank = rank
         self.lora_alpha = lora_alpha
         self.target_modules = target_modules
-        self._model: nn.Module | None = None
-        self._linears: Mapping[str, nn.Module] = {}
-        self._adapters: dict[str, PlainLoRA] = {}
-        self._later: dict[str, Tensor] = {}
 
     @property
     def scale(self) -> float:
@@ -68,13 +58,7 @@ class LoRADeltas(OutputAuxiliary):
                 f"There is no linear map in the chosen layers ({', '.join(list(layers)[:5])}, ...) for LoRA deltas to "
                 'act on. Use auxiliary="steering", auxiliary="weights", or other layers.'
             )
-        self._model, self._linears = model, linears
         return linears
-
-    def detach(self, model: nn.Module) -> None:
-        """Forget the model's linear maps; those of another one that was attached since are kept."""
-        if self._model is model:
-            self._model, self._linears, self._adapters = None, {}, {}
 
     def start(self, call: Call, generator: torch.Generator) -> Components:
         """A as LoRA initialises it, uniform in +-1/sqrt(in), and B = 0."""
@@ -86,13 +70,10 @@ class LoRADeltas(OutputAuxiliary):
                 f"{'no tensor' if x is None else list(x.shape)} and returned {list(y.shape)}. Leave it out with "
                 "LoRADeltas(target_modules=...)."
             )
-        return self._no_change(n_in, n_out, y, generator)
-
-    def _no_change(self, n_in: int, n_out: int, like: Tensor, generator: torch.Generator) -> Components:
-        a = torch.empty(self.rank, n_in, dtype=master_dtype(like), device=like.device)
+        a = torch.empty(self.rank, n_in, dtype=master_dtype(y), device=y.device)
         bound = 1 / math.sqrt(n_in)
-        a = replicated(a.uniform_(-bound, bound, generator=generator), like)
-        return a, like.new_zeros(n_out, self.rank, dtype=a.dtype)
+        a = replicated(a.uniform_(-bound, bound, generator=generator), y)
+        return a, y.new_zeros(n_out, self.rank, dtype=a.dtype)
 
     def apply(self, components: Components, call: Call) -> Tensor:
         """The output y' = y + s B A x."""
@@ -114,59 +95,6 @@ class LoRADeltas(OutputAuxiliary):
             return None, gradient.t().to(b.dtype) * self.scale
 
         return rule
-
-    def reset(self, generators: Generators) -> None:
-        """Forget components and gradients, and look for adapters to fold deltas into."""
-        super().reset(generators)
-        self._later = {}
-        found = {name: adapters.plain_lora(module) for name, module in self._linears.items()} if self.may_fold else {}
-        self._adapters = {name: adapter for name, adapter in found.items() if adapter is not None}
-
-    def pass1_patches(self) -> Iterable[Patch]:
-        """Layers whose adapters the deltas are folded into, with B as a leaf."""
-        return self._folds(observed=True)
-
-    def pass2_patches(self) -> Iterable[Patch]:
-        """Layers whose adapters the deltas are folded into."""
-        return self._folds(observed=False)
-
-    def temporary_leaves(self) -> list[Tensor]:
-        """Every B that was folded in."""
-        return [component for component in self.leaves() if component.requires_grad]
-
-    def collect_later(self) -> None:
-        """Every B that was folded in is a leaf of the caller's graph, too."""
-        self._later = {name: components[1] for name, components in self._components.items()}
-
-    def replace_gradients(self, function: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]) -> None:
-        """Replace g, with what the caller's backward has brought to folded components."""
-        for name, b in self._later.items():
-            if b.requires_grad and b.grad is not None:
-                self._collect(name, [None, b.grad])
-        self._later = {}
-        super().replace_gradients(function)
-
-    def ascend(self, alpha: float) -> Tensor:
-        """Eq. 2; from there on no B is a leaf, also those that got no gradient."""
-        norm = super().ascend(alpha)
-        self._components = {name: tuple(c.detach() for c in cs) for name, cs in self._components.items()}
-        return norm
-
-    def _folds(self, *, observed: bool) -> Iterable[Patch]:
-        for name, adapter in self._adapters.items():
-            site, components = self._linears[name], partial(self._folded, name, adapter, observed)
-            yield site, "forward", Fold(site, adapter, components, self.scale)
-
-    def _folded(self, name: str, adapter: PlainLoRA, observed: bool) -> Components:
-        if name not in self._components:
-            like, generator = adapter.down.weight, self._generators(adapter.down.weight.device)
-            with torch.no_grad():
-                started = self._no_change(adapter.down.in_features, adapter.up.out_features, like, generator)
-            self._components[name] = tuple(c.requires_grad_(self._required) for c in started)
-        if observed:
-            a, b = self._components[name]
-            self._components[name] = a, b.detach().requires_grad_()
-        return self._components[name]
 
     def __repr__(self) -> str:
         return f"LoRADeltas(rank={self.rank}, lora_alpha={self.lora_alpha}, target_modules={self.target_modules!r})"

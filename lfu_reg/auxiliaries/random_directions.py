@@ -27,15 +27,9 @@ class RandomDirections(OutputAuxiliary):
             )
         self.of = of
 
-    @property
-    def default_alpha(self) -> float:  # type: ignore[override]
+    def default_of(self, setting: str) -> float:
         """That of the other auxiliary."""
-        return self.of.default_alpha
-
-    @property
-    def default_lam(self) -> float:  # type: ignore[override]
-        """That of the other auxiliary."""
-        return self.of.default_lam
+        return self.of.default_of(setting)
 
     @property
     def _label(self) -> str:
@@ -45,10 +39,6 @@ class RandomDirections(OutputAuxiliary):
     def sites(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> Mapping[str, nn.Module]:
         """Those of the other auxiliary."""
         return self.of.sites(model, layers)
-
-    def detach(self, model: nn.Module) -> None:
-        """As the other auxiliary does."""
-        self.of.detach(model)
 
     def start(self, call: Call, generator: torch.Generator) -> Components:
         """Those of the other auxiliary."""

@@ -19,6 +19,10 @@ _APPLY = "one tensor shaped like call.y, of its dtype and on its device"
 _RULE = "one entry per component, each a tensor of the component's shape or None"
 
 
+def _wrong(method: str, returned: str, name: str, allowed: str, end: str = "") -> str:
+    return f"{method} returned {returned} for {name}; it has to return {allowed}{end}."
+
+
 def checked_sites(auxiliary: Auxiliary, model: nn.Module, layers: Mapping[str, nn.Module]) -> Mapping[str, nn.Module]:
     """`auxiliary.sites(model, layers)`; raises unless it maps full names to the modules of these names in `model`."""
     owner, sites = auxiliary._label, auxiliary.sites(model, layers)
@@ -27,10 +31,11 @@ def checked_sites(auxiliary: Auxiliary, model: nn.Module, layers: Mapping[str, n
         raise TypeError(f"{owner}.sites returned {describe(sites)}. {allowed}.")
     if not sites and auxiliary.acts_at_sites:
         raise ValueError(f"{owner}.sites returned no module, so nothing would be perturbed. {allowed}.")
+    there = dict(model.named_modules(remove_duplicate=False))
     for name, module in sites.items():
         if not isinstance(name, str) or not isinstance(module, nn.Module):
             raise TypeError(f"{owner}.sites returned an entry {name!r}: {describe(module)}. {allowed}.")
-        if _module_at(model, name) is not module:
+        if there.get(name) is not module:
             raise ValueError(
                 f"{owner}.sites returned {name!r}: a {type(module).__name__} that is not the model's module of that "
                 f"name. {allowed}; the names are those of model.named_modules()."
@@ -40,26 +45,22 @@ def checked_sites(auxiliary: Auxiliary, model: nn.Module, layers: Mapping[str, n
 
 def check_components(owner: str, components: Any, name: str, y: Tensor) -> None:
     """Raise unless `components` are what `start` has to return for the site `name` with the output `y`."""
-
-    def wrong(returned: str, end: str = ".") -> str:
-        return f"{owner}.start returned {returned} for {name}; it has to return {_START}{end}"
-
+    start = f"{owner}.start"
     if not isinstance(components, tuple):
-        comma = ". Put a comma behind the one tensor: (c,)." if isinstance(components, Tensor) else "."
-        raise TypeError(wrong(describe(components), comma))
+        comma = ". Put a comma behind the one tensor: (c,)" if isinstance(components, Tensor) else ""
+        raise TypeError(_wrong(start, describe(components), name, _START, comma))
     if not components:
-        raise ValueError(wrong("an empty tuple"))
+        raise ValueError(_wrong(start, "an empty tuple", name, _START))
     for component in components:
         if not isinstance(component, Tensor):
-            raise TypeError(wrong(f"a tuple with {describe(component)}"))
+            raise TypeError(_wrong(start, f"a tuple with {describe(component)}", name, _START))
         if not component.is_floating_point():
-            cure = ", as components are moved along a gradient. Make them with dtype=master_dtype(call.y)."
-            raise TypeError(wrong(describe(component), cure))
+            cure = ", as components are moved along a gradient. Make them with dtype=master_dtype(call.y)"
+            raise TypeError(_wrong(start, describe(component), name, _START, cure))
         if component.device != y.device:
-            raise ValueError(
-                f"{owner}.start returned a tensor on {component.device} for {name}, whose output is on {y.device}; it "
-                f"has to return {_START}, which is on the device of call.y."
-            )
+            where = f"{name}, whose output is on {y.device}"
+            cure = ", which is on the device of call.y"
+            raise ValueError(_wrong(start, f"a tensor on {component.device}", where, _START, cure))
 
 
 def versions(x: Tensor | None, y: Tensor) -> tuple[int, int]:
@@ -80,19 +81,19 @@ def check_unwritten(owner: str, call: Call, before: tuple[int, int]) -> None:
 
 def check_output(owner: str, changed: Any, name: str, y: Tensor, *, written: bool) -> None:
     """Raise unless `changed` is what `apply` has to return for the output `y` of the site `name`."""
+    apply = f"{owner}.apply"
     if not isinstance(changed, Tensor):
         hint = "; a return statement is missing" if changed is None else ""
-        raise TypeError(f"{owner}.apply returned {describe(changed)} for {name}; it has to return {_APPLY}{hint}.")
+        raise TypeError(_wrong(apply, describe(changed), name, _APPLY, hint))
     if written:
         raise ValueError(
-            f"{owner}.apply wrote to call.x or call.y of {name} in place; it has to return a new tensor, as the model "
-            "and the other pass use these. Write y * c for y.mul_(c), and y = y.clone() before y[mask] = ...."
+            f"{apply} wrote to call.x or call.y of {name} in place; it has to return a new tensor, as the model and "
+            "the other pass use these. Write y * c for y.mul_(c), and y = y.clone() before y[mask] = ...."
         )
     if changed.shape != y.shape or changed.dtype != y.dtype or changed.device != y.device:
-        raise ValueError(
-            f"{owner}.apply returned {describe(changed)} on {changed.device} for {name}, whose output is {describe(y)} "
-            f"on {y.device}; it has to return {_APPLY}. Cast the components: c.to(call.y.dtype)."
-        )
+        where = f"{name}, whose output is {describe(y)} on {y.device}"
+        cure = ". Cast the components: c.to(call.y.dtype)"
+        raise ValueError(_wrong(apply, f"{describe(changed)} on {changed.device}", where, _APPLY, cure))
 
 
 def check_depends(owner: str, changed: Tensor, name: str) -> None:
@@ -107,61 +108,45 @@ def check_depends(owner: str, changed: Tensor, name: str) -> None:
 def check_rule(owner: str, rule: Any, name: str) -> None:
     """Raise unless `rule` is what `gradient_rule` has to return."""
     if not callable(rule):
-        raise TypeError(
-            f"{owner}.gradient_rule returned {describe(rule)} for {name}; it has to return a function of dl/dy that "
-            f"returns a sequence with {_RULE}."
-        )
+        allowed = f"a function of dl/dy that returns a sequence with {_RULE}"
+        raise TypeError(_wrong(f"{owner}.gradient_rule", describe(rule), name, allowed))
 
 
 def check_gradients(owner: str, gradients: Any, name: str, like: Sequence[tuple[torch.Size, torch.device]]) -> None:
     """Raise unless `gradients` are what the rule of `gradient_rule` has to return for components `like` these."""
-
-    def wrong(returned: str) -> str:
-        shapes = ", ".join(f"{list(shape)} on {device}" for shape, device in like)
-        return (
-            f"The rule of {owner}.gradient_rule returned {returned} for {name}; it has to return a sequence with "
-            f"{_RULE} (here {shapes})."
-        )
-
+    rule = f"The rule of {owner}.gradient_rule"
+    here = ", ".join(f"{list(shape)} on {device}" for shape, device in like)
+    allowed = f"a sequence with {_RULE} (here {here})"
     if not isinstance(gradients, Sequence):
-        hint = " Put a comma behind the one tensor: (gradient,)." if isinstance(gradients, Tensor) else ""
-        raise TypeError(wrong(describe(gradients)) + hint)
+        comma = ". Put a comma behind the one tensor: (gradient,)" if isinstance(gradients, Tensor) else ""
+        raise TypeError(_wrong(rule, describe(gradients), name, allowed, comma))
     if len(gradients) != len(like):
-        raise ValueError(wrong(f"{len(gradients)} entries"))
+        raise ValueError(_wrong(rule, f"{len(gradients)} entries", name, allowed))
     for gradient, (shape, device) in zip(gradients, like, strict=True):
         if gradient is None:
             continue
         if not isinstance(gradient, Tensor):
-            raise TypeError(wrong(f"an entry that is {describe(gradient)}"))
+            raise TypeError(_wrong(rule, f"an entry that is {describe(gradient)}", name, allowed))
         if gradient.shape != shape or gradient.device != device or not gradient.is_floating_point():
-            raise ValueError(wrong(f"{describe(gradient)} on {gradient.device}"))
+            raise ValueError(_wrong(rule, f"{describe(gradient)} on {gradient.device}", name, allowed))
 
 
 def check_direction(owner: str, direction: Any, gradients: Sequence[Tensor]) -> None:
     """Raise unless `direction` has one tensor for each of `gradients`, of its shape."""
-    allowed = f"{owner}.direction has to return one tensor per gradient that it is given, each of that gradient's shape"
-    if not isinstance(direction, Sequence):
-        raise TypeError(f"{owner}.direction returned {describe(direction)}. {allowed}.")
-    if len(direction) != len(gradients):
-        raise ValueError(f"{owner}.direction returned {len(direction)} tensors for {len(gradients)}. {allowed}.")
-    for moved, gradient in zip(direction, gradients, strict=True):
-        if not isinstance(moved, Tensor) or moved.shape != gradient.shape:
-            raise ValueError(f"{owner}.direction returned {describe(moved)} for {describe(gradient)}. {allowed}.")
+    shapes = [gradient.shape for gradient in gradients]
+    listed = isinstance(direction, Sequence) and all(isinstance(moved, Tensor) for moved in direction)
+    if not listed or [moved.shape for moved in direction] != shapes:
+        allowed = "one tensor per gradient that it is given, each of that gradient's shape"
+        raise ValueError(_wrong(f"{owner}.direction", _listed(direction), f"{len(shapes)} gradients", allowed))
 
 
 def check_groups(owner: str, groups: Any, names: Sequence[str]) -> None:
     """Raise unless `groups` is None or has one number for each of `names`."""
-    allowed = f"{owner}.groups has to return one whole number per name that it is given, or None for one global norm"
-    if groups is None:
-        return
-    if not isinstance(groups, Sequence) or not all(isinstance(group, int) for group in groups):
-        raise TypeError(f"{owner}.groups returned {describe(groups)}. {allowed}.")
-    if len(groups) != len(names):
-        raise ValueError(f"{owner}.groups returned {len(groups)} numbers for {len(names)} names. {allowed}.")
+    whole = isinstance(groups, Sequence) and all(isinstance(group, int) for group in groups)
+    if groups is not None and not (whole and len(groups) == len(names)):
+        allowed = "one whole number per name that it is given, or None for one global norm"
+        raise ValueError(_wrong(f"{owner}.groups", _listed(groups), f"{len(names)} names", allowed))
 
 
-def _module_at(model: nn.Module, name: str) -> nn.Module | None:
-    try:
-        return model.get_submodule(name)
-    except AttributeError:
-        return None
+def _listed(returned: Any) -> str:
+    return f"[{', '.join(map(describe, returned))}]" if isinstance(returned, Sequence) else describe(returned)

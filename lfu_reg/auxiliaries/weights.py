@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lfu_reg.auxiliaries.ascent import ascend, gradient_norm
-from lfu_reg.auxiliaries.base import Auxiliary, Call, Generators, GradientRule
+from lfu_reg.auxiliaries.base import Auxiliary, Generators
 from lfu_reg.model.patching import Patch, references_to
 from lfu_reg.model.walk import modules_of
 
@@ -68,14 +68,6 @@ class WeightDeltas(Auxiliary):
         moves = self.only or (lambda name, parameter: True)
         self._parameters = {n: p for n, p in found if p.requires_grad and moves(n, p)}
 
-    def observe(self, call: Call) -> GradientRule | None:
-        """Never called: there are no sites."""
-        return None
-
-    def apply_at(self, call: Call) -> Tensor:
-        """Never called: there are no sites."""
-        return call.y
-
     def leaves(self) -> list[Tensor]:
         """The trainable parameters."""
         # d(theta + delta)/d delta = 1: the gradient at theta + delta is that of theta itself.
@@ -85,9 +77,8 @@ class WeightDeltas(Auxiliary):
         """Pick the trainable parameters' gradients out of others."""
         by_leaf = {id(leaf): gradient for leaf, gradient in zip(leaves, gradients, strict=True)}
         for name, parameter in self._parameters.items():
-            gradient = by_leaf.get(id(parameter))
-            if gradient is not None:
-                self._gradients[name] = gradient.to_dense() if gradient.is_sparse else gradient
+            if (gradient := by_leaf.get(id(parameter))) is not None:
+                self._collect(name, gradient)
 
     def replace_gradients(self, function: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]) -> None:
         """Replace g of all trainable parameters, those without a gradient included."""

@@ -207,7 +207,7 @@ def _without_values() -> ExitStack:
     for target, stand_in in (
         ("lfu_reg.step.second_pass.differing", lambda *args, **kwargs: None),
         ("lfu_reg.diagnostics.Diagnostics.is_due", lambda *args: False),
-        ("lfu_reg.hooks.inplace.WriteWatch.can_watch", lambda output: True),
+        ("lfu_reg.hooks.forward_pass.WriteWatch.can_watch", lambda output: True),
         ("lfu_reg.model.rng.RandomState.capture", lambda *args: mock.Mock()),
         ("torch.Tensor.uniform_", lambda tensor, *args, **kwargs: tensor),
     ):

@@ -1,4 +1,4 @@
-"""Whether the hooks fired where they should: a module past which the call goes gets no component, without a word.
+"""Whether hooks are where they should be, and fired: a module past which the call goes gets no component.
 
 A chosen layer that never runs is looked at in `checks.check_layers_ran`; here it is the modules inside of a layer at
 which the auxiliary acts (LoRA's linear maps). Some of them rightly never fire: a weight may be lent to a function, an
@@ -7,13 +7,14 @@ expert not be chosen. So there is one warning; only what can have no other cause
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 from torch import nn
 
 from lfu_reg.diagnostics import Diagnostics
 from lfu_reg.hooks.forward_pass import ForwardPass
-from lfu_reg.model.compile import entrances
+from lfu_reg.model.compile import holds_compiled
+from lfu_reg.model.linears import base_layer
 
 SILENT = (
     "These modules never ran although their layers did, so LfU does not act on them: {}. Nothing is wrong where their "
@@ -40,13 +41,7 @@ OLD_BACKWARD_HOOKS = (
 
 
 class Coverage:
-    """Watches the sites of one regularizer.
-
-    Args:
-        layers: names of the chosen layers.
-        sites: names of the modules at which the auxiliary acts.
-        diagnostics: warns of what looks wrong.
-    """
+    """Watches the sites of one regularizer."""
 
     def __init__(self, layers: Collection[str], sites: Collection[str], diagnostics: Diagnostics) -> None:
         inner = {layer: [site for site in sites if site.startswith(f"{layer}.")] for layer in layers}
@@ -58,7 +53,7 @@ class Coverage:
         silent: list[str] = []
         for layer, sites in self._inside.items():
             missing = [site for site in sites if not fwd.record.fired[site]] if fwd.record.fired[layer] else []
-            if missing == sites and (fwd.record.compiled or entrances(model)):
+            if missing == sites and (fwd.record.compiled or holds_compiled(model)):
                 raise RuntimeError(STALE.format(layer))
             silent += missing
         if fwd.record.old_backward_hooks:
@@ -78,3 +73,45 @@ class Coverage:
 
 def _listed(names: list[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+class Targets:
+    """Where some modules of a model are."""
+
+    # PEFT puts an adapter layer in the place of a linear map, and `merge_and_unload` a linear map in the place of an
+    # adapter layer. Hooks stay with the module that was taken out: they never fire again, or fire inside of an adapter
+    # layer. Other wrappers (compiled, sharded, checkpointed modules) run what they wrap, and so its hooks.
+
+    def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
+        self._children: dict[tuple[int, str], tuple[nn.Module, str, nn.Module]] = {}
+        self._lists: dict[nn.Module, int] = {}
+        for name in names:
+            parent = model
+            for key in name.split(".") if name else ():
+                child = parent.get_submodule(key)
+                self._children[id(parent), key] = parent, key, child
+                if isinstance(parent, (nn.ModuleList, nn.Sequential)):
+                    self._lists[parent] = len(parent._modules)
+                parent = child
+
+    def were_replaced(self) -> bool:
+        """Whether a module, or one above it, no longer runs as it was, or a list of blocks has another length."""
+        if any(len(blocks._modules) != length for blocks, length in self._lists.items()):
+            return True
+        for place, (parent, key, child) in self._children.items():
+            now = parent._modules.get(key)
+            if now is child:
+                continue
+            if now is None or not _runs(now, child):
+                return True
+            self._children[place] = parent, key, now
+        return False
+
+
+def _runs(wrapper: nn.Module, inner: nn.Module) -> bool:
+    found = False
+    for module in wrapper.modules():
+        if base_layer(module) is inner:
+            return False
+        found = found or module is inner
+    return found

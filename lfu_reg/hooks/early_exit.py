@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from types import CodeType, FrameType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
@@ -41,14 +40,10 @@ class EarlyExit(BaseException):
 
 
 class Exits:
-    """Raises `EarlyExit` at the end of the layer whose hidden state was the last one wanted.
-
-    Attributes:
-        listening: whether the running pass may be left early.
-    """
+    """Raises `EarlyExit` at the end of the layer whose hidden state was the last one wanted."""
 
     def __init__(self) -> None:
-        self.listening = False
+        self.listening = False  # whether the running pass may be left early
         self._fwd: ForwardPass | None = None
 
     def follow(self, fwd: ForwardPass | None) -> None:
@@ -62,10 +57,8 @@ class Exits:
         if fwd is None or len(fwd.record.states) < fwd.leave_after or fwd.record.compiled:
             return
         is_last = type(next(reversed(module._forward_hooks.values()))) is Hook
-        if fwd.leave != "never" and is_last and way_is_clear(whoever=fwd.leave == "always"):
+        if fwd.leave and is_last and way_is_clear(whoever=fwd.leave is True):
             raise EarlyExit
-        if fwd.quiet_tail:  # until the loss function returns: nobody differentiates what comes now
-            torch.set_grad_enabled(False)
 
 
 def call_loss_function(function: Callable[[Any, Any], Tensor], model: Any, batch: Any) -> Tensor:
@@ -106,10 +99,8 @@ def _frames_to_leave() -> Iterator[FrameType]:
 
 @functools.lru_cache(maxsize=1024)
 def only_returns(code: CodeType, last: int) -> bool:
-    """Whether what is left of a function after instruction `last` calls and stores nothing, but for locals.
-
-    The end of a `with` block is a call as well, which an exception makes, too.
-    """
+    """Whether what is left of a function after instruction `last` calls and stores nothing, but for locals."""
+    # The end of a `with` block is a call as well, which an exception makes, too.
     instructions = [i for i in dis.get_instructions(code) if i.offset > last and i.opname not in ("CACHE", "PRECALL")]
     for number, instruction in enumerate(instructions):
         name = instruction.opname

@@ -28,16 +28,7 @@ _MOST = 4
 
 
 class Entries:
-    """Notes what the model and the first layer of each stack are called with.
-
-    Args:
-        model: the attached model.
-        layers: the chosen layers by name.
-        auxiliary: theta_aux.
-
-    Attributes:
-        modules: those that are looked at, by name.
-    """
+    """Notes what the model and the first layer of each stack are called with."""
 
     def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module], auxiliary: Auxiliary) -> None:
         self._auxiliary = auxiliary
@@ -75,8 +66,7 @@ class Entries:
             return False
         if self._auxiliary.moves_weights:
             return True
-        own = {id(leaf) for leaf in self._auxiliary.temporary_leaves()}
-        return bool(fwd.record.fired or own) and depends_on_a_tap(value, own)
+        return bool(fwd.record.fired) and depends_on_a_tap(value)
 
 
 def differing(clean: Iterable[Entry], again: Iterable[Entry], samples: Tensor | None, moved: bool) -> str | None:

@@ -1,4 +1,9 @@
-"""One pass through the model: what it asks of the hooks (`ForwardPass`), and what they note down of it (`Record`)."""
+"""One pass through the model: what it asks of the hooks (`ForwardPass`), and what they note down of it (`Record`).
+
+A tap, or a component that is added, puts another tensor in the place of an output. Where the model goes on to write in
+place into that output's base, another view of it, or the output itself under another name, values and history part: a
+`WriteWatch` tells.
+"""
 
 from __future__ import annotations
 
@@ -11,29 +16,41 @@ import torch
 from torch import Tensor
 
 from lfu_reg.auxiliaries.base import Tokens
-from lfu_reg.hooks.inplace import WriteWatch
 from lfu_reg.hooks.taps import Gate
 from lfu_reg.model.patching import Patch
 from lfu_reg.model.tokens import TokenMasks
 
 
+class WriteWatch:
+    """Watches one output from now on, without keeping its memory alive: checkpointed blocks free theirs at once."""
+
+    def __init__(self, name: str, output: Tensor) -> None:
+        self.name = name
+        self._version = output._version
+        # A version counter belongs to all tensors on the same memory, and stays when that is taken from one of them.
+        self._probe = output.detach()
+        self._probe.data = output.new_empty(0)
+
+    @staticmethod
+    def can_watch(output: Tensor) -> bool:
+        """Not a subclass, which need not let go of its memory, nor what inference_mode made, which has no counter."""
+        return type(output) is Tensor and not output.is_inference()
+
+    @property
+    def was_written(self) -> bool:
+        """Whether the output, its base or another of its views has been written to since."""
+        return self._probe._version != self._version
+
+
 @dataclass
 class State:
-    """One captured hidden state h_{l,t}.
+    """One captured hidden state h_{l,t}."""
 
-    Attributes:
-        name: the layer.
-        hidden: its hidden state, as the layer returned it.
-        tokens: the positions that count.
-        watch: tells whether the model writes over what the layer returned; None where that cannot be told.
-        is_copy: whether `hidden` is safe from that.
-    """
-
-    name: str
-    hidden: Tensor
-    tokens: Tokens
-    watch: WriteWatch | None = None
-    is_copy: bool = False
+    name: str  # of the layer
+    hidden: Tensor  # as the layer returned it
+    tokens: Tokens  # that count
+    watch: WriteWatch | None = None  # whether the model writes over what was returned; None where none can tell
+    is_copy: bool = False  # so that `hidden` is safe from that
 
     def of(self, samples: Tensor | None) -> Tensor:
         """The hidden state of the given samples (numbers along the batch dimension); None is all of them."""
@@ -47,42 +64,25 @@ class State:
 
 @dataclass(frozen=True)
 class Entry:
-    """What a stack of layers was called with, before any perturbation could reach it.
-
-    Attributes:
-        name: the layer that was called.
-        call: how often it had been called before in this pass.
-        tensors: copies of what must be the same in pass 2.
-    """
+    """What a stack of layers was called with, before any perturbation could reach it."""
 
     name: str
-    call: int
-    tensors: tuple[Tensor, ...]
+    call: int  # how often it had been called before in this pass
+    tensors: tuple[Tensor, ...]  # copies of what must be the same in pass 2
 
 
 @dataclass
 class Record:
-    """What the hooks note down of a pass; nobody else writes to it.
-
-    Attributes:
-        states: what was captured, in order of execution.
-        entries: what the stacks of layers were called with.
-        fired: how often each hooked module ran with gradients.
-        compiled: whether any of them ran in a region of torch.compile.
-        float16: whether anything at the hooks ran in float16.
-        saves_elsewhere: whether saved tensors went through somebody's hooks at a captured layer.
-        old_backward_hooks: modules with hooks of `register_backward_hook`, which see an operation of ours.
-        watched: outputs in whose place the model got another tensor on the same memory, for the sake of a tap.
-    """
+    """What the hooks note down of a pass; nobody else writes to it."""
 
     states: list[State] = field(default_factory=list)
     entries: list[Entry] = field(default_factory=list)
-    fired: Counter[str] = field(default_factory=Counter)
-    compiled: bool = False
+    fired: Counter[str] = field(default_factory=Counter)  # how often each hooked module ran with gradients
+    compiled: bool = False  # whether any of them ran in a region of torch.compile
     float16: bool = False
-    saves_elsewhere: bool = False
-    old_backward_hooks: list[str] = field(default_factory=list)
-    watched: list[WriteWatch] = field(default_factory=list)
+    saves_elsewhere: bool = False  # whether saved tensors went through somebody's hooks at a captured layer
+    old_backward_hooks: list[str] = field(default_factory=list)  # modules with hooks of `register_backward_hook`
+    watched: list[WriteWatch] = field(default_factory=list)  # outputs in whose place a tap put another tensor
 
     @property
     def batch_size(self) -> int:
@@ -94,38 +94,21 @@ class Record:
         return all(state.tokens.is_empty() for state in self.states)
 
 
-def _anchor() -> Tensor:
-    return torch.zeros((), dtype=torch.float32, device="cpu", requires_grad=True)
-
-
 @dataclass(frozen=True)
 class ForwardPass:
-    """One pass through the model.
-
-    Attributes:
-        tokens: the batch's token masks.
-        observe: tap the sites, so that the backward of this pass collects the ascent direction.
-        apply: run with the auxiliary components in place.
-        capture: keep hidden states: "detached", "attached" to the graph, "cloned" (attached, and safe from being
-            overwritten), or None.
-        patches: what stands in the place of parameters and forward methods during the pass.
-        leave: leave the forward after the last state that is wanted: "never", where the way is "clear" of code that
-            would be cut off, or "always".
-        leave_after: how many states are wanted.
-        quiet_tail: what runs after them is in no graph.
-        gate: open while the library's own backward of the pass is running.
-        anchor: leaf on which taps depend that would otherwise not be part of the graph.
-        record: what the hooks note down.
-    """
+    """One pass through the model."""
 
     tokens: TokenMasks
-    observe: bool = False
-    apply: bool = False
+    observe: bool = False  # tap the sites, so that the backward of this pass collects the ascent direction
+    apply: bool = False  # run with the auxiliary components in place
+    # Keep hidden states: attached to the graph or not; "cloned" is attached, and safe from being overwritten.
     capture: Literal["detached", "attached", "cloned"] | None = "detached"
     patches: Sequence[Patch] = ()
-    leave: Literal["never", "clear", "always"] = "never"
+    leave: Literal["auto"] | bool = False  # the forward after so many states; "auto" where no code would be cut off
     leave_after: int = 0
-    quiet_tail: bool = False
     gate: Gate = field(default_factory=Gate)
-    anchor: Tensor = field(default_factory=_anchor)
+    # On which taps depend that would be in no graph otherwise.
+    anchor: Tensor = field(
+        default_factory=lambda: torch.zeros((), dtype=torch.float32, device="cpu", requires_grad=True)
+    )
     record: Record = field(default_factory=Record)

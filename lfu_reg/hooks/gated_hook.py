@@ -11,13 +11,10 @@ from lfu_reg.model.compile import region
 
 
 class Listener(Protocol):
-    """Whom hooks belong to.
+    """Whom hooks belong to."""
 
-    Attributes:
-        listening: whether calls are wanted. All that is traced of a hook is a look at this flag, so a compiled model
-            has its graphs twice at most: with silent hooks, and broken at each of them.
-    """
-
+    # All that is traced of a hook is a look at this flag, so a compiled model has its graphs twice at most: with silent
+    # hooks, and broken at each of them.
     listening: bool
 
     def on_call(self, name: str, compiled: bool, *call: Any) -> Any:
@@ -25,20 +22,12 @@ class Listener(Protocol):
 
 
 class Hook:
-    """What is registered on a module: hands every call on, with the module's name first.
-
-    Copies and pickles of the model carry it along without effect.
-
-    Args:
-        listener: is called in turn; None does nothing.
-        name: of the module.
-    """
+    """What is registered on a module: hands every call on, with the module's name first; copies of it do nothing."""
 
     def __init__(self, listener: Listener | None, name: str) -> None:
         self.listener = listener
         self.name = name
         self._hand_on = hand_on() if listener is not None else None
-        self.is_idle = listener is None
 
     def __call__(self, *call: Any) -> Any:
         """Pass the call on. Kept this short as torch.compile traces it: looking at the name would tell layers apart."""

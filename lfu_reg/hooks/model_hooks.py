@@ -17,12 +17,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lfu_reg.auxiliaries.base import Auxiliary, Call, Tokens
-from lfu_reg.auxiliaries.peft_folding import has_acted
 from lfu_reg.hooks.early_exit import Exits
 from lfu_reg.hooks.entries import Entries
-from lfu_reg.hooks.forward_pass import ForwardPass, State
+from lfu_reg.hooks.forward_pass import ForwardPass, State, WriteWatch
 from lfu_reg.hooks.gated_hook import Hook, Listener
-from lfu_reg.hooks.inplace import WriteWatch
 from lfu_reg.hooks.taps import LastGradient, LateRule, tap
 from lfu_reg.model import outputs
 from lfu_reg.model.autocast import in_float16, without_autocast
@@ -38,20 +36,7 @@ TRANSFORMED = (
 
 
 class ModelHooks:
-    """The hooks of one regularizer on one model.
-
-    Args:
-        model: the attached model.
-        layers: the chosen layers by name; their hidden states are captured.
-        sites: where the auxiliary acts, by name.
-        auxiliary: theta_aux.
-        head: the module whose output holds the logits, if these are compared instead of hidden states.
-
-    Attributes:
-        captured: modules whose outputs are captured, by name.
-        overwritten: layers whose outputs the model changes in place, so that these need a copy; None: not known yet.
-        last_gradient: set to have the coming backward hand it the last captured state and dl/dh there.
-    """
+    """The hooks of one regularizer on one model."""
 
     def __init__(
         self,
@@ -63,8 +48,8 @@ class ModelHooks:
     ) -> None:
         self.listening = self._recording = False
         self.running: ForwardPass | None = None
-        self.overwritten: set[str] | None = None
-        self.last_gradient: LastGradient | None = None
+        self.overwritten: set[str] | None = None  # layers whose outputs the model changes in place; None: not known yet
+        self.last_gradient: LastGradient | None = None  # gets the last captured state, and dl/dh there
         self.captured = {"": head} if head is not None else dict(layers)
         self._model, self._auxiliary, self._sites = model, auxiliary, set(sites)
         self._hooked = {**layers, **sites, **self.captured}
@@ -78,8 +63,6 @@ class ModelHooks:
     def also(self, modules: Mapping[str, nn.Module], listener: Listener) -> None:
         """Let somebody else listen to some modules, before everybody."""
         self._others += [(module, Hook(listener, name)) for name, module in modules.items()]
-
-    # ------------------------------------------------------------------ registering
 
     @contextmanager
     def installed(self, *, stay: bool) -> Iterator[None]:
@@ -101,12 +84,6 @@ class ModelHooks:
             handle.remove()
         self._handles = []
 
-    def forget(self) -> None:
-        """Let go of the model."""
-        self._hooked, self.captured, self._others = {}, {}, []
-        self._entries.modules = {}
-        del self._model
-
     def _register(self) -> None:
         add = self._handles.append
         for name, module in self._hooked.items():
@@ -127,8 +104,6 @@ class ModelHooks:
                 if type(module) in classes and module not in hooked:
                     add(module.register_forward_hook(Hook(None, ""), with_kwargs=True))
             torch.compiler.reset()  # one compilation, if there was one
-
-    # ------------------------------------------------------------------ running
 
     @contextmanager
     def run(self, fwd: ForwardPass) -> Iterator[ForwardPass]:
@@ -170,8 +145,6 @@ class ModelHooks:
         if self._recording:
             fwd.record.fired[name] += 1
             fwd.record.compiled |= compiled
-        if name not in self.captured and has_acted(module):
-            return None  # the adapter of PEFT has added the component
         path = outputs.locate(output) if name else outputs.locate_logits(output)
         if path is None:
             raise ValueError(
@@ -183,7 +156,8 @@ class ModelHooks:
         tokens = self._tokens(name, y, fwd)
         changed = y
         if name in self._sites and (fwd.apply or fwd.observe):
-            changed = self._at_site(Call(name, module, _first_input(args, kwargs), y, tokens), fwd)
+            given = (v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point())
+            changed = self._at_site(Call(name, module, next(given, None), y, tokens), fwd)
         if name in self.captured and self._recording and fwd.capture is not None:
             changed = self._keep(name, changed, tokens, fwd)
         if changed is y:
@@ -228,10 +202,3 @@ class ModelHooks:
 
 def _nothing(gradient: Tensor) -> Sequence[Tensor | None]:
     return ()
-
-
-def _first_input(args: Any, kwargs: Any) -> Tensor | None:
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor) and value.is_floating_point():
-            return value
-    return None

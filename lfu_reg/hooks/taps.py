@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,17 +13,12 @@ from lfu_reg.model.graph import graph_of
 
 
 class Gate:
-    """What a tap knows of its pass: a reference to the pass and its states would be a cycle through the graph.
-
-    Attributes:
-        is_open: whether the library's own backward of the pass is running, so that taps collect.
-        is_crossed: whether somebody took a gradient of a gradient through a tap (double backward).
-        finite: where it is asked for, whether each gradient collected is finite, as scalars that nobody has read.
-    """
+    """What a tap knows of its pass: a reference to the pass and its states would be a cycle through the graph."""
 
     def __init__(self) -> None:
-        self.is_open = self.is_crossed = False
-        self.finite: list[Tensor] | None = None
+        self.is_open = False  # while the library's own backward of the pass runs, so that taps collect
+        self.is_crossed = False  # whether somebody took a gradient of a gradient through a tap
+        self.finite: list[Tensor] | None = None  # where asked for: whether each gradient is, as unread scalars
 
     @contextmanager
     def opened(self) -> Iterator[None]:
@@ -70,14 +65,8 @@ def tap(tensor: Tensor, anchor: Tensor, gate: Gate, rule: Callable[[Tensor], Seq
 
     A node, and not a hook on `tensor`: hooks that the model has put on the tensor come after it, and those that are put
     on the result come before, as they do for a component that is added here. The result is neither a leaf nor a view,
-    so the model may change it in place.
-
-    Args:
-        tensor: activation of any shape.
-        anchor: scalar leaf that requires a gradient and always receives zero, so that the result is part of a graph
-            also below the first trained weight, and a backward that asks for the anchor's gradient passes here.
-        gate: of the pass.
-        rule: takes the gradient of the result, while the gate is open.
+    so the model may change it in place. The anchor always receives zero: the result is part of a graph also below the
+    first trained weight, and a backward that asks for the anchor's gradient passes here.
     """
     result: Tensor = _Tap.apply(tensor, anchor, gate, rule)  # type: ignore[no-untyped-call]
     return result
@@ -101,10 +90,6 @@ class _Tap(torch.autograd.Function):
         return grad_output, torch.zeros_like(ctx.anchor_like), None, None
 
 
-def depends_on_a_tap(tensor: Tensor, leaves: Collection[int] = ()) -> bool:
-    """Whether a tap of any pass, or one of some leaves (by identity), lies in the graph of `tensor`."""
-    if tensor.grad_fn is None:
-        return False
-    graph = graph_of(tensor)
-    taps = any(type(node).__name__ == "_TapBackward" for node in graph.nodes)
-    return taps or any(id(leaf) in leaves for leaf in graph.leaves)
+def depends_on_a_tap(tensor: Tensor) -> bool:
+    """Whether a tap of any pass lies in the graph of `tensor`."""
+    return any(type(node).__name__ == "_TapBackward" for node in graph_of(tensor).nodes)

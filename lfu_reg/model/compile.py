@@ -9,7 +9,7 @@ and siblings without hooks get idle ones (`ModelHooks`).
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -28,8 +28,7 @@ def _region_getter() -> Callable[[], Any]:
     return getter
 
 
-# What torch.compile runs the frames of this thread with: None or False outside of its regions. Where there is no
-# telling, replays may run uncompiled.
+# What torch.compile runs the frames of this thread with: None or False outside of its regions.
 region = _region_getter()
 
 FULLGRAPH = (
@@ -44,22 +43,16 @@ DONATED = (
 )
 
 
-def entrances(model: nn.Module) -> dict[nn.Module, nn.Module]:
-    """Every module in `model` that is compiled for itself, with what to call so that it runs compiled."""
-    found: dict[nn.Module, nn.Module] = {}
-    for module in modules_of(model):
-        if type(module).__name__ == "OptimizedModule":
-            found[unwrapped(module)] = module
-        elif vars(module).get("_compiled_call_impl") is not None:
-            found.setdefault(module, module)
-    return found
+def holds_compiled(model: nn.Module) -> bool:
+    """Whether a module in `model` is compiled for itself."""
+    return any(unwrapped(m) is not m or vars(m).get("_compiled_call_impl") is not None for m in modules_of(model))
 
 
-def anything_is_compiled(found: Collection[nn.Module]) -> bool:
-    """Whether the `entrances` of a model are some, or something else was compiled that may call it, as a loss is."""
+def anything_is_compiled(model: nn.Module) -> bool:
+    """Whether that is so, or something else was compiled that may call the model, as a loss is."""
     utilities: Any = sys.modules.get("torch._dynamo.utils")
     frames = 0 if utilities is None else utilities.counters["frames"]["total"]
-    return frames > 0 or bool(found)
+    return frames > 0 or holds_compiled(model)
 
 
 def unwrapped(model: Any) -> Any:

@@ -49,23 +49,12 @@ def is_preset(choice: LayerChoice) -> bool:
 def choose_layers(
     model: nn.Module, choice: LayerChoice = "all", tell: Callable[[str, str], None] | None = None
 ) -> dict[str, nn.Module]:
-    """The chosen layers by module name, in the order of `model.named_modules()`.
+    """The chosen layers by full name, in the order of `model.named_modules()`.
 
-    Args:
-        model: any module.
-        choice: "all"; "early", "middle" or "late" (the paper's thirds, Table 5b, of every stack); an index, a list of
-            indices or a slice into all blocks; a module name or a list of names (a name may leave out leading parts,
-            as in PEFT's `target_modules`); a regular expression that matches whole names; a callable of (name, module).
-        tell: is called with a kind and a message where the choice is a guess: in a model without repeated blocks, whose
-            single layers take their place, and where stages of one block are left out.
-
-    Returns:
-        Non-empty mapping from full module name to module.
-
-    Raises:
-        ValueError: if the model has neither repeated blocks nor several layers, or the choice matches nothing; the
-            message lists what there is.
-        TypeError: if the choice is of another kind.
+    "all"; "early", "middle" or "late" (the paper's thirds, Table 5b, of every stack); an index, a list of indices or a
+    slice into all blocks; a module name or a list of names (a name may leave out leading parts, as in PEFT's
+    `target_modules`); a regular expression that matches whole names; a callable of (name, module). Where the choice is
+    a guess, `tell` gets a kind and a message.
     """
     modules = {name: module for name, module in model.named_modules() if name}
     if callable(choice) and not isinstance(choice, (str, type, nn.Module)):

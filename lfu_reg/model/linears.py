@@ -1,6 +1,10 @@
 """Linear maps, whatever class they are: nn.Linear, transformers' Conv1D, PEFT-wrapped and quantised ones.
 
 Only the sizes are read, never the weight: a packed 4-bit weight has neither the right shape nor a dtype to compute in.
+
+PEFT's adapter layers are read by duck typing. One wraps a layer of the model as its `base_layer` and returns what both
+make together. It counts as that layer, as a whole: a delta on `base_layer` alone would be scaled with it (DoRA, IA3) or
+rotated (OFT), and a delta on the adapter's own matrices is no delta of the map.
 """
 
 from __future__ import annotations
@@ -11,18 +15,22 @@ from typing import TypeAlias
 
 from torch import Tensor, nn
 
-from lfu_reg.model import peft as adapters
-
 TargetModules: TypeAlias = str | Sequence[str]
 
 # What libraries call the sizes of a linear map; the second pair is that of the first GPTQ kernels.
 _SIZES = (("in_features", "out_features"), ("infeatures", "outfeatures"))
 
 
+def base_layer(module: nn.Module) -> nn.Module | None:
+    """What an adapter layer of PEFT wraps; None for every other module."""
+    return module._modules.get("base_layer")
+
+
 def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
     """(in, out) of a linear map y = W x + b over the last dimension; None for every other module."""
     # PEFT's own `in_features` also stand for embeddings, convolutions and single parameters.
-    module = adapters.innermost(module)
+    while (inner := base_layer(module)) is not None:
+        module = inner
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # transformers' transposed Linear
         assert isinstance(module.weight, Tensor)  # its sizes: nx is missing before 4.46
         return module.weight.shape[0], module.weight.shape[1]
@@ -55,7 +63,7 @@ def _collect(module: nn.Module, name: str, found: dict[str, nn.Module]) -> None:
     if linear_sizes(module) is not None and module not in found.values():
         found[name] = module
         return
-    if (inner := adapters.base_layer(module)) is not None:  # what else is in an adapter layer is the adapter's
+    if (inner := base_layer(module)) is not None:  # what else is in an adapter layer is the adapter's
         _collect(inner, f"{name}.base_layer", found)
         return
     for child_name, child in module.named_children():

@@ -7,7 +7,7 @@ forward that changes nothing costs little more than a copy of some small tables.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
@@ -94,10 +94,8 @@ class ModuleState:
         return result
 
     def _written_weights(self) -> list[tuple[Place, Tensor | None]]:
-        """Frozen weights that were written to, as a teacher's are, and are copied from the next forward on.
-
-        Some are only replaced and put back (PEFT's adapters of single parameters), which a copy shows.
-        """
+        """Frozen weights that were written to, as a teacher's are, and are copied from the next forward on."""
+        # Some are only replaced and put back (PEFT's adapters of single parameters), which a copy shows.
         for place in [place for place in self._followers if self._is_as_it_was(place)]:
             self._followers.remove(place)
             self._places.remove(place)
@@ -239,8 +237,3 @@ class Changes:
                     place.table.pop(place.key, None)
                 else:
                     place.table[place.key] = tensor
-
-
-def versions_of(weights: Iterable[Tensor]) -> int:
-    """The sum of the trained weights' version counters, which only grow."""
-    return sum(weight._version for weight in weights if weight.requires_grad and not weight.is_inference())

@@ -13,7 +13,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from lfu_reg.model.walk import modules_of
 
 TokenMask = Tensor | Callable[[Any], Tensor]
 
@@ -40,7 +42,7 @@ class TokenMasks:
         self,
         batch: Any,
         token_mask: TokenMask | None = None,
-        virtual_tokens: Callable[[], int] | None = None,
+        model: nn.Module | None = None,
         *,
         ignore_index: int = IGNORED_LABEL,
     ) -> None:
@@ -62,7 +64,7 @@ class TokenMasks:
         self._labels = _counted_labels(labels, ignore_index)
         self._attention = _unpadded(_entry(batch, "attention_mask"))
         self._decoder_attention = _unpadded(_entry(batch, "decoder_attention_mask"))
-        self._virtual = virtual_tokens or _none
+        self._model = model
         self._cache: dict[Any, tuple[Tensor | None, Tensor | None]] = {}
         self.matched_given = self.matched = False
 
@@ -115,8 +117,8 @@ class TokenMasks:
         masks = [(mask, counted) for mask, counted in ((self.given, False), *own) if mask is not None]
         # Asking for virtual tokens is a walk over all modules, so it is done only where the masks alone do not fit.
         # They are added as PEFT adds them: attended to, but not a label, nor chosen by the user.
-        for virtual_tokens in (_none, self._virtual) if masks else ():
-            virtual = virtual_tokens()
+        for prepended in (False, self._model is not None) if masks else ():
+            virtual = virtual_tokens(self._model) if prepended and self._model is not None else 0
             for candidate, counted in masks:
                 if (fitted := _fit(_prepended(candidate, virtual, counted), dims)) is None:
                     continue
@@ -142,7 +144,13 @@ def ignored_but_counted(has_gradient: Tensor, mask: Tensor | None) -> tuple[int,
     return int(ignored), int(number)
 
 
-def _none() -> int:
+def virtual_tokens(model: nn.Module) -> int:
+    """How many virtual tokens PEFT may put in front of the batch's own (prompt tuning, P-tuning); 0 without PEFT."""
+    # Those of prefix tuning are counted as well, but are keys and values: hidden states are no longer than the batch.
+    for module in modules_of(model):
+        if vars(module).get("_is_prompt_learning"):
+            config: Any = getattr(module, "active_peft_config", None)
+            return int(getattr(config, "num_virtual_tokens", 0) or 0)
     return 0
 
 

@@ -22,14 +22,7 @@ if TYPE_CHECKING:
 
 
 class Ascent:
-    """Moves theta_aux, along this rank's gradient or along the mean over ranks.
-
-    Args:
-        auxiliary: theta_aux.
-        settings: of the regularizer.
-        progress: its seed becomes that of the first rank where ranks ascend together.
-        process_group: the ranks to average over; None: those that the engine spreads batches over, else all.
-    """
+    """Moves theta_aux, along this rank's gradient or along the mean over ranks."""
 
     def __init__(
         self, auxiliary: Auxiliary, settings: Settings, progress: Progress, process_group: ProcessGroup | None

@@ -16,12 +16,12 @@ from lfu_reg.diagnostics import Diagnostics
 from lfu_reg.distances.base import Distance
 from lfu_reg.distributed.ddp import Wrappers
 from lfu_reg.distributed.engine import Engine, engine_of
-from lfu_reg.hooks.coverage import Coverage
+from lfu_reg.distributed.tensor_parallel import differ_between_ranks
+from lfu_reg.hooks.coverage import Coverage, Targets
 from lfu_reg.hooks.forward_pass import ForwardPass, State
 from lfu_reg.hooks.model_hooks import ModelHooks
 from lfu_reg.hooks.taps import LastGradient
-from lfu_reg.hooks.targets import Targets
-from lfu_reg.model.compile import anything_is_compiled, entrances
+from lfu_reg.model.compile import anything_is_compiled
 from lfu_reg.model.layers import LayerChoice, choose_layers, is_preset
 from lfu_reg.model.module_state import ModuleState
 from lfu_reg.model.rng import devices_of
@@ -44,29 +44,7 @@ _attached: weakref.WeakKeyDictionary[nn.Module, weakref.ref[AttachedModel]] = we
 
 
 class AttachedModel:
-    """One regularizer on one model.
-
-    Args:
-        model: any module.
-        choice: see `choose_layers`.
-        auxiliary: theta_aux, which says where it acts.
-        distance: says whether it compares hidden states or the model's logits.
-        diagnostics: warns of what looks wrong.
-
-    Attributes:
-        layers: names of the chosen layers.
-        modules: the chosen layers by name.
-        hooks: capture hidden states, and run the model with theta_aux in place.
-        reused: blocks that answer pass 2 with what they returned in pass 1.
-        wrappers: DDP's, around the model.
-        state: what forwards change in the model.
-        has_run: whether a step has found its layers.
-        tail_may_be_quiet: whether code behind the last layer has run without gradients so far.
-
-    Raises:
-        ValueError: for layers that do not exist or cannot be hooked.
-        RuntimeError: if another regularizer, which is still in use, is attached to a part of the model.
-    """
+    """One regularizer on one model."""
 
     layers: tuple[str, ...]
     modules: dict[str, nn.Module]
@@ -97,23 +75,19 @@ class AttachedModel:
         at_sites = sites if self._auxiliary.acts_at_sites and not self._on_logits else None
         self.reused = ReusedBlocks(model, self.layers, at_sites, self.devices)
         self.hooks.also(self.reused.blocks, self.reused)
-        if anything_is_compiled(entrances(model)):
+        if anything_is_compiled(model):
             with self.hooks.installed(stay=True):
                 pass
-        self._coverage = Coverage(self.layers, sites, self._diagnostics)
+        self.coverage = Coverage(self.layers, sites, self._diagnostics)
         self._targets = Targets(model, [*chosen, *sites, *self.reused.blocks])
         self.state = ModuleState(model)
-        self.has_run, self.tail_may_be_quiet = False, True
+        self.has_run = False  # whether a step has found its layers
         for module in (model, *chosen.values()):
             _attached[module] = weakref.ref(self)
         self._finalizer = weakref.finalize(self, self.hooks.remove)  # hooks that stay, if nobody calls `remove()`
 
     def follow(self) -> None:
-        """Hook what is there now, where adapters came around hooked modules or were merged, or blocks were added.
-
-        Raises:
-            RuntimeError: if the auxiliary belongs to another regularizer by now.
-        """
+        """Hook what is there now, where adapters came around hooked modules or were merged, or blocks were added."""
         if self._targets.were_replaced():
             self._let_go()
             self._attach(self.model)
@@ -131,12 +105,8 @@ class AttachedModel:
             return
         self._let_go()
         self._auxiliary.detach(self._model)
-        self.reused.forget()
-        self.reused.blocks, self.reused.inside = {}, set()
-        self._targets.forget()
         self._model, self.modules = None, {}
-        del self.state
-        self.hooks.forget()
+        del self.state, self.hooks, self.reused, self._targets
 
     @property
     def is_removed(self) -> bool:
@@ -145,11 +115,7 @@ class AttachedModel:
 
     @property
     def model(self) -> nn.Module:
-        """The attached model.
-
-        Raises:
-            RuntimeError: after `remove()`.
-        """
+        """The attached model."""
         if self._model is None:
             raise RuntimeError(REMOVED)
         return self._model
@@ -159,43 +125,24 @@ class AttachedModel:
         return devices_of(self.modules.values())
 
     def engine_of(self, model: nn.Module, *, first: bool) -> Engine:
-        """The engine that spreads the model over processes.
-
-        Args:
-            model: what the user trains, the attached module or a wrapper of it.
-            first: whether this is the first step, at which offloaded weights are looked for.
-
-        Raises:
-            ValueError: for trainable weights that are offloaded, and for a DeepSpeed engine.
-        """
+        """The engine that spreads the model over processes."""
         if first:
             checks.check_resident(self.model)
         return engine_of(model, self.model, self.modules.values())
 
     def check_clean(self, clean: ForwardPass, leaves: Sequence[Tensor], model: nn.Module, turn: int) -> None:
-        """Look at pass 1: whether what was hooked ran, with something to train and tokens that count.
-
-        Args:
-            clean: the pass, after its forward.
-            leaves: what its loss depends on.
-            model: what the user trains, the attached module or a wrapper of it.
-            turn: number of the step among those that `every` leaves.
-
-        Raises:
-            ValueError: if the loss trains nothing, or if the user's token mask fits no hidden state.
-            RuntimeError: for layers that did not run, or ran without their hooks, or whose outputs were written to past
-                the hooks.
-        """
+        """Look at pass 1: whether what was hooked ran, with something to train and tokens that count."""
         record = clean.record
-        loss_checks.check_trainable(leaves, clean.anchor, model)
+        if all(leaf is clean.anchor for leaf in leaves):
+            raise loss_checks.nothing_trainable(model)
         checks.check_not_written(watch.name for watch in record.watched if watch.was_written)
         ran, named = {state.name for state in record.states}, not is_preset(self._choice)
         checks.check_layers_ran(self.hooks.captured, ran, named=named)
-        self._coverage.check(clean, model)
+        self.coverage.check(clean, model)
         hidden_states = [state.hidden for state in record.states]
         checks.check_token_mask(clean.tokens, hidden_states)
-        if not self.has_run:
-            checks.check_whole(hidden_states, leaves)
+        if not self.has_run and differ_between_ranks(hidden_states, leaves):  # which communicates
+            raise ValueError(checks.SLICES)
         if self._diagnostics.is_due(turn) and (message := checks.masks_without_effect(clean.tokens, hidden_states)):
             self._diagnostics.warn_once("no mask", message)
         self.has_run = True
@@ -217,23 +164,6 @@ class AttachedModel:
                     self._diagnostics.warn_once("no mask", COUNTED_BUT_IGNORED.format(ignored=ignored, counted=counted))
 
         self.hooks.last_gradient = LastGradient(look) if targets else None
-
-    def check_perturbed(self, perturbed: ForwardPass, clean: ForwardPass, samples: Tensor | None) -> None:
-        """Look at pass 2: whether the same ran as in pass 1.
-
-        Args:
-            perturbed: pass 2, after its forward.
-            clean: pass 1.
-            samples: the samples of the batch that pass 2 ran on, None for all.
-
-        Raises:
-            RuntimeError: if other layers ran.
-        """
-        checks.check_same_layers(
-            [state.name for state in clean.record.states], [state.name for state in perturbed.record.states]
-        )
-        if samples is None:
-            self._coverage.compare(clean, perturbed)
 
 
 def is_attached(model: nn.Module) -> bool:

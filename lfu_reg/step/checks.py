@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lfu_reg.distributed.tensor_parallel import differ_between_ranks, is_distributed
+from lfu_reg.distributed.tensor_parallel import is_distributed
 from lfu_reg.model.names import shown
 from lfu_reg.model.outputs import is_cache
 from lfu_reg.model.tokens import TokenMasks
@@ -155,7 +155,7 @@ def check_same_layers(clean: Sequence[str], perturbed: Sequence[str]) -> None:
         raise RuntimeError(
             f"Pass 2 ran other layers than pass 1: {len(perturbed)} hidden states instead of {len(clean)} "
             f"({', '.join(sorted(set(clean) ^ set(perturbed))[:5]) or 'the same layers in another order'}). The "
-            "model's control flow depends on something that a replay does not repeat; leave those layers out with "
+            "model's control flow depends on something that a second call does not repeat; leave those layers out with "
             "layers=...."
         )
 
@@ -170,12 +170,6 @@ def check_token_mask(tokens: TokenMasks, hidden_states: Sequence[Tensor]) -> Non
             f"token_mask has shape {list(tokens.given.shape)}, which fits no hidden state (shapes {shapes}). It has to "
             "be shaped like their token dimensions, for example [batch, tokens] for [batch, tokens, hidden]."
         )
-
-
-def check_whole(hidden_states: Sequence[Tensor], leaves: Sequence[Tensor]) -> None:
-    """Raise if hidden states are slices of what ranks with sharded weights compute together. Communicates."""
-    if differ_between_ranks(hidden_states, leaves):
-        raise ValueError(SLICES)
 
 
 def masks_without_effect(tokens: TokenMasks, hidden_states: Sequence[Tensor]) -> str | None:

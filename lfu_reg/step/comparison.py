@@ -14,16 +14,11 @@ from lfu_reg.distributed.tensor_parallel import is_distributed, whole
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two gradients over the same parameters.
+    """Two gradients over the same parameters."""
 
-    Attributes:
-        sft, consistency: their norms, scalars in at least float32.
-        product: inner product, scalar.
-    """
-
-    sft: Tensor
+    sft: Tensor  # norms, scalars in at least float32
     consistency: Tensor
-    product: Tensor
+    product: Tensor  # inner product, scalar
 
 
 def compare(
@@ -34,15 +29,7 @@ def compare(
     scales: tuple[float, float] = (1.0, 1.0),
     with_product: bool,
 ) -> Comparison | None:
-    """Compare them over the trained parameters; None where neither reaches one.
-
-    Args:
-        sft: pairs of a leaf and its gradient.
-        consistency: the same of the other term.
-        trained: the parameters that count; all leaves where it is empty.
-        scales: what the gradients were multiplied by.
-        with_product: whether the inner product is wanted, which reads both once more.
-    """
+    """Compare them over the trained parameters (all leaves where there are none); None where neither reaches one."""
     counts = {id(parameter) for parameter in trained}
     first, second = (
         {id(leaf): g for leaf, g in pairs if g is not None and (not counts or id(leaf) in counts)}

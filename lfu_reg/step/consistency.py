@@ -22,21 +22,9 @@ def consistency(
     samples: Tensor | None,
     settings: Settings,
 ) -> tuple[Tensor, Tensor]:
-    """l_cons over the tokens that count, averaged over layers.
-
-    On a part of the batch this is an unbiased estimate: the part's sum is divided by the number of tokens that the part
-    has on average, not by those it happens to have.
-
-    Args:
-        distance: compares the states.
-        clean: K states of pass 1, of the whole batch.
-        perturbed: the same K states of pass 2, of `samples` only.
-        samples: numbers of the samples that pass 2 ran on, None for all.
-        settings: say which side is detached, and how the hidden dimension is reduced.
-
-    Returns:
-        Scalar loss and detached per-layer distances [K].
-    """
+    """l_cons over the tokens that count, averaged over layers, and detached per-layer distances [K]."""
+    # On a part of the batch this is an unbiased estimate: the part's sum is divided by the number of tokens that the
+    # part has on average, not by those it happens to have.
     groups: dict[float, list[int]] = defaultdict(list)
     h, h_prime, index = [], [], []
     for number, (before, after) in enumerate(zip(clean, perturbed, strict=True)):

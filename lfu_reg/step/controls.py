@@ -37,16 +37,10 @@ class Controls:
 
     @classmethod
     def paper(cls, model: nn.Module, auxiliary: AuxiliaryName | Auxiliary = "lora", **settings: Any) -> Self:
-        """A regularizer with the paper's alpha and lambda of the auxiliary, which are those of models of 1 to 8 B.
-
-        Args:
-            model: any module.
-            auxiliary: as for `LfURegularizer`, as are all settings.
-            **settings: of `LfURegularizer`.
-        """
+        """A regularizer with the paper's alpha and lambda, those of models of 1 to 8 B; settings as everywhere."""
         chosen = make_auxiliary(auxiliary)
         for name in {"alpha", "lam"} - settings.keys():
-            settings[name] = getattr(chosen, f"default_{name}")
+            settings[name] = chosen.default_of(name)
         return cls(model, chosen, **settings)  # type: ignore[call-arg]
 
     def _is_active(self) -> bool:

@@ -48,20 +48,9 @@ class LossScale:
         gate: Gate | None = None,
         forget: Callable[[], None] = lambda: None,
     ) -> tuple[Gradients, float]:
-        """Gradients of `loss`, multiplied by a scale where `float16` says that they could underflow.
-
-        Args:
-            loss: scalar with a graph.
-            wanted: leaves or edges of that graph.
-            float16: whether float16 is in play; without it nothing is scaled, checked or repeated.
-            keep_graph: leave the graph for another backward. In float16 its buffers live until the caller lets go of
-                `loss`, since a repeated backward needs them.
-            gate: of the pass whose taps collect on the way; what they collect has to be finite, too.
-            forget: drops what the taps have collected, before a backward is repeated.
-
-        Returns:
-            The gradients, None where there is none, and the scale by which they are multiplied.
-        """
+        """Gradients of `loss`, multiplied by a scale where `float16` says that they could underflow, and that scale."""
+        # The taps of the gate's pass collect on the way, and what they collect has to be finite, too; `forget` drops it
+        # before a backward is repeated, for which buffers live as long as `loss` does.
         if not float16:
             return gradients_of(loss, wanted, keep_graph=keep_graph), 1.0
         scale = self.value
@@ -90,16 +79,10 @@ class LossScale:
 
 @dataclass
 class LossScales:
-    """One scale for each loss of a step: their gradients differ in size.
-
-    Attributes:
-        clean: of pass 1.
-        ascent: of passes that are run for g alone.
-        perturbed: of the consistency term.
-    """
+    """One scale for each loss of a step: their gradients differ in size."""
 
     clean: LossScale = field(default_factory=LossScale)
-    ascent: LossScale = field(default_factory=LossScale)
+    ascent: LossScale = field(default_factory=LossScale)  # of passes that are run for g alone
     perturbed: LossScale = field(default_factory=lambda: LossScale(FIRST_PERTURBED))
 
     def state_dict(self) -> dict[str, tuple[float, int]]:
@@ -120,10 +103,6 @@ def float16_in_play(fwd: ForwardPass, tensors: Iterable[Tensor]) -> bool:
 
 def all_finite(gradients: Iterable[Tensor | None], flags: Sequence[Tensor] = ()) -> bool:
     """Whether all gradients are finite and all flags set, for one synchronisation of the device."""
-    found = [*flags, *(is_finite(gradient) for gradient in gradients if gradient is not None)]
+    values = [g.coalesce().values() if g.is_sparse else g for g in gradients if g is not None]
+    found = [*flags, *(torch.isfinite(value).all() for value in values)]
     return not found or bool(torch.stack([flag.to(found[0].device) for flag in found]).all())
-
-
-def is_finite(tensor: Tensor) -> Tensor:
-    """Whether all entries are finite: a scalar tensor, nothing is read."""
-    return torch.isfinite(tensor.coalesce().values() if tensor.is_sparse else tensor).all()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import numbers
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from traceback import walk_tb
 
@@ -65,14 +65,7 @@ def errors_explained() -> Iterator[None]:
 
 
 def check_loss(loss: object, model: nn.Module, *, first: bool) -> Tensor:
-    """The SFT loss, if gradients can be taken of it.
-
-    Args:
-        loss: what the user's function returned.
-        model: what it was called with.
-        first: check for NaN and infinity as well, which waits for the device; in later steps these are the loop's
-            business, so that a GradScaler sees them and skips.
-    """
+    """The SFT loss, if gradients can be taken of it."""
     if not isinstance(loss, Tensor):
         raise TypeError(
             f"sft_loss_fn returned a {type(loss).__name__}; it has to return a scalar tensor.{_what_to_return(loss)}"
@@ -83,7 +76,8 @@ def check_loss(loss: object, model: nn.Module, *, first: bool) -> Tensor:
             "real scalar: reduce it with .mean() or .sum(), or compute the loss where these are the model's outputs."
         )
     if not loss.requires_grad:
-        raise _nothing_trainable(model)
+        raise nothing_trainable(model)
+    # It waits for the device; in later steps that is the loop's business, so that a GradScaler sees it and skips.
     if first and not torch.isfinite(loss.detach()):
         raise ValueError(
             f"sft_loss_fn returned {float(loss.detach())} at the first step. Check the data (a batch without any label "
@@ -92,13 +86,8 @@ def check_loss(loss: object, model: nn.Module, *, first: bool) -> Tensor:
     return whole(loss)
 
 
-def check_trainable(leaves: Sequence[Tensor], anchor: Tensor, model: nn.Module) -> None:
-    """Raise unless something besides the regularizer's own anchor is trained by the loss."""
-    if all(leaf is anchor for leaf in leaves):
-        raise _nothing_trainable(model)
-
-
-def _nothing_trainable(model: nn.Module) -> ValueError:
+def nothing_trainable(model: nn.Module) -> ValueError:
+    """What to say of a loss that trains nothing."""
     trained = [p.requires_grad for p in model.parameters()]
     return ValueError(
         NOTHING_TRAINABLE if any(trained) else ALL_FROZEN.format(number=len(trained), model=type(model).__name__)

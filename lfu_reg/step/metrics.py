@@ -15,10 +15,9 @@ Tensors are detached and stay on their devices, so only who reads a figure waits
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lfu_reg.hooks.forward_pass import State
@@ -26,28 +25,19 @@ from lfu_reg.step.progress import Progress
 from lfu_reg.step.strength import StepStrength
 
 
-def plain_step(loss: Tensor, progress: Progress, strength: StepStrength) -> dict[str, Any]:
-    """Of a step that is plain SFT; what was measured last stays."""
-    loss = loss.detach()
-    terms = {"loss": loss, "sft_loss": loss, "consistency_loss": torch.zeros_like(loss)}
-    return {**terms, **_of_any_step(progress, strength)}
-
-
-def regularized_step(
-    terms: Mapping[str, Tensor], states: Sequence[State], distances: Tensor, progress: Progress, strength: StepStrength
+def of_step(
+    terms: Mapping[str, Tensor],
+    progress: Progress,
+    strength: StepStrength,
+    states: Sequence[State] = (),
+    distances: Iterable[Tensor] = (),
 ) -> dict[str, Any]:
-    """Of a step with it: its terms, and the distance of each of the K states to its perturbed twin."""
+    """Its terms, the distance of each of the K states to its perturbed twin, and what was measured last."""
     return {
         **{name: value.detach() for name, value in terms.items()},
         **{f"distance/{label}": value for label, value in zip(_labels(states), distances, strict=True)},
-        "empty_steps": progress.empty_steps,
-        **_of_any_step(progress, strength),
-    }
-
-
-def _of_any_step(progress: Progress, strength: StepStrength) -> dict[str, Any]:
-    return {
         **strength.figures,
+        "empty_steps": progress.empty_steps,
         "unrepeatable_steps": progress.unrepeatable_steps,
         "alpha": strength.alpha,
         "lam": strength.lam,

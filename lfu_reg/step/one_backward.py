@@ -4,25 +4,28 @@
 
 The clean hidden states carry the gradient of l_cons with respect to the perturbed ones, so it reaches theta by the
 clean pass's Jacobian instead of the perturbed one's: a bias of order alpha, which the displacement keeps small. The
-direction comes from the backward of the call before, which is plain SFT (`direction.py`): every second call acts. In
-return the caller's backward is that of plain SFT, with its graph alone: reentrant checkpointing, FSDP1, ZeRO and
+direction comes from the backward of the call before, which is plain SFT: every second call acts. After l_SFT + lam *
+l_cons it would bring the second term's gradient as well, and feed on itself while the SFT gradient turns. In return the
+caller's backward is that of plain SFT, with its graph alone: reentrant checkpointing, FSDP1, ZeRO and
 optimizers that step inside of the backward see nothing unusual.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lfu_reg.auxiliaries import Auxiliary
+from lfu_reg.auxiliaries.ascent import gradient_norm
 from lfu_reg.hooks.forward_pass import ForwardPass
 from lfu_reg.model.compile import allows_one_backward
-from lfu_reg.model.graph import grad_set_aside, reenters
-from lfu_reg.step.comparison import Comparison, compare
-from lfu_reg.step.float16 import LossScale
+from lfu_reg.model.graph import reenters
+from lfu_reg.step.comparison import Comparison
+from lfu_reg.step.gradients import Retained
 from lfu_reg.step.shared_backward import SharedBackward
 from lfu_reg.step.strength import StepStrength
 
@@ -36,18 +39,12 @@ ONE_STEP = (
 )
 
 
-class OneBackward:
+class OneBackward(Retained):
     """Nothing is differentiated in the step, but for the comparison of gradients where it is due."""
 
     keeps_graph = False
-    scales_float16 = True  # the caller's GradScaler does
-
-    def __init__(self, trained: Sequence[Tensor]) -> None:
-        self._trained = trained
-        self._sft_loss = torch.zeros((), device="cpu")
-        self._l_cons: Tensor | None = None
-        self._carriers: list[tuple[Tensor, Tensor]] = []  # h_l, and the gradient of l_cons that it is to carry
-        self.states: list[tuple[Tensor, Tensor]] = []  # h_l in pass 1's graph, and h'_l
+    _carriers: Sequence[tuple[Tensor, Tensor]] = ()  # h_l, and the gradient of l_cons that it is to carry
+    states: Sequence[tuple[Tensor, Tensor]] = ()  # h_l in pass 1's graph, and h'_l
 
     def backward_clean(
         self, sft_loss: Tensor, leaves: list[Tensor], clean: ForwardPass, shared: SharedBackward | None
@@ -71,31 +68,19 @@ class OneBackward:
         self._carriers = [(state, g) for state, g in pairs if g is not None and state.requires_grad]
         self._l_cons = l_cons.detach()
 
-    def total(self, strength: StepStrength) -> Tensor:
-        """l_SFT + lam * l_cons, with pass 1's graph."""
-        if self._l_cons is None:
-            return self._sft_loss
-        whole = self._compare(self._carriers) if strength.compares and strength.pays and self._carriers else None
-        lam = strength.weigh(whole, None, self._sft_loss.device)
-        term = _carry((lam * self._l_cons).to(self._l_cons.dtype), lam, self._carriers)
-        return self._sft_loss + term.to(self._sft_loss.device)
+    def _term(self, lam: float | Tensor) -> Tensor:
+        assert self._l_cons is not None
+        return _carry((lam * self._l_cons).to(self._l_cons.dtype), lam, self._carriers)
 
-    def _compare(self, carriers: Sequence[tuple[Tensor, Tensor]]) -> Comparison | None:
-        """Both terms' gradients, each by a backward of its own."""
-        if not self._trained or self._once or reenters(self._sft_loss):
+    def _compare(self, term: Tensor) -> Comparison | None:
+        if self._once or reenters(self._sft_loss):
             return None
-        terms = self._sft_loss, _carry(self._sft_loss.detach() * 0, 1.0, carriers)
         try:
-            with grad_set_aside(self._trained):
-                first, second = (
-                    LossScale().gradients(term, self._trained, float16=False, keep_graph=True)[0] for term in terms
-                )
+            return super()._compare(term)
         except RuntimeError as error:
             if allows_one_backward(error):
                 return None
             raise
-        sft, consistency = (zip(self._trained, found, strict=True) for found in (first, second))
-        return compare(sft, consistency, self._trained, with_product=True)
 
 
 def _carry(value: Tensor, lam: float | Tensor, carriers: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
@@ -123,3 +108,48 @@ def nothing_saved() -> AbstractContextManager[Any]:
 
 def _unpack(packed: None) -> Tensor:
     raise RuntimeError(NOTHING_KEPT)
+
+
+# Weight of the past in the mean of directions of length one: with more, it lags behind; with less, it is one batch's.
+MEMORY = 0.5
+
+
+class Direction:
+    """A mean over the last steps."""
+
+    def __init__(self) -> None:
+        self._mean: dict[str, Tensor] = {}
+        self.is_new = False  # whether a backward has brought one that no step has used yet
+
+    def collect(self, auxiliary: Auxiliary) -> None:
+        """Take what was brought since the last step; the auxiliary forgets it."""
+        found: dict[str, Tensor] = {}
+
+        def take(gradients: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+            found.update(gradients)
+            return gradients
+
+        auxiliary.replace_gradients(take)
+        auxiliary.forget_gradient()
+        if not found:
+            return
+        norm = gradient_norm(list(found.values()))
+        if not (torch.isfinite(norm) and norm > 0):  # no backward, or one that overflowed
+            return
+        for name, gradient in found.items():
+            unit, mean = gradient.detach() / norm, self._mean.get(name)
+            known = mean is not None and mean.shape == unit.shape and mean.device == unit.device
+            self._mean[name] = MEMORY * mean + (1 - MEMORY) * unit if known and mean is not None else unit
+        self.is_new = True
+
+    def hand_over(self, auxiliary: Auxiliary) -> None:
+        """Let it be g, once; components that it does not know stay where they are."""
+        self.is_new = False
+
+        def known(gradients: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+            return {
+                name: mean if (mean := self._mean.get(name)) is not None and mean.shape == zero.shape else zero
+                for name, zero in gradients.items()
+            }
+
+        auxiliary.replace_gradients(known)

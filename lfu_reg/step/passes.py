@@ -11,102 +11,46 @@ from typing import Literal
 
 from torch import Tensor
 
-from lfu_reg.auxiliaries import Auxiliary
 from lfu_reg.auxiliaries.base import Generators
-from lfu_reg.diagnostics import NO_GRADIENT, UNSCALED_FLOAT16, Diagnostics
+from lfu_reg.diagnostics import NO_GRADIENT, UNSCALED_FLOAT16
 from lfu_reg.hooks.forward_pass import ForwardPass, State
 from lfu_reg.model import checkpoints
-from lfu_reg.model.compile import anything_is_compiled, entrances, graphs_for_two_backwards
+from lfu_reg.model.compile import anything_is_compiled, graphs_for_two_backwards
 from lfu_reg.model.graph import graph_of, now
 from lfu_reg.model.module_state import Changes
-from lfu_reg.model.walk import parameters_of
-from lfu_reg.step.attached_model import AttachedModel
 from lfu_reg.step.consistency import rounding
 from lfu_reg.step.float16 import float16_in_play
-from lfu_reg.step.plain_sft import PlainSFT
-from lfu_reg.step.progress import Progress
-from lfu_reg.step.retained import Retained
+from lfu_reg.step.gradients import Retained
 from lfu_reg.step.second_pass import SecondPass
-from lfu_reg.step.settings import Settings
-from lfu_reg.step.sft_loss import SFTLoss, tensors_in
+from lfu_reg.step.sft_loss import PlainSFT, tensors_in
 from lfu_reg.step.shared_backward import shared_backward
-from lfu_reg.step.strategy_choice import choose_strategy
-from lfu_reg.step.strength import StepStrength
 
 
 class Passes(SecondPass):
-    """The passes of one step.
+    """The passes of one step."""
 
-    Args:
-        attached: the model.
-        auxiliary: theta_aux.
-        sft: the loss function of the step.
-        settings: of the regularizer.
-        strength: alpha and lam of the step.
-        progress: what outlives the step.
-        diagnostics: warns.
-
-    Attributes:
-        engine: how the model is spread over processes.
-        batch: of pass 1, for further passes.
-        clean: pass 1, once it has run.
-        scale: what g was multiplied by in the backward of pass 1.
-    """
-
-    clean: ForwardPass
-    scale: float = 1.0
-
-    def __init__(
-        self,
-        attached: AttachedModel,
-        auxiliary: Auxiliary,
-        sft: SFTLoss,
-        settings: Settings,
-        strength: StepStrength,
-        progress: Progress,
-        diagnostics: Diagnostics,
-    ) -> None:
-        self._attached, self._auxiliary, self._sft, self._settings = attached, auxiliary, sft, settings
-        self._strength, self._progress, self._diagnostics = strength, progress, diagnostics
-        self.batch, self.engine = sft.batch, strength.engine
-        self._trained = [p for p in parameters_of(sft.model) if p.requires_grad]
-        self._strategy = choose_strategy(settings, self.engine, auxiliary, progress.scales, self._trained)
+    scale: float = 1.0  # what g was multiplied by in the backward of pass 1
 
     @contextmanager
     def running(self, generators: Generators) -> Iterator[None]:
         """Hooks are on the model for the block, and theta_aux starts at "no change"."""
-        attached, auxiliary = self._attached, self._auxiliary
+        auxiliary, hooks, reused = self._auxiliary, self._attached.hooks, self._attached.reused
         auxiliary.shards = self.engine.shards
-        compiled = entrances(self._sft.model)
-        auxiliary.may_fold = not self.engine.is_sharded and not compiled
-        if self._is_one_backward:
+        if self._settings.is_one_backward:
             self._progress.direction.collect(auxiliary)
         auxiliary.reset(generators)
         try:
-            with attached.hooks.installed(stay=anything_is_compiled(compiled)):
+            with hooks.installed(stay=anything_is_compiled(self._sft.model)):
                 yield
         finally:
-            attached.reused.forget()
+            reused.forget()
 
     def first(self, *, observe: bool) -> tuple[Tensor, list[State]]:
-        """Pass 1, with its backward.
-
-        Args:
-            observe: whether g is taken from it.
-
-        Returns:
-            l_SFT and the clean hidden states.
-
-        Raises:
-            PlainSFT: where the loss is that of an empty batch.
-        """
+        """Pass 1, with its backward."""
         attached, sft, hooks = self._attached, self._sft, self._attached.hooks
-        self.clean = clean = ForwardPass(
-            sft.tokens,
-            observe=observe,
-            capture=self._capture(),
-            patches=list(self._auxiliary.pass1_patches()) if observe else [],
-        )
+        kept: Literal["detached", "attached", "cloned"] = "attached" if self._settings.is_one_backward else "detached"
+        capture = kept if self._settings.stop_gradient == "clean" else "cloned"
+        self.clean = clean = ForwardPass(sft.tokens, observe=observe, capture=capture)
         reuse = not self._strategy.keeps_graph and not self.engine.in_lockstep
         attached.compare_with_loss(self._turn, tensors_in(sft.batch) if self._settings.token_mask is None else ())
         attributes = not self.engine.is_sharded or self.engine.shards is not None
@@ -122,13 +66,11 @@ class Passes(SecondPass):
         ):
             loss = sft.first(attached.devices(), check_value=self._progress.step == 0)
         checkpointed = "checkpoint" in noted
-        self._repeats_whole = checkpointed and not checkpoints.repeats_stop_early()
-        # Without what stands in the place of forward methods for the pass: it is not to be put back after pass 2.
         self._changes = changes = attached.state.changes()
         # Loops return a dummy loss for an empty batch, zero times the sum of all parameters.
         if not clean.record.states and (attached.has_run or not bool(loss.detach())):
             raise PlainSFT(loss)
-        if self._is_one_backward:
+        if self._settings.is_one_backward:
             return self._first_of_one(loss, changes)
         graph = graph_of(loss, since)
         if graph.reaches_outside and not self._strategy.keeps_graph:
@@ -195,15 +137,6 @@ class Passes(SecondPass):
         elif changes.late:
             self._failure = f"the forward wrote to {changes.late[0]}, for the first time"
         hooks.overwritten = (hooks.overwritten or set()) | written
-
-    def _capture(self) -> Literal["detached", "attached", "cloned"]:
-        if self._settings.stop_gradient != "clean":
-            return "cloned"
-        return "attached" if self._is_one_backward else "detached"
-
-    @property
-    def _is_one_backward(self) -> bool:
-        return self._settings.is_one_backward
 
     @property
     def _turn(self) -> int:

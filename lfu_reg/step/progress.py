@@ -3,51 +3,95 @@
 `state_dict` holds what a resumed run needs to go on bit for bit. It leaves out counts of what went wrong, which are
 figures for the user, how long to wait before a loss that did not repeat is tried again, and the direction of steps
 with one backward, which are as many numbers as components: the first step of a resumed run brings it anew.
+
+Which calls belong to one step: L-BFGS evaluates its closure at several points, and a line search needs the same
+function at each. So LoRA's A and the samples that are drawn stay the same inside of one `optimizer.step(closure)`, and
+where the batch and the weights are those of the call before.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from lfu_reg.auxiliaries.base import Generators
 from lfu_reg.model.rng import StepDraws
+from lfu_reg.model.walk import parameters_of
 from lfu_reg.step.checks import check_state
-from lfu_reg.step.direction import Direction
 from lfu_reg.step.float16 import LossScales
-from lfu_reg.step.same_step import SameStep
+from lfu_reg.step.one_backward import Direction
 from lfu_reg.step.settings import Settings
+from lfu_reg.step.sft_loss import tensors_in
 from lfu_reg.step.strength import Strength
+
+
+class SameStep:
+    """Tells calls that repeat one step from those that begin a new one."""
+
+    def __init__(self) -> None:
+        self._running, self._optimizer_steps = 0, 0
+        self._last: tuple[int, list[weakref.ref[Tensor]], int] | None = None
+        self._in_closure: int | None = None
+        me = weakref.ref(self)  # torch's table of hooks is the process's
+        self._handles = [
+            register_optimizer_step_pre_hook(lambda *call: _count(me, 1)),
+            register_optimizer_step_post_hook(lambda *call: _count(me, -1)),
+        ]
+        for handle in self._handles:
+            weakref.finalize(self, handle.remove)
+
+    def remove(self) -> None:
+        """Stop counting optimizer steps."""
+        for handle in self._handles:
+            handle.remove()
+
+    def is_in_closure(self) -> bool:
+        """Whether this call comes from a closure that has called before in the same `optimizer.step`."""
+        current = self._optimizer_steps if self._running > 0 else None
+        again = current is not None and current == self._in_closure
+        self._in_closure = current
+        return again
+
+    def repeats(self, model: nn.Module, batch: Any) -> bool:
+        """Whether the batch's tensors and the trained weights are those of the call before."""
+        tensors = list(islice(tensors_in(batch), 8))
+        weights = [weight for weight in parameters_of(model) if weight.requires_grad and not weight.is_inference()]
+        version = sum(weight._version for weight in weights)  # counters, which only grow
+        last, self._last = self._last, (version, [weakref.ref(tensor) for tensor in tensors], id(model))
+        if last is None or not tensors or last[0] != version or last[2] != id(model) or len(last[1]) != len(tensors):
+            return False
+        return all(ref() is tensor for ref, tensor in zip(last[1], tensors, strict=True))
+
+
+def _count(me: weakref.ref[SameStep], change: int) -> None:
+    this = me()
+    if this is not None:
+        this._running = max(this._running + change, 0)
+        this._optimizer_steps += change > 0
+
 
 # Steps after which a loss that never repeats is tried again, at most.
 LONGEST_WAIT = 64
 
 
 class Progress:
-    """Where a regularizer is.
-
-    Args:
-        seed: of all draws; None for torch's initial one.
-        settings: of the regularizer.
-
-    Attributes:
-        step: number of the next step, or of the present one during a step.
-        seed: of all draws.
-        scales: of float16.
-        empty_steps: how many steps had no token that counts.
-        strength: what is known of alpha and lam.
-        direction: of steps with one backward.
-        unrepeatable_steps: how many steps were plain SFT, as the loss did not repeat.
-    """
+    """Where a regularizer is."""
 
     def __init__(self, seed: int | None, settings: Settings) -> None:
         self.strength, self.direction = Strength(settings), Direction()
         self.step, self.seed = 0, torch.initial_seed() % 2**31 if seed is None else int(seed)
         self.scales = LossScales()
-        self.empty_steps = self.unrepeatable_steps = 0
+        self.empty_steps = 0  # how many had no token that counts
+        self.unrepeatable_steps = 0  # how many were plain SFT, as the loss did not repeat
         self.same_step = SameStep()
         self._drawn_at, self._wait, self._resume_at = 0, 0, 0
 

@@ -14,48 +14,38 @@ from lfu_reg.model.compile import allows_one_backward
 from lfu_reg.model.graph import grad_set_aside, leaves_of
 from lfu_reg.step.comparison import Comparison, compare
 from lfu_reg.step.float16 import LossScale, LossScales, float16_in_play
-from lfu_reg.step.gradients import Pair, Pairs, down_to_components, together
+from lfu_reg.step.gradients import Pair, Pairs, Strategy, together
 from lfu_reg.step.returned_loss import returned_loss
 from lfu_reg.step.shared_backward import SharedBackward
 from lfu_reg.step.strength import StepStrength
 
 
-class Released:
+class Released(Strategy):
     """Gradients are taken at once and handed over by the returned loss; nothing stays in the `.grad` of `trained`."""
 
-    keeps_graph = False
-    scales_float16 = True
+    _shared: SharedBackward | None = None
+    _scale = _perturbed_scale = _weight = 1.0
+    _perturbed: Pairs = ()
 
     def __init__(self, auxiliary: Auxiliary, scales: LossScales, trained: Sequence[Tensor]) -> None:
-        self._auxiliary, self._scales, self._trained = auxiliary, scales, trained
-        self._value = torch.zeros((), device="cpu")
-        self._shared: SharedBackward | None = None
-        self._float16, self._scale = False, 1.0
+        super().__init__(auxiliary, scales, trained)
         self._gradients: dict[int, tuple[Tensor, Tensor | None]] = {}
-        self._l_cons: Tensor | None = None
-        self._perturbed: Pairs = ()
-        self._perturbed_scale = self._weight = 1.0
 
     def backward_clean(
         self, sft_loss: Tensor, leaves: list[Tensor], clean: ForwardPass, shared: SharedBackward | None
     ) -> float:
         """One backward for everything; the taps of `clean` collect g on its way."""
-        self._value, self._shared = sft_loss.detach(), shared
+        self._sft_loss, self._shared = sft_loss.detach(), shared
         self._float16 = float16_in_play(clean, [sft_loss, *leaves])
         with clean.gate.opened():
             pairs, self._scale = self._differentiate(
                 sft_loss, leaves if shared is None else shared.above, self._scales.clean, clean
             )
         self._add(pairs, self._scale)
-        for own in (clean.anchor, *self._auxiliary.temporary_leaves()):
-            self._gradients.pop(id(own), None)
+        self._gradients.pop(id(clean.anchor), None)
         if clean.observe:
             self._auxiliary.gradient_from([leaf for leaf, _ in pairs], [gradient for _, gradient in pairs])
         return self._scale
-
-    def backward_explicit(self, sft_loss: Tensor, fwd: ForwardPass) -> float:
-        """A backward down to the components."""
-        return down_to_components(sft_loss, fwd, self._auxiliary, self._scales.ascent, self._trained, float16=True)
 
     def backward_perturbed(self, l_cons: Tensor, strength: StepStrength) -> None:
         """A second backward, of lam * l_cons where lam is fixed: users' hooks see that. Else what it brings waits."""
@@ -74,7 +64,7 @@ class Released:
         shared, self._shared = self._shared, None
         if shared is not None:
             self._add(self._below(shared.backward), 1.0)
-        return returned_loss(self._value, self._gradients.values(), self._scale)
+        return returned_loss(self._sft_loss, self._gradients.values(), self._scale)
 
     def _weigh(self, l_cons: Tensor, strength: StepStrength) -> None:
         pairs, at_cut = self._without_start(self._perturbed)
@@ -90,12 +80,12 @@ class Released:
                 at_cut, pairs = None, [*pairs, *below[1]]
         if strength.compares and self._shared is None:
             whole = self._compare(self._gradients.values(), pairs, scale, with_product=strength.is_due)
-        lam = strength.weigh(whole, above, self._value.device)
+        lam = strength.weigh(whole, above, self._sft_loss.device)
         rest = lam / self._weight
         self._add(pairs, scale, rest)
         if self._shared is not None and at_cut is not None:
             self._shared.collect(at_cut * _on(rest, at_cut))
-        self._value = self._value + (lam * l_cons).to(self._value)
+        self._sft_loss = self._sft_loss + (lam * l_cons).to(self._sft_loss)
 
     def _without_start(self, pairs: Pairs) -> tuple[list[tuple[Tensor, Tensor | None]], Tensor | None]:
         """The pairs of pass 2 but for the leaf that it started from, and that one's gradient."""
@@ -132,7 +122,7 @@ class Released:
     ) -> tuple[Pairs, float]:
         edge = [] if clean is None or self._shared is None or self._shared.edge is None else [self._shared.edge]
         gate = None if clean is None else clean.gate
-        forget: Callable[[], None] = self._auxiliary.forget_gradient if clean is not None else _nothing
+        forget: Callable[[], None] = self._auxiliary.forget_gradient if clean is not None else lambda: None
         with grad_set_aside([*self._trained, *leaves]) as written:
             gradients, used = scale.gradients(loss, [*leaves, *edge], float16=self._float16, gate=gate, forget=forget)
         if edge and self._shared is not None:
@@ -165,7 +155,7 @@ class ReleasedShards(Released):
         """A backward down to the components; a whole one where these are the shards."""
         auxiliary = self._auxiliary
         if not auxiliary.moves_weights:
-            return down_to_components(sft_loss, fwd, auxiliary, self._scales.ascent, (), float16=False)
+            return super().backward_explicit(sft_loss, fwd)
         pairs = self._shards.gradients_of(sft_loss, leaves_of(sft_loss))
         auxiliary.gradient_from([leaf for leaf, _ in pairs], [gradient for _, gradient in pairs])
         return 1.0
@@ -184,7 +174,3 @@ def _exact(gradient: Tensor) -> Tensor:
 def _on(factor: float | Tensor, gradient: Tensor) -> float | Tensor:
     # A scalar that is a tensor has to be where the gradient is, and plain: a DTensor takes numbers of no dimension.
     return factor.to(gradient.device) if isinstance(factor, Tensor) else factor
-
-
-def _nothing() -> None:
-    """No tap has collected anything."""

@@ -17,17 +17,8 @@ from lfu_reg.model.multi_tensor import multiplied, portions
 
 
 def returned_loss(value: Tensor, gradients: Iterable[tuple[Tensor, Tensor | None]], scale: float = 1.0) -> Tensor:
-    """Scalar equal to `value` with d(result)/d(leaf) = gradient / scale for every pair.
-
-    Args:
-        value: scalar; its own graph is ignored.
-        gradients: pairs of a leaf that requires gradients, and its gradient, shaped like it, or None if it gets none.
-            Leaves without a gradient take part all the same: DistributedDataParallel waits for each leaf of the graph.
-        scale: what the gradients were multiplied by, so that float16 could hold them.
-
-    Returns:
-        Scalar tensor, differentiable once with respect to the leaves.
-    """
+    """Scalar equal to `value` with d(result)/d(leaf) = gradient / scale for every pair."""
+    # Leaves without a gradient take part all the same: DistributedDataParallel waits for each leaf of the graph.
     pairs = list(gradients)
     result: Tensor = _ReturnedLoss.apply(  # type: ignore[no-untyped-call]
         value.detach(), [gradient for _, gradient in pairs], scale, *[leaf for leaf, _ in pairs]

@@ -31,19 +31,12 @@ from lfu_reg.model.rng import RandomState
 
 @dataclass(frozen=True)
 class Answer:
-    """What one block returned in pass 1.
+    """What one block returned in pass 1."""
 
-    Attributes:
-        output: as it left the forward method, before any hook.
-        path: of the hidden state in it.
-        version: of the hidden state.
-        random_state: when the block had finished.
-    """
-
-    output: Any
-    path: outputs.Path
-    version: int
-    random_state: RandomState
+    output: Any  # as it left the forward method, before any hook
+    path: outputs.Path  # of the hidden state in it
+    version: int  # of the hidden state
+    random_state: RandomState  # when the block had finished
 
     @property
     def hidden(self) -> Tensor:
@@ -52,18 +45,7 @@ class Answer:
 
 
 class ReusedBlocks:
-    """Records what the blocks below the cut return, and answers with it.
-
-    Args:
-        model: the attached model.
-        layers: names of the chosen layers.
-        sites: names of the modules at whose outputs the auxiliary acts; None where it acts elsewhere.
-        devices: gives the devices in use.
-
-    Attributes:
-        blocks: by name, in order; empty where there is nothing to reuse.
-        inside: these, and all modules in them.
-    """
+    """Records what the blocks below the cut return, and answers with it."""
 
     def __init__(
         self,
@@ -73,6 +55,7 @@ class ReusedBlocks:
         devices: Callable[[], list[torch.device]],
     ) -> None:
         names = _below(model, layers, sites) if can_tell_who_saves() else []
+        # By name, in order; none where there is nothing to reuse, or `sites` is None, as the auxiliary acts elsewhere.
         self.blocks = {name: model.get_submodule(name) for name in names}
         self.inside = {module for block in self.blocks.values() for module in block.modules()}
         self._sites, self._devices = frozenset(sites or ()), devices
@@ -120,12 +103,7 @@ class ReusedBlocks:
         self._answers[name] = Answer(output, path, hidden._version, RandomState.capture(self._devices()))
 
     def cut(self, changes: Changes, states: Iterable[State]) -> Tensor | None:
-        """Hidden state at which the reused part of pass 1's graph ends; None where nothing can be reused.
-
-        Args:
-            changes: what pass 1 changed in the model.
-            states: what pass 1 captured.
-        """
+        """Hidden state at which the reused part of pass 1's graph ends; None where nothing can be reused."""
         if self._refused or not self.blocks or list(self._answers) != list(self.blocks):
             return None
         # Pass 2 would use the weights that pass 1 has written to, but below the cut; and foreign hooks inside of blocks

@@ -14,23 +14,22 @@ from torch import Tensor
 from lfu_reg.auxiliaries import Auxiliary
 from lfu_reg.diagnostics import UNREPEATABLE, WRITTEN_FIRST, Diagnostics
 from lfu_reg.distributed.ddp import not_synchronising
-from lfu_reg.distributed.engine import Engine
 from lfu_reg.hooks.entries import differing
 from lfu_reg.hooks.forward_pass import ForwardPass, State
 from lfu_reg.model.graph import grad_set_aside
 from lfu_reg.model.module_state import Changes
 from lfu_reg.model.patching import Patch
 from lfu_reg.model.rng import random_state_kept
+from lfu_reg.model.walk import parameters_of
 from lfu_reg.step import checks
 from lfu_reg.step.attached_model import AttachedModel
 from lfu_reg.step.consistency import relative_distance
-from lfu_reg.step.gradients import Strategy
 from lfu_reg.step.one_backward import OneBackward, nothing_saved
-from lfu_reg.step.plain_sft import PlainSFT
 from lfu_reg.step.progress import Progress
 from lfu_reg.step.settings import Settings
-from lfu_reg.step.sft_loss import SFTLoss
+from lfu_reg.step.sft_loss import PlainSFT, SFTLoss
 from lfu_reg.step.shared_backward import SharedBackward
+from lfu_reg.step.strategy_choice import choose_strategy
 from lfu_reg.step.strength import CLOSE, StepStrength
 
 # How often pass 2 is tried for the sake of alpha at the first step.
@@ -38,26 +37,31 @@ TRIES = 6
 
 
 class SecondPass:
-    """What comes after pass 1 in a step; `Passes` sets all of this up."""
+    """What comes after pass 1 in a step; `Passes` adds what comes before."""
 
     clean: ForwardPass
-    engine: Engine
-    _attached: AttachedModel
-    _auxiliary: Auxiliary
-    _sft: SFTLoss
-    _settings: Settings
-    _strength: StepStrength
-    _progress: Progress
-    _diagnostics: Diagnostics
-    _strategy: Strategy
-    _trained: list[Tensor]
     _changes: Changes | None = None
     _shared: SharedBackward | None = None
     _start: Tensor | None = None  # what pass 2 starts from where nothing below is differentiated with it
     _failure: str | None = None  # why pass 2 cannot begin where pass 1 did
-    _repeats_whole = False  # whether a region runs again to its end, and so needs all of its graph where it came to it
     _total: Tensor | None = None
     _tries = False  # whether pass 2 is run for alpha alone, without a backward
+
+    def __init__(
+        self,
+        attached: AttachedModel,
+        auxiliary: Auxiliary,
+        sft: SFTLoss,
+        settings: Settings,
+        strength: StepStrength,
+        progress: Progress,
+        diagnostics: Diagnostics,
+    ) -> None:
+        self._attached, self._auxiliary, self._sft, self._settings = attached, auxiliary, sft, settings
+        self._strength, self._progress, self._diagnostics = strength, progress, diagnostics
+        self.batch, self.engine = sft.batch, strength.engine
+        self._trained = [p for p in parameters_of(sft.model) if p.requires_grad]
+        self._strategy = choose_strategy(settings, self.engine, auxiliary, progress.scales, self._trained)
 
     def total(self) -> Tensor:
         """l_SFT + lam * l_cons, differentiable: put together once, as ranks do that side by side."""
@@ -68,11 +72,7 @@ class SecondPass:
         return self._total
 
     def gradient_here(self, batch: Any) -> float:
-        """Let the auxiliary collect g where it is now, from a pass that gives nothing else; returns its factor.
-
-        For an ascent along other data, for a further step from a moved theta_aux, and where pass 1 took gradients of
-        gradients, in which the components themselves take part.
-        """
+        """Let the auxiliary collect g where it is now, from a pass that gives nothing else; returns its factor."""
         auxiliary, hooks = self._auxiliary, self._attached.hooks
         checks.check_batch(batch)
         auxiliary.require_gradients(True)
@@ -87,10 +87,8 @@ class SecondPass:
         return scale
 
     def find_alpha(self, samples: Tensor | None) -> float:
-        """The alpha that reaches the displacement, tried out by passes without a backward; theta_aux moves with it.
-
-        Ranks whose forward passes communicate take the first guess, and come nearer from step to step.
-        """
+        """The alpha that reaches the displacement, tried out by passes without a backward; theta_aux moves with it."""
+        # Ranks whose forward passes communicate take the first guess, and come nearer from step to step.
         alpha, h, self._tries = self._strength.alpha, self.clean.record.states, True
         for _ in range(0 if self.engine.in_lockstep else TRIES):
             with self.second(samples) as h_prime:
@@ -118,16 +116,7 @@ class SecondPass:
 
     @contextmanager
     def second(self, samples: Tensor | None) -> Iterator[list[State]]:
-        """Pass 2: the loss function is called again, with the components in place; gives the perturbed states.
-
-        The block is for its backward, which may repeat parts of the forward.
-
-        Args:
-            samples: the samples of the batch that it runs on, None for all.
-
-        Raises:
-            PlainSFT: if it is no repetition of pass 1.
-        """
+        """Pass 2 with the components in place: gives the perturbed states; the block is for its backward."""
         attached, in_lockstep = self._attached, self.engine.in_lockstep
         if self._failure is not None and not in_lockstep:
             self._progress.unrepeatable_steps += 1
@@ -138,17 +127,14 @@ class SecondPass:
         start = self._start if self._shared is None else self._shared.start
         answers = [] if start is None else attached.reused.answers(start, samples)
         with self._auxiliary.shards_moved(), ExitStack() as stack:
-            quiet = attached.tail_may_be_quiet and not self.engine.is_sharded and not self._repeats_whole
             try:
-                perturbed = self._run_second(stack, samples, answers, quiet)
+                perturbed = self._run_second(stack, samples, answers)
             except Exception:
-                if not answers and not quiet:
+                if not answers:
                     raise
-                # Code around the blocks may need what only their running leaves behind, and code after them may take
-                # gradients of its own: from now on all of it runs as in pass 1.
+                # Code around the blocks may need what only their running leaves behind: from now on they run.
                 attached.reused.refuse()
-                attached.tail_may_be_quiet = False
-                perturbed = self._run_second(stack, samples, [], False)
+                perturbed = self._run_second(stack, samples, [])
             repeated = self._check_second(perturbed, samples)
             if repeated:
                 yield self._states_of(perturbed, samples)
@@ -171,9 +157,8 @@ class SecondPass:
         ):
             yield
 
-    def _run_second(self, stack: ExitStack, samples: Tensor | None, answers: list[Patch], quiet: bool) -> ForwardPass:
+    def _run_second(self, stack: ExitStack, samples: Tensor | None, answers: list[Patch]) -> ForwardPass:
         attached, record, settings = self._attached, self.clean.record, self._settings
-        may_leave = settings.leave_early and not self.engine.is_sharded
         with ExitStack() as inner:
             inner.enter_context(self._again(but_blocks=bool(answers)))
             perturbed = ForwardPass(
@@ -181,9 +166,8 @@ class SecondPass:
                 apply=True,
                 capture="attached",
                 patches=[*self._auxiliary.pass2_patches(), *answers],  # of weights as they were before pass 1
-                leave="never" if not may_leave else "always" if settings.leave_early is True else "clear",
+                leave=settings.leave_early if not self.engine.is_sharded else False,
                 leave_after=len(record.states),
-                quiet_tail=quiet,
             )
             inner.enter_context(attached.hooks.run(perturbed))
             without_graph = settings.is_one_backward or (self._tries and self.clean.record.saves_elsewhere)
@@ -208,7 +192,9 @@ class SecondPass:
         if samples is not None and (failure is not None or perturbed.record.batch_size != len(samples)):
             raise ValueError(checks.CANNOT_DIVIDE.format(number=len(samples)))
         if failure is None:
-            self._attached.check_perturbed(perturbed, self.clean, samples)
+            checks.check_same_layers([s.name for s in clean.states], [s.name for s in perturbed.record.states])
+            if samples is None:
+                self._attached.coverage.compare(self.clean, perturbed)
         else:
             self._diagnostics.warn_once("not repeatable", UNREPEATABLE.format(failure))
         if self._failure is None and not self.engine.in_lockstep:

@@ -48,8 +48,8 @@ class Settings:
     def __post_init__(self) -> None:
         """Check them all."""
         for name in ("alpha", "lam", "strength"):
-            if (value := getattr(self, name)) is not None:
-                check_schedule(name, value)
+            if (value := getattr(self, name)) is not None and not callable(value):
+                check_number(name, value)
         if (self.lam is None) == (self.strength is None):
             raise ValueError(BOTH.format(lam=self.lam, strength=self.strength))
         if not 0 < check_number("displacement", self.displacement) < 1:
@@ -65,7 +65,9 @@ class Settings:
             object.__setattr__(self, name, one_of(name, getattr(self, name), allowed))
         _check_count("ascent_steps", self.ascent_steps)
         _check_count("every", self.every)
-        _check_fraction("batch_fraction", self.batch_fraction)
+        fraction = self.batch_fraction
+        if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction <= 1:
+            raise ValueError(f"batch_fraction={fraction!r}; allowed are numbers above 0 and up to 1.")
         if isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, int):
             raise ValueError(f"ignore_index={self.ignore_index!r}; allowed are whole numbers, as in cross_entropy.")
         if self.strategy in ("released", "one-backward") and self.stop_gradient != "clean":
@@ -90,12 +92,6 @@ class Settings:
         return self.strategy == "one-backward"
 
 
-def check_schedule(name: str, value: object) -> None:
-    """Raise unless `value` is a non-negative finite number or a callable of the step number."""
-    if not callable(value):
-        check_number(name, value)
-
-
 def value_at(name: str, schedule: Schedule, step: int) -> float:
     """The value at a step, checked."""
     if not callable(schedule):
@@ -104,12 +100,7 @@ def value_at(name: str, schedule: Schedule, step: int) -> float:
 
 
 def check_number(name: str, value: object) -> float:
-    """`value` as a float.
-
-    Raises:
-        TypeError: if it is not a number.
-        ValueError: if it is negative, infinite or NaN.
-    """
+    """`value` as a float."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(
             f"{name}={shown(value)} is a {type(value).__name__}; allowed are numbers from 0 and callables of the step "
@@ -125,8 +116,3 @@ def check_number(name: str, value: object) -> float:
 def _check_count(name: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name}={value!r}; allowed are whole numbers from 1.")
-
-
-def _check_fraction(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
-        raise ValueError(f"{name}={value!r}; allowed are numbers above 0 and up to 1.")

@@ -7,14 +7,12 @@ import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from lfu_reg.hooks.early_exit import EarlyExit, call_loss_function
-from lfu_reg.model.peft import virtual_tokens
 from lfu_reg.model.rng import RandomState
 from lfu_reg.model.tokens import TokenMask, TokenMasks
 from lfu_reg.step import loss_checks
@@ -43,21 +41,7 @@ def is_repeating() -> bool:
 
 
 class SFTLoss:
-    """The user's loss function, with what it is called with.
-
-    Args:
-        function: of (model, batch).
-        model: what the user trains, the attached module or a wrapper of it.
-        batch: of pass 1.
-        token_mask: see `LfURegularizer`.
-        ignore_index: see `LfURegularizer`.
-
-    Attributes:
-        model: the same.
-        tokens: the batch's token masks.
-        batch: the batch for later passes. Its containers are copies, as the function may take entries out of the batch
-            or put some in; its tensors are the user's own. An iterator is recorded and played again.
-    """
+    """The user's loss function, with what it is called with."""
 
     def __init__(
         self, function: LossFunction, model: Any, batch: Any, token_mask: TokenMask | None, ignore_index: int
@@ -65,13 +49,15 @@ class SFTLoss:
         self.model = model
         self._function, self._token_mask, self._ignore_index = function, token_mask, ignore_index
         self.tokens = self.tokens_of(batch)
+        # For later passes: new containers, as the function may take entries out of the batch or put some in, with the
+        # user's own tensors. An iterator is recorded and played again.
         self._given: Any = Recorded(batch) if isinstance(batch, Iterator) else batch
         self.batch: Any = self._given if isinstance(batch, Iterator) else copied(batch)
         self._versions = [(tensor, tensor._version) for tensor in tensors_in(self.batch) if not tensor.is_inference()]
 
     def tokens_of(self, batch: Any) -> TokenMasks:
         """Which tokens of a batch count."""
-        return TokenMasks(batch, self._token_mask, partial(virtual_tokens, self.model), ignore_index=self._ignore_index)
+        return TokenMasks(batch, self._token_mask, self.model, ignore_index=self._ignore_index)
 
     def first(self, devices: Iterable[torch.device], *, check_value: bool) -> Tensor:
         """The loss of pass 1. Later passes start from the random state of `devices` that this one finds."""
@@ -91,11 +77,7 @@ class SFTLoss:
         return loss_checks.check_loss(loss, self.model, first=self._check_value)
 
     def repeat(self, samples: Tensor | None, batch_size: int) -> None:
-        """Call the function again for its forward only, on some samples of the batch or on all.
-
-        Its frames may be left early: they hold activations, and some of them hold the exception, so they are emptied
-        here and now.
-        """
+        """Call the function again for its forward only, on some samples of the batch or on all."""
         batch = self._fresh(self.batch)
         if samples is not None:
             batch = select_samples(batch, samples, batch_size)
@@ -103,7 +85,7 @@ class SFTLoss:
             self._random_start.restore()
             try:
                 call_loss_function(self._function, self.model, batch)
-            except EarlyExit as early:
+            except EarlyExit as early:  # its frames hold activations, and some of them the exception
                 traceback.clear_frames(early.__traceback__)
 
     def _fresh(self, batch: Any) -> Any:
@@ -115,11 +97,7 @@ class SFTLoss:
 
 
 class Recorded:
-    """An iterator that notes down what is taken from it, to give the same again to another pass.
-
-    Args:
-        iterator: the user's.
-    """
+    """An iterator that notes down what is taken from it, to give the same again to another pass."""
 
     def __init__(self, iterator: Iterator[Any]) -> None:
         self._iterator = iterator
@@ -144,12 +122,7 @@ class Recorded:
 
 
 def copied(value: Any, clone: Collection[int] = ()) -> Any:
-    """`value` with new containers, down to its leaves; tensors, modules and functions are the same objects.
-
-    Args:
-        value: anything.
-        clone: tensors, by identity, of which there are to be copies nevertheless.
-    """
+    """`value` with new containers, down to its leaves; tensors, modules and functions are the same objects."""
     if id(value) in clone:
         return value.detach().clone()
     if isinstance(value, (Tensor, nn.Module, str, bytes, int, float, type(None))) or callable(value):
@@ -209,3 +182,11 @@ def select_samples(value: Any, samples: Tensor, batch_size: int, name: str = "")
         for key, entry in vars(value).items():  # of a copy
             vars(value)[key] = select_samples(entry, samples, batch_size, key)
     return value
+
+
+class PlainSFT(Exception):
+    """This step is plain SFT, whose loss this is, with its gradients."""
+
+    def __init__(self, loss: Tensor) -> None:
+        super().__init__()
+        self.loss = loss

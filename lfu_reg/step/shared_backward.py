@@ -1,15 +1,11 @@
-"""What no perturbation reaches is run and differentiated once, for both passes.
+"""What no perturbation reaches is run and differentiated once, for both passes; `reused_blocks.py` has the forward.
 
-      embedding, layers below ──► cut ──► layers that theta_aux acts in or behind ──► l_SFT, l_cons
-      └─────── reused ─────────┘
-
-Both passes have the same hidden states up to the cut, so blocks below it run once (`reused_blocks.py`). Backward, both
-terms of the loss reach what is below through the cut alone, and a gradient is linear in what comes from above:
+Backward, both terms of the loss reach what is below the cut through the cut alone, and a gradient is linear in what
+comes from above, so one backward below it, from the sum, does for both. Nothing of this is an estimate:
 
       d(l_SFT + lam * l_cons) / d theta_below = (d l_SFT / d cut + lam * d l_cons / d cut) . d cut / d theta_below
 
-So one backward below the cut, from the sum, does for both. Nothing of this is an estimate. Steering vectors act
-behind the first chosen layer: with all L layers chosen, one of L is saved; with the last third, two thirds of them.
+Steering vectors act behind the first chosen layer: with all L layers, one is saved; with the last third, two thirds.
 """
 
 from __future__ import annotations
@@ -21,22 +17,12 @@ from lfu_reg.model.graph import gradients_of, leaves_above_and_below
 
 
 class SharedBackward:
-    """The part of pass 1's graph below the cut, kept until the gradients of both passes have arrived at it.
-
-    Args:
-        cut: hidden state in the graph of pass 1.
-        above: the leaves that the loss depends on other than through the cut.
-        below: the trained leaves that the cut depends on.
-
-    Attributes:
-        above, below: the same.
-        edge: of the graph at the cut, None where it is in no graph.
-        start: what pass 2 starts from: a leaf of the same values, which wants a gradient if there is something below.
-    """
+    """The part of pass 1's graph below the cut, kept until the gradients of both passes have arrived at it."""
 
     def __init__(self, cut: Tensor, above: list[Tensor], below: list[Tensor]) -> None:
-        self.above, self.below = above, below
+        self.above, self.below = above, below  # leaves: of the loss, but not through the cut; of the cut
         self.edge: GradientEdge | None = get_gradient_edge(cut) if cut.requires_grad else None
+        # What pass 2 starts from: a leaf of the same values, which wants a gradient if there is something below.
         self.start = cut.detach().requires_grad_(bool(below))
         self._cut = cut
         self._gradient: Tensor | None = None
@@ -73,16 +59,7 @@ class SharedBackward:
 
 
 def shared_backward(sft_loss: Tensor, cut: Tensor, anchor: Tensor) -> SharedBackward | None:
-    """The part of pass 1's graph that both passes share.
-
-    Args:
-        sft_loss: scalar with the graph of pass 1.
-        cut: hidden state in it.
-        anchor: a leaf that is not trained.
-
-    Returns:
-        None where something flows around the cut: a skip connection, an encoder's states, tied weights in training.
-    """
+    """What both passes share of pass 1's graph; None where something flows around the cut (a skip, tied weights)."""
     divided = leaves_above_and_below(sft_loss, cut)
     if divided is None:
         return None

@@ -9,10 +9,9 @@ from torch import Tensor
 from lfu_reg.auxiliaries import Auxiliary
 from lfu_reg.distributed.engine import TENSOR_PARALLEL, Engine
 from lfu_reg.step.float16 import LossScales
-from lfu_reg.step.gradients import Strategy
+from lfu_reg.step.gradients import Retained, Strategy
 from lfu_reg.step.one_backward import OneBackward
 from lfu_reg.step.released import Released, ReleasedShards
-from lfu_reg.step.retained import Retained
 from lfu_reg.step.settings import Settings
 
 SHARDED_RELEASED = (
@@ -33,7 +32,7 @@ def choose_strategy(
     if settings.is_one_backward:
         if auxiliary.moves_weights and engine.is_sharded:
             raise ValueError(SHARDED_WEIGHTS.format(auxiliary=auxiliary, engine=engine.name))
-        return OneBackward(() if engine.is_sharded else trained)
+        return OneBackward(auxiliary, scales, () if engine.is_sharded else trained)
     retained = settings.strategy == "retained" or settings.stop_gradient != "clean"
     if not engine.is_sharded:
         return Retained(auxiliary, scales, trained) if retained else Released(auxiliary, scales, trained)
@@ -46,4 +45,6 @@ def choose_strategy(
     parallel = engine.name == TENSOR_PARALLEL
     if auxiliary.moves_weights and not parallel:
         raise ValueError(SHARDED_WEIGHTS.format(auxiliary=auxiliary, engine=engine.name))
-    return Retained(auxiliary, scales, trained if parallel else (), may_scale=False)
+    strategy = Retained(auxiliary, scales, trained if parallel else ())
+    strategy.scales_float16 = False  # ranks in lockstep may not repeat a backward
+    return strategy

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from lfu_reg.diagnostics import Look
-from lfu_reg.distributed.collectives import summed
 from lfu_reg.distributed.engine import Engine
+from lfu_reg.distributed.shared_ascent import summed
 from lfu_reg.step.comparison import Comparison
-from lfu_reg.step.plain_sft import PlainSFT
 from lfu_reg.step.settings import Settings, value_at
+from lfu_reg.step.sft_loss import PlainSFT
 
 # Where the search for alpha starts, and the smallest displacement that is aimed at, in units of the states' rounding.
 FIRST_ALPHA, ABOVE_ROUNDING = 0.1, 8
@@ -42,18 +42,11 @@ UNKNOWN = (
 
 
 class Strength:
-    """Sets alpha and lam, and remembers what was measured.
-
-    Args:
-        settings: of the regularizer.
-
-    Attributes:
-        figures: "gradient_ratio", "gradient_cosine" and "relative_distance" as they were measured last.
-    """
+    """Sets alpha and lam, and remembers what was measured."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.figures: dict[str, Tensor] = {}
+        self.figures: dict[str, Tensor] = {}  # as they were measured last
         self.alpha: float | None = None  # what the displacement asks for, once it is known
         self.ratio: Tensor | None = None  # |grad l_cons| / |grad l_SFT| when it was last known
         self.correction: Tensor | None = None  # from that ratio at and above the shared part to that of everything
@@ -94,39 +87,24 @@ class Strength:
 
 
 class StepStrength:
-    """Alpha and lam of one step.
+    """Alpha and lam of one step."""
 
-    Args:
-        strength: outlives the step.
-        step: its number.
-
-    Attributes:
-        alpha: length of the ascent step.
-        lam: weight of the consistency term: a number, or a scalar tensor once the gradients are known.
-        is_off: whether the step is to be plain SFT.
-        is_due: whether everything is measured at this step.
-        compares: whether the gradients of both terms are compared, where the strategy has them.
-        pays: whether a strategy that has none of them runs two more backward passes for that.
-        searches: whether alpha has to be found first.
-        engine: says over which ranks figures are added up.
-        eps: relative rounding of the hidden states.
-        moved: ||h' - h|| and ||h|| at a step that is due.
-    """
-
-    engine = Engine()
-    eps = 0.0
-    moved: tuple[Tensor, Tensor] | None = None
+    engine = Engine()  # over whose ranks figures are added up
+    eps = 0.0  # relative rounding of the hidden states
+    moved: tuple[Tensor, Tensor] | None = None  # ||h' - h|| and ||h|| at a step that is due
 
     def __init__(self, strength: Strength, step: int) -> None:
         self._strength, settings = strength, strength.settings
         turn, seen = step // settings.every, strength.seen
         fixed, found = settings.alpha, strength.alpha
         self.alpha = value_at("alpha", fixed, step) if fixed is not None else found or FIRST_ALPHA
-        self.searches = fixed is None and found is None
+        self.searches = fixed is None and found is None  # alpha has to be found first
         self.is_due = seen < FIRST_STEPS or turn % MEASURE_EVERY == 0 or self.searches
         rarely = seen <= FIRST_STEPS // 3 or turn % (5 * MEASURE_EVERY) == 0
+        # Whether a strategy that has no gradients of both terms runs two more backward passes to compare them.
         self.pays = strength.ratio is None or (rarely if settings.is_one_backward else self.is_due)
         self._rho = None if settings.strength is None else value_at("strength", settings.strength, step)
+        # A number, or a scalar tensor once the gradients are known.
         self.lam: float | Tensor = 0.0 if settings.lam is None else value_at("lam", settings.lam, step)
         weight = self.lam if self._rho is None else self._rho
         self.is_off = weight == 0 or step % settings.every > 0
@@ -151,17 +129,8 @@ class StepStrength:
         return min(max(aim / max(relative_distance, 1e-30), 0.01), 100.0)
 
     def weigh(self, whole: Comparison | None, above: Comparison | None, device: torch.device) -> float | Tensor:
-        """Set lam, and return it.
-
-        Args:
-            whole: over all trained parameters, None where that was not measured.
-            above: over those above the shared part of the graph, and what arrives at its border; None where nothing is
-                shared.
-            device: of the figures.
-
-        Raises:
-            ValueError: if it follows from gradients that no step has been able to measure.
-        """
+        """Set lam, and return it."""
+        # `above`: over the parameters above the shared part of the graph, and what arrives at its border.
         if not self.compares:
             return self.lam
         strength, figures = self._strength, self._exchange(whole, above, device)

@@ -75,7 +75,7 @@ def test_the_summary_has_verdicts_and_parts(rehearsal: Path) -> None:
 def test_the_step_has_every_method(rehearsal: Path) -> None:
     parts = Record(rehearsal / "step.json").parts
     alone = parts["methods"]["result"]["methods"]
-    assert {"sft", "steering", "lora", "weights", "lora-beside", "lora-one", "lora-late"} <= alone.keys()
+    assert {"sft", "steering", "lora", "weights", "lora-one", "lora-late"} <= alone.keys()
     assert {"authors-lora", "authors-steering"} <= alone.keys()
     assert all("ms" in row for row in alone.values()), alone
     interleaved = parts["interleaved"]["result"]
@@ -97,7 +97,7 @@ def test_pages_show_the_files(rehearsal: Path, tmp_path: Path) -> None:
     )
     assert "Tiles as shipped: 4096 elements, 4 warps" in kernel
     cost = step_page.on_a_gpu(page.results(tmp_path))
-    assert "| LfU LoRA, not folded |" in cost
+    assert "| LfU LoRA |" in cost
     assert "exact step, steering: time over the floor" in cost
     assert "shape of Llama-3.1-8B" in page.readme(tmp_path)
 

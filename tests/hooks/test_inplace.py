@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from lfu_reg import LfURegularizer
-from lfu_reg.hooks.inplace import WriteWatch
+from lfu_reg.hooks.forward_pass import WriteWatch
 from tests.support.cases import seeded
 from tests.support.compare import assert_same_gradients, gradients_of
 

@@ -15,8 +15,8 @@ from lfu_reg.auxiliaries.ascent import ascend, gradient_norm
 from lfu_reg.hooks.forward_pass import ForwardPass
 from lfu_reg.model.tokens import TokenMasks
 from lfu_reg.step.float16 import FIRST_SCALE, GROWTH_INTERVAL, LossScale, LossScales
+from lfu_reg.step.gradients import Retained
 from lfu_reg.step.released import Released
-from lfu_reg.step.retained import Retained
 from lfu_reg.step.settings import Settings
 from lfu_reg.step.strength import Strength
 from tests.support.cases import Loss, seeded
@@ -507,9 +507,11 @@ def test_float16_that_the_step_cannot_scale_is_told(monkeypatch: pytest.MonkeyPa
     """Under sharding, where ranks would have to repeat a backward together."""
 
     def choose(settings: Any, engine: Any, *rest: Any) -> Retained:
-        return Retained(*rest, may_scale=False)
+        strategy = Retained(*rest)
+        strategy.scales_float16 = False
+        return strategy
 
-    monkeypatch.setattr("lfu_reg.step.passes.choose_strategy", choose)
+    monkeypatch.setattr("lfu_reg.step.second_pass.choose_strategy", choose)
     model, x = islands(), torch.randn(4, 8, 24)
 
     def loss_fn(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import namedtuple
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -74,7 +75,9 @@ def test_labels_and_attention_mask_together() -> None:
     assert counted({"labels": torch.zeros(2, 9).long(), "attention_mask": ATTENTION}) == ATTENTION.tolist()
     # Virtual tokens in front of both: attended to, but no labels.
     longer = torch.zeros(2, 6, 3)
-    together = counted({"labels": labels, "attention_mask": ATTENTION}, longer, virtual_tokens=lambda: 2)
+    prompted = torch.nn.Module()
+    prompted._is_prompt_learning, prompted.active_peft_config = True, SimpleNamespace(num_virtual_tokens=2)  # type: ignore[assignment]
+    together = counted({"labels": labels, "attention_mask": ATTENTION}, longer, model=prompted)
     assert together == [[0, 0, *row] for row in both]
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lfu_reg import LfURegularizer
-from lfu_reg.step.direction import MEMORY
+from lfu_reg.step.one_backward import MEMORY
 from tests.support.cases import Batch, Case, seeded
 from tests.support.checkpointed import CheckpointedLM, PlainLM, ReentrantLM
 from tests.support.compare import Gradients, assert_same_gradients, gradients_of

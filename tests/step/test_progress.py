@@ -9,8 +9,7 @@ import torch
 from torch import nn
 from torch.optim import optimizer
 
-from lfu_reg.step.progress import LONGEST_WAIT, Progress
-from lfu_reg.step.same_step import SameStep
+from lfu_reg.step.progress import LONGEST_WAIT, Progress, SameStep
 from lfu_reg.step.settings import Settings
 
 SETTINGS = Settings(alpha=0.1, lam=1.0)

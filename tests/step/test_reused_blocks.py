@@ -320,7 +320,7 @@ def test_samples_of_a_batch_as_large_as_the_sequence(fraction: float) -> None:
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_copy_made_by_the_loss_function(when: str) -> None:
-    """With deltas folded into adapters, a copy of the model is a plain one, and can be pickled."""
+    """A copy of the model that is made within a step is a plain one, and can be pickled."""
     import pickle
 
     copies: list[nn.Module] = []
@@ -340,3 +340,25 @@ def test_a_copy_made_by_the_loss_function(when: str) -> None:
     want = PEFT.loss(PEFT.make(), PEFT.batch())
     torch.testing.assert_close(PEFT.loss(copies[0], PEFT.batch()), want)
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_code_that_needs_what_a_block_leaves_behind_has_it_run() -> None:
+    notes: list[int] = []
+    model = TINY.make()
+    block = model.blocks[0]
+    plain = block.forward
+
+    def noting(*args: Any) -> Any:
+        notes.append(1)
+        return plain(*args)
+
+    def loss(model: Any, batch: Batch) -> Tensor:
+        notes.clear()
+        return TINY.loss(model, batch) * notes[0]
+
+    block.forward = noting
+    with LfURegularizer(model, "steering", layers="late", leave_early=False, alpha=0.1, lam=1.0) as reg:
+        assert list(reg._attached.reused.blocks)
+        reg(model, TINY.batch(), loss)
+        assert float(reg.metrics["consistency_loss"]) > 0
+        assert not reg._attached.reused.blocks

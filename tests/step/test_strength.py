@@ -284,8 +284,8 @@ def test_the_papers_settings() -> None:
     for name in AUXILIARIES:
         model = TINY.make()
         with LfURegularizer.paper(model, name) as reg:
-            assert reg.settings.alpha == reg.auxiliary.default_alpha
-            assert reg.settings.lam == reg.auxiliary.default_lam
+            assert reg.settings.alpha == reg.auxiliary.default_of("alpha")
+            assert reg.settings.lam == reg.auxiliary.default_of("lam")
             assert reg.settings.strength is None
         with LfURegularizer.paper(model, name, lam=2.0, every=3) as reg:
             assert (reg.settings.lam, reg.settings.every) == (2.0, 3)
