@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
 
 from lfu_reg import LfURegularizer
@@ -26,7 +27,7 @@ def sft_loss_fn(model, batch):
 
 accelerator = Accelerator(gradient_accumulation_steps=2)  # mixed_precision="bf16" needs nothing else
 optimizer = torch.optim.AdamW(model.train().parameters(), lr=5e-4)
-loader = torch.utils.data.DataLoader([*map(encode, rows)], 4, shuffle=True, collate_fn=DataCollatorForSeq2Seq(tokenizer))
+loader = DataLoader([*map(encode, rows)], 4, shuffle=True, collate_fn=DataCollatorForSeq2Seq(tokenizer))
 model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 reg = LfURegularizer(model)
 accelerator.register_for_checkpointing(reg)  # its step count is saved and loaded with the rest
@@ -40,5 +41,5 @@ for batch in loader:
         optimizer.step()
         optimizer.zero_grad()
     mean = {name: accelerator.gather(reg.metrics[name][None]).mean() for name in ("sft_loss", "gradient_ratio")}
-    accelerator.print(f"loss {mean['sft_loss']:.2f}, gradient ratio {mean['gradient_ratio']:.2f} (good: 0.1 to 10)")
+    accelerator.print(f"loss {mean['sft_loss']:.2f}, gradient ratio {mean['gradient_ratio']:.2f} (good: 0.1-10)")
 reg.remove()

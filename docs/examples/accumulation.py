@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
 
 from lfu_reg import LfURegularizer
@@ -26,7 +27,7 @@ scaler = torch.amp.GradScaler(device, enabled=amp == torch.float16)
 model.to(device).train()
 optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
 scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=4)
-loader = torch.utils.data.DataLoader([*map(encode, rows)], 4, shuffle=True, collate_fn=DataCollatorForSeq2Seq(tokenizer))
+loader = DataLoader([*map(encode, rows)], 4, shuffle=True, collate_fn=DataCollatorForSeq2Seq(tokenizer))
 micro_batches = [batch.to(device) for batch in loader]
 
 
@@ -37,7 +38,7 @@ def sft_loss_fn(model, batch):
 
 with LfURegularizer(model) as reg:
     for step in range(4):
-        batches = micro_batches[4 * step : 4 * step + 4]
+        batches = micro_batches[2 * step : 2 * step + 2]
         tokens = [(batch["labels"][:, 1:] != -100).sum() for batch in batches]
         for batch, count in zip(batches, tokens, strict=True):
             loss = reg(model, batch, sft_loss_fn)  # was: loss = sft_loss_fn(model, batch)
@@ -49,4 +50,4 @@ with LfURegularizer(model) as reg:
         scaler.update()
         scheduler.step()
         optimizer.zero_grad()
-        print(f"loss {reg.metrics['sft_loss']:.2f}, gradient ratio {ratio:.2f} (good: 0.1 to 10)")
+        print(f"loss {reg.metrics['sft_loss']:.2f}, gradient ratio {ratio:.2f} (good: 0.1-10)")

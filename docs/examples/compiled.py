@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import torch
+from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
 
 from lfu_reg import LfURegularizer
@@ -27,11 +28,11 @@ for block in model.train().model.layers:
     block.compile(backend="inductor")
 optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
 pad = DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=256)  # one length, so that nothing is compiled again
-loader = torch.utils.data.DataLoader([*map(encode, rows)], 4, shuffle=True, collate_fn=pad)
+loader = DataLoader([*map(encode, rows)], 4, shuffle=True, collate_fn=pad)
 with LfURegularizer(model, "steering") as reg:  # LoRA breaks the graph at every linear map
     for batch in loader:
         loss = reg(model, batch, sft_loss_fn)  # was: loss = sft_loss_fn(model, batch)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        print(f"loss {reg.metrics['sft_loss']:.2f}, gradient ratio {reg.metrics['gradient_ratio']:.2f} (good: 0.1 to 10)")
+        print(f"loss {reg.metrics['sft_loss']:.2f}, gradient ratio {reg.metrics['gradient_ratio']:.2f} (good: 0.1-10)")

@@ -3,6 +3,7 @@
 import torch
 from sklearn.datasets import load_digits
 from torch import nn
+from torch.utils.data import DataLoader
 
 from lfu_reg import LfURegularizer
 
@@ -39,7 +40,7 @@ def ctc_loss(model, batch):
 
 
 lines = [range(n, n + 3 + n % 3) for n in range(0, 640, 5)]
-loader = torch.utils.data.DataLoader(lines, batch_size=16, shuffle=True, collate_fn=collate)
+loader = DataLoader(lines, batch_size=16, shuffle=True, collate_fn=collate)
 model = Reader().train()
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 with LfURegularizer(model, "steering") as reg:  # finds the mask of the frames by its name, attention_mask
@@ -48,4 +49,4 @@ with LfURegularizer(model, "steering") as reg:  # finds the mask of the frames b
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        print(f"loss {reg.metrics['sft_loss']:.2f}, gradient ratio {reg.metrics['gradient_ratio']:.2f} (good: 0.1 to 10)")
+        print(f"loss {reg.metrics['sft_loss']:.2f}, gradient ratio {reg.metrics['gradient_ratio']:.2f} (good: 0.1-10)")

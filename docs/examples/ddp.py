@@ -44,6 +44,6 @@ for number, batch in enumerate(loader):
         optimizer.step()
         optimizer.zero_grad()
         loss, ratio = reg.metrics["sft_loss"], reg.metrics["gradient_ratio"]
-        print(f"rank {dist.get_rank()}: loss {loss:.2f}, gradient ratio {ratio:.2f} (good: 0.1 to 10)")
+        print(f"rank {dist.get_rank()}: loss {loss:.2f}, gradient ratio {ratio:.2f} (good: 0.1-10)")
 reg.remove()
 dist.destroy_process_group()

@@ -1,11 +1,13 @@
 """A preference loss (DPO) by hand, with the adapter switched off as reference; right answers are chosen, others not."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import logsigmoid
+from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
 
 from lfu_reg import LfURegularizer
@@ -14,7 +16,7 @@ torch.manual_seed(0)
 name = "benchmarks/demo/model"  # small, and shipped; "HuggingFaceTB/SmolLM2-135M-Instruct" does as well
 tokenizer, base = AutoTokenizer.from_pretrained(name), AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
 model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
-rows = [json.loads(line) for line in Path("benchmarks/demo/data/svamp.jsonl").read_text().splitlines()[:33]]
+rows = [json.loads(line) for line in Path("benchmarks/demo/data/svamp.jsonl").read_text().splitlines()[:17]]
 
 
 def encode(prompt, answer):
@@ -40,14 +42,16 @@ def dpo_loss(model, batch, beta=0.1):
 
 
 pad = DataCollatorForSeq2Seq(tokenizer)
-answers = [row["completion"] for row in rows]
-pairs = [(encode(r["prompt"], a), encode(r["prompt"], b)) for r, a, b in zip(rows, answers, answers[1:])]
-loader = torch.utils.data.DataLoader(pairs, 4, shuffle=True, collate_fn=collate)
-optimizer = torch.optim.AdamW([p for p in model.train().parameters() if p.requires_grad], lr=5e-3)
+pairs = [
+    (encode(row["prompt"], row["completion"]), encode(row["prompt"], other["completion"]))
+    for row, other in pairwise(rows)
+]
+loader = DataLoader(pairs, 4, shuffle=True, collate_fn=collate)
+optimizer = torch.optim.AdamW([p for p in model.train().parameters() if p.requires_grad], lr=2e-3)
 with LfURegularizer(model, "steering") as reg:
-    for batch in loader:
+    for batch in [*loader, *loader]:  # two epochs
         loss = reg(model, batch, dpo_loss)  # was: loss = dpo_loss(model, batch)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        print(f"loss {reg.metrics['sft_loss']:.2f}, gradient ratio {reg.metrics['gradient_ratio']:.2f} (good: 0.1 to 10)")
+        print(f"loss {reg.metrics['sft_loss']:.2f}, gradient ratio {reg.metrics['gradient_ratio']:.2f} (good: 0.1-10)")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import lightning.pytorch as L
 import torch
+from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
 
 from lfu_reg.integrations.lightning import LfUCallback
@@ -35,10 +36,10 @@ class Tuned(L.LightningModule):
 class Show(L.Callback):
     def on_train_batch_end(self, trainer, *_):
         loss, ratio = (trainer.callback_metrics[f"lfu/{name}"] for name in ("sft_loss", "gradient_ratio"))
-        print(f"loss {loss:.2f}, gradient ratio {ratio:.2f} (good: 0.1 to 10)")
+        print(f"loss {loss:.2f}, gradient ratio {ratio:.2f} (good: 0.1-10)")
 
 
-loader = torch.utils.data.DataLoader([*map(encode, rows)], 4, shuffle=True, collate_fn=DataCollatorForSeq2Seq(tokenizer))
+loader = DataLoader([*map(encode, rows)], 4, shuffle=True, collate_fn=DataCollatorForSeq2Seq(tokenizer))
 trainer = L.Trainer(
     max_epochs=1,
     logger=False,

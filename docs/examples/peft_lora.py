@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
 
 from lfu_reg import LfURegularizer
@@ -26,7 +27,7 @@ def sft_loss_fn(model, batch):
 
 
 optimizer = torch.optim.AdamW([p for p in model.train().parameters() if p.requires_grad], lr=5e-3)
-loader = torch.utils.data.DataLoader([*map(encode, rows)], 4, shuffle=True, collate_fn=DataCollatorForSeq2Seq(tokenizer))
+loader = DataLoader([*map(encode, rows)], 4, shuffle=True, collate_fn=DataCollatorForSeq2Seq(tokenizer))
 with LfURegularizer(model) as reg:  # "weights" moves the adapter's own matrices instead, as the authors' code does
     print(reg)  # settings, and the layers whose hidden states are kept
     for batch in loader:
@@ -34,5 +35,5 @@ with LfURegularizer(model) as reg:  # "weights" moves the adapter's own matrices
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        print(f"loss {reg.metrics['sft_loss']:.2f}, gradient ratio {reg.metrics['gradient_ratio']:.2f} (good: 0.1 to 10)")
+        print(f"loss {reg.metrics['sft_loss']:.2f}, gradient ratio {reg.metrics['gradient_ratio']:.2f} (good: 0.1-10)")
 model.save_pretrained("runs/peft")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from lfu_reg import LfURegularizer
 
@@ -39,7 +40,7 @@ def sft_loss_fn(model, batch):
 
 model = Model().train()
 optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-loader = torch.utils.data.DataLoader(rows, batch_size=4, shuffle=True, collate_fn=collate)
+loader = DataLoader(rows, batch_size=4, shuffle=True, collate_fn=collate)
 
 with LfURegularizer(model, "steering") as reg:
     for batch in loader:
@@ -47,4 +48,4 @@ with LfURegularizer(model, "steering") as reg:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        print(f"loss {reg.metrics['sft_loss']:.2f}, gradient ratio {reg.metrics['gradient_ratio']:.2f} (good: 0.1 to 10)")
+        print(f"loss {reg.metrics['sft_loss']:.2f}, gradient ratio {reg.metrics['gradient_ratio']:.2f} (good: 0.1-10)")

@@ -1,10 +1,12 @@
 """A reward model (Bradley-Terry): the right equation of a word problem has to score higher than another one."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 from torch.nn.functional import logsigmoid
+from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lfu_reg import LfURegularizer
@@ -14,13 +16,13 @@ name = "benchmarks/demo/model"  # small, and shipped; "HuggingFaceTB/SmolLM2-135
 tokenizer = AutoTokenizer.from_pretrained(name)
 model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=1, dtype=torch.float32)
 model.config.pad_token_id = tokenizer.pad_token_id
-rows = [json.loads(line) for line in Path("benchmarks/demo/data/svamp.jsonl").read_text().splitlines()[:33]]
-pairs = [(row["prompt"] + row["completion"], row["prompt"] + other["completion"]) for row, other in zip(rows, rows[1:])]
+rows = [json.loads(line) for line in Path("benchmarks/demo/data/svamp.jsonl").read_text().splitlines()[:17]]
+pairs = [(row["prompt"] + row["completion"], row["prompt"] + other["completion"]) for row, other in pairwise(rows)]
 
 
 def collate(pairs):  # first the chosen answers, then the rejected ones
-    chosen, rejected = zip(*pairs)
-    return tokenizer([*chosen, *rejected], padding=True, return_tensors="pt")
+    texts = [pair[0] for pair in pairs] + [pair[1] for pair in pairs]
+    return tokenizer(texts, padding=True, return_tensors="pt")
 
 
 def reward_loss(model, batch):
@@ -28,12 +30,12 @@ def reward_loss(model, batch):
     return -logsigmoid(chosen - rejected).mean()
 
 
-optimizer = torch.optim.AdamW(model.train().parameters(), lr=5e-4)
-loader = torch.utils.data.DataLoader(pairs, 8, shuffle=True, collate_fn=collate)
+optimizer = torch.optim.AdamW(model.train().parameters(), lr=2e-3)
+loader = DataLoader(pairs, 4, shuffle=True, collate_fn=collate)
 with LfURegularizer(model) as reg:
-    for batch in loader:
+    for batch in [*loader, *loader]:  # two epochs
         loss = reg(model, batch, reward_loss)  # was: loss = reward_loss(model, batch)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        print(f"loss {reg.metrics['sft_loss']:.2f}, gradient ratio {reg.metrics['gradient_ratio']:.2f} (good: 0.1 to 10)")
+        print(f"loss {reg.metrics['sft_loss']:.2f}, gradient ratio {reg.metrics['gradient_ratio']:.2f} (good: 0.1-10)")

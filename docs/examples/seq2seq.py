@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import torch
+from torch.utils.data import DataLoader
 from transformers import ByT5Tokenizer, DataCollatorForSeq2Seq, T5Config, T5ForConditionalGeneration
 
 from lfu_reg import LfURegularizer
@@ -21,11 +22,11 @@ def sft_loss_fn(model, batch):
 
 
 optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-loader = torch.utils.data.DataLoader(data, 4, shuffle=True, collate_fn=DataCollatorForSeq2Seq(tokenizer))
+loader = DataLoader(data, 4, shuffle=True, collate_fn=DataCollatorForSeq2Seq(tokenizer))
 with LfURegularizer(model) as reg:  # encoder and decoder; layers=r"decoder\.block\.\d+" takes one of them
     for batch in loader:
         loss = reg(model, batch, sft_loss_fn)  # was: loss = sft_loss_fn(model, batch)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        print(f"loss {reg.metrics['sft_loss']:.2f}, gradient ratio {reg.metrics['gradient_ratio']:.2f} (good: 0.1 to 10)")
+        print(f"loss {reg.metrics['sft_loss']:.2f}, gradient ratio {reg.metrics['gradient_ratio']:.2f} (good: 0.1-10)")

@@ -41,5 +41,5 @@ trainer = LfUTrainer(
 trainer.train()
 for row in trainer.state.log_history[:-1]:
     loss, ratio = row["lfu/sft_loss"], row["lfu/gradient_ratio"]
-    print(f"loss {loss:.2f}, gradient ratio {ratio:.2f} (good: 0.1 to 10)")
+    print(f"loss {loss:.2f}, gradient ratio {ratio:.2f} (good: 0.1-10)")
 print(trainer.evaluate())  # the plain loss, as without LfU

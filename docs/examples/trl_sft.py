@@ -1,7 +1,10 @@
 """TRL: `LfUSFTTrainer` is `SFTTrainer` with one more argument."""
 
+import json
+from pathlib import Path
+
 import torch
-from datasets import load_dataset
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig
 
@@ -9,7 +12,7 @@ from lfu_reg.integrations.trl import LfUSFTTrainer
 
 name = "benchmarks/demo/model"  # small, and shipped; "HuggingFaceTB/SmolLM2-135M-Instruct" does as well
 tokenizer, model = AutoTokenizer.from_pretrained(name), AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-data = load_dataset("json", data_files="benchmarks/demo/data/svamp.jsonl", split="train[:32]")  # prompt and completion
+rows = [json.loads(line) for line in Path("benchmarks/demo/data/svamp.jsonl").read_text().splitlines()[:32]]
 config = SFTConfig(
     "runs/trl",
     max_steps=8,
@@ -25,11 +28,11 @@ config = SFTConfig(
 trainer = LfUSFTTrainer(
     model,
     config,
-    train_dataset=data,
+    train_dataset=Dataset.from_list(rows),  # prompt and completion
     processing_class=tokenizer,
     lfu={"auxiliary": "steering"},  # settings of LfURegularizer
 )
 trainer.train()
 for row in trainer.state.log_history[:-1]:
     loss, ratio = row["lfu/sft_loss"], row["lfu/gradient_ratio"]
-    print(f"loss {loss:.2f}, gradient ratio {ratio:.2f} (good: 0.1 to 10)")
+    print(f"loss {loss:.2f}, gradient ratio {ratio:.2f} (good: 0.1-10)")

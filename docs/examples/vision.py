@@ -3,12 +3,14 @@
 import torch
 from sklearn.datasets import load_digits
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from lfu_reg import LfURegularizer
 
 torch.manual_seed(0)
 digits = load_digits()
-images, classes = torch.tensor(digits.images[:512], dtype=torch.float32)[:, None] / 16, torch.tensor(digits.target[:512])
+images = torch.tensor(digits.images[:512], dtype=torch.float32)[:, None] / 16
+classes = torch.tensor(digits.target[:512])
 
 
 class Block(nn.Module):
@@ -36,11 +38,11 @@ def loss_fn(model, batch):
 
 
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, classes), batch_size=64, shuffle=True)
+loader = DataLoader(TensorDataset(images, classes), batch_size=64, shuffle=True)
 with LfURegularizer(model, "steering") as reg:  # LoRA needs linear maps, as a vision transformer has them
     for batch in loader:
         loss = reg(model, batch, loss_fn)  # was: loss = loss_fn(model, batch)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        print(f"loss {reg.metrics['sft_loss']:.2f}, gradient ratio {reg.metrics['gradient_ratio']:.2f} (good: 0.1 to 10)")
+        print(f"loss {reg.metrics['sft_loss']:.2f}, gradient ratio {reg.metrics['gradient_ratio']:.2f} (good: 0.1-10)")

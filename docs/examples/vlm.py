@@ -3,6 +3,7 @@
 import torch
 from sklearn.datasets import load_digits
 from torch.nn.functional import interpolate
+from torch.utils.data import DataLoader
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from lfu_reg import LfURegularizer
@@ -37,11 +38,11 @@ def sft_loss_fn(model, batch):
 
 
 optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
-loader = torch.utils.data.DataLoader(range(256), batch_size=32, shuffle=True, collate_fn=collate)
+loader = DataLoader(range(256), batch_size=32, shuffle=True, collate_fn=collate)
 with LfURegularizer(model, layers=r"(.*\.)?language_model\.(.*\.)?layers\.\d+") as reg:  # "all" has the tower's, too
     for batch in loader:
         loss = reg(model, batch, sft_loss_fn)  # was: loss = sft_loss_fn(model, batch)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        print(f"loss {reg.metrics['sft_loss']:.2f}, gradient ratio {reg.metrics['gradient_ratio']:.2f} (good: 0.1 to 10)")
+        print(f"loss {reg.metrics['sft_loss']:.2f}, gradient ratio {reg.metrics['gradient_ratio']:.2f} (good: 0.1-10)")
