@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq
 from lfu_reg import LfURegularizer
 
 torch.manual_seed(0)
-name = "benchmarks/demo/model"  # small, and shipped; "HuggingFaceTB/SmolLM2-135M-Instruct" does as well
+name = "benchmarks/evidence/base_model"  # 2.2 M parameters; or "HuggingFaceTB/SmolLM2-135M-Instruct"
 tokenizer, model = AutoTokenizer.from_pretrained(name), AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
 rows = [json.loads(line) for line in Path("benchmarks/demo/data/svamp.jsonl").read_text().splitlines()[:32]]
 
@@ -27,7 +27,7 @@ def sft_loss_fn(model, batch):
 for block in model.train().model.layers:
     block.compile(backend="inductor")
 optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
-pad = DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=256)  # one length, so that nothing is compiled again
+pad = DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=128)  # one length, so that nothing is compiled again
 loader = DataLoader([*map(encode, rows)], 4, shuffle=True, collate_fn=pad)
 with LfURegularizer(model, "steering") as reg:  # LoRA breaks the graph at every linear map
     for batch in loader:

@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from lfu_reg import LfURegularizer
 
 torch.manual_seed(0)
-name = "benchmarks/demo/model"  # small, and shipped; "HuggingFaceTB/SmolLM2-135M-Instruct" does as well
+name = "benchmarks/evidence/base_model"  # 2.2 M parameters; or "HuggingFaceTB/SmolLM2-135M-Instruct"
 tokenizer = AutoTokenizer.from_pretrained(name)
 model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=1, dtype=torch.float32)
 model.config.pad_token_id = tokenizer.pad_token_id
