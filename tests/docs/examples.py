@@ -1,4 +1,4 @@
-"""The scripts of docs/examples, and the pages of docs/recipes that show them.
+"""The code of pages; the scripts of docs/examples, and the pages of docs/recipes that show them.
 
 A page has its script's code behind a comment with the script's name; `python -m tests.docs.examples` puts it there.
 """
@@ -16,6 +16,12 @@ SCRIPTS = sorted(EXAMPLES.glob("*.py"))
 PAGES = sorted((ROOT / "docs" / "recipes").glob("*.md"))
 
 _SHOWN = re.compile(r"(<!-- example: (\w+\.py) -->\n\n```python\n).*?(^```$)", re.DOTALL | re.MULTILINE)
+
+
+def blocks(page: str) -> list[str]:
+    """A page's python blocks, each behind as many empty lines as are above it, so that tracebacks point there."""
+    found = re.finditer(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    return ["\n" * page[: block.start(1)].count("\n") + block.group(1) for block in found]
 
 
 def shown(page: str) -> list[str]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
 
-from tests.docs.examples import ROOT
+from tests.docs.examples import ROOT, blocks
 from tests.support.acts import Steps, assert_acts
 
 PAGE = ROOT / "docs" / "quick-start.md"
@@ -18,7 +17,7 @@ def test_quick_start_runs_and_acts(steps: Steps, tmp_path: Path, monkeypatch: py
     for package in ("transformers", "accelerate", "trl", "datasets"):
         pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
-    first, loop, *trainers = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+    first, loop, *trainers = blocks(PAGE.read_text())
     assert NAME in first
     names: dict[str, object] = {"__name__": "quick_start"}
     ships = str(ROOT / "benchmarks" / "evidence" / "base_model")

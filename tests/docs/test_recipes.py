@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.docs.examples import PAGES, ROOT, SCRIPTS, filled, missing_packages, shown
+from tests.docs.examples import PAGES, ROOT, SCRIPTS, blocks, filled, missing_packages, shown
 from tests.support.acts import Steps, assert_acts, assert_learns
 
 NOISY = {"dpo", "reward_model"}  # two epochs over sixteen pairs: the loss of a step is mostly its pairs'
@@ -46,7 +46,7 @@ def test_script_runs_and_acts(
 def test_page_shows_its_script(page: Path) -> None:
     """`python -m tests.docs.examples` writes it."""
     text = page.read_text()
-    assert len(shown(text)) == text.count("```python") == 1
+    assert len(shown(text)) == len(blocks(text)) == 1
     assert filled(text) == text
 
 
