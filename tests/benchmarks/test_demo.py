@@ -44,6 +44,7 @@ def test_without_the_real_model_the_small_one_takes_its_place(
     assert ended.value.code == 0
     rows = [json.loads(line) for line in (here / "runs/demo/runs.jsonl").read_text().splitlines()]
     assert [row["run"] for row in rows] == ["base", "sft_rate-0.002_seed-0", "lfu-1-exact_rate-0.002_seed-0"]
+    assert 0.1 <= rows[2]["figures"]["gradient_ratio"] <= 10
     assert rows[0]["point"]["kept"]["old-skills.jsonl"]["exact"] == 1.0
     assert "Verdict: LfU adds nothing here, since SFT forgets next to nothing." in capsys.readouterr().out
 

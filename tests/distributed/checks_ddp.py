@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from lfu_reg import LfURegularizer, LfUWarning
-from tests.distributed.recipes import run_recipe
+from tests.distributed.examples import run_example
 from tests.distributed.reference import both_terms, expected, length, mean, parameters_of, regularizer, train
 from tests.support.cases import Batch, Case, seeded, token_batch
 from tests.support.compare import assert_same_gradients, gradients_of, mismatch
@@ -513,4 +513,4 @@ def check_one_backward() -> None:
 
 
 def check_recipe() -> None:
-    run_recipe("ddp.md")
+    run_example("ddp.py")

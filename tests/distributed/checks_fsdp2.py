@@ -19,7 +19,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from benchmarks.sharded.recorder import Collectives
 from lfu_reg import LfURegularizer, LfUWarning
 from lfu_reg.step.strength import FIRST_STEPS
-from tests.distributed.recipes import run_recipe
+from tests.distributed.examples import run_example
 from tests.distributed.reference import (
     both_terms,
     expected,
@@ -611,4 +611,4 @@ def check_no_regularizer_no_difference() -> None:
 
 
 def check_recipe() -> None:
-    run_recipe("fsdp2.md")
+    run_example("fsdp2.py")

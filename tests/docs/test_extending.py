@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lfu_reg import LfURegularizer
-from tests.docs.test_recipes import blocks
+from tests.docs.examples import blocks
 from tests.support.cases import plain_loss, token_batch
 from tests.support.plain_models import TinyLM
 

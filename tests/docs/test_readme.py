@@ -12,17 +12,16 @@ import torch
 from torch import nn
 
 from lfu_reg.step.attached_model import is_attached
+from tests.support.acts import Steps, assert_acts
 from tests.support.cases import plain_loss, token_batch
 from tests.support.plain_models import TinyLM
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize(
-    "page", ["README.md", *(f"docs/{name}" for name in ("index.md", "choosing-a-strength.md", "recipes/compile.md"))]
-)
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{name}.md" for name in ("index", "choosing-a-strength"))])
 @pytest.mark.filterwarnings("ignore::lfu_reg.LfUWarning")
-def test_examples_run(page: str) -> None:
+def test_examples_run_and_act(page: str, steps: Steps) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     assert blocks
     model: nn.Module = TinyLM().train()
@@ -31,13 +30,13 @@ def test_examples_run(page: str) -> None:
         "model": model,
         "loader": [token_batch(seed) for seed in range(2)],
         "sft_loss_fn": plain_loss,
-        "backend": "eager",
         "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
     }
     for block in blocks:
         exec(compile(block, page, "exec"), names)
     assert not all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert not is_attached(model)
+    assert_acts(steps)
 
 
 def test_figures_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,53 +1,58 @@
-"""Every page in docs/recipes runs: its python blocks in order, in one namespace, warnings of the library being errors.
+"""Every script of docs/examples runs as it stands, learns, and is regularized by as much as the default promises.
 
-A page says what it needs in a comment, `<!-- recipe: needs=trl,datasets -->`, and is skipped where that is missing. A
-page for several processes names the test that runs it:
-`<!-- recipe: test=tests/integrations/test_launched_loops.py -->`.
+Warnings of the library are errors. Scripts for several processes run in tests/distributed. The pages of docs/recipes
+show the scripts, and no code besides.
 """
 
 from __future__ import annotations
 
 import re
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-PAGES = sorted((ROOT / "docs" / "recipes").glob("*.md"))
+from tests.docs.examples import PAGES, ROOT, SCRIPTS, blocks, filled, missing_packages, shown
+from tests.support.acts import Steps, assert_acts, assert_learns
+
+NOISY = {"dpo", "reward_model"}  # two epochs over sixteen pairs: the loss of a step is mostly its pairs'
 
 
-def markers(text: str) -> dict[str, str]:
-    pairs = [pair for comment in re.findall(r"<!-- recipe: (.*?) -->", text) for pair in comment.split()]
-    return dict(pair.split("=", 1) for pair in pairs)
-
-
-def blocks(text: str) -> list[str]:
-    """The python blocks, each behind as many empty lines as stand before it, so that tracebacks point into the page."""
-    found = re.finditer(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    return ["\n" * text[: block.start(1)].count("\n") + block.group(1) for block in found]
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+@pytest.mark.filterwarnings("ignore::UserWarning")  # others' words on threads and pinned memory
+@pytest.mark.filterwarnings("error::lfu_reg.LfUWarning")
+def test_script_runs_and_acts(
+    script: Path, steps: Steps, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = script.read_text()
+    if "torchrun" in code:
+        checks = (ROOT / "tests" / "distributed" / f"checks_{script.stem}.py").read_text()
+        assert f'run_example("{script.name}")' in checks
+        pytest.skip(f"run by tests/distributed/checks_{script.stem}.py")
+    if missing := missing_packages(code):
+        pytest.skip(f"needs {', '.join(missing)}")
+    (tmp_path / "benchmarks").symlink_to(ROOT / "benchmarks")
+    monkeypatch.chdir(tmp_path)
+    code = code.replace('backend="inductor"', 'backend="eager"')  # a minute of compiling
+    exec(compile(code, str(script), "exec"), {"__name__": "__main__"})
+    assert_acts(steps, at_least=8)
+    if script.stem not in NOISY:
+        assert_learns(steps)
+    printed = re.findall(r"gradient ratio ([\d.]+) \(good: 0\.1-10\)", capsys.readouterr().out)
+    assert len(printed) >= 4
+    assert all(0.1 <= float(ratio) <= 10 for ratio in printed)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-@pytest.mark.filterwarnings("ignore::UserWarning:lightning")
-def test_recipe_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_page_shows_its_script(page: Path) -> None:
+    """`python -m tests.docs.examples` writes it."""
     text = page.read_text()
-    marks = markers(text)
-    assert set(marks) <= {"needs", "test"}, marks
-    if "test" in marks:
-        assert page.name in (ROOT / marks["test"]).read_text(), f"{marks['test']} does not run {page.name}"
-        pytest.skip(f"run by {marks['test']}")
-    for package in marks.get("needs", "").split(","):
-        if package and find_spec(package) is None:
-            pytest.skip(f"needs {package}")
-    assert blocks(text), "a recipe without code"
-    monkeypatch.chdir(tmp_path)
-    names: dict[str, object] = {"__name__": "recipe"}
-    for block in blocks(text):
-        exec(compile(block, str(page), "exec"), names)
+    assert len(shown(text)) == len(blocks(text)) == 1
+    assert filled(text) == text
 
 
-def test_every_recipe_is_in_the_navigation() -> None:
-    navigation = (ROOT / "mkdocs.yml").read_text()
+def test_every_script_has_a_page_and_every_page_is_listed() -> None:
+    assert sorted(name for page in PAGES for name in shown(page.read_text())) == [script.name for script in SCRIPTS]
+    navigation, table = (ROOT / "mkdocs.yml").read_text(), (ROOT / "docs" / "recipes.md").read_text()
     for page in PAGES:
         assert f"recipes/{page.name}" in navigation, page.name
+        assert f"recipes/{page.name}" in table, page.name
