@@ -82,7 +82,7 @@ def test_the_two_readings() -> None:
     code, text = PROTOCOLS["published"], PROTOCOLS["text"]
     assert code == Protocol()
     different = {name for name in code.__dict__ if code.__dict__[name] != text.__dict__[name]}
-    assert different == {"name", "direction", "states", "lora", "steering"}
+    assert different == {"name", "checkpointing", "direction", "states", "lora", "steering"}
 
 
 def test_switches() -> None:
@@ -198,7 +198,7 @@ def test_needs_of_a_known_model() -> None:
     said = needed(SFT)
     assert said.parameters == pytest.approx(0.87e6, rel=0.02)
     assert said.training == pytest.approx(6 * said.parameters * 50 * 160 * 3 / 1e12)
-    plain = needed(SFT, protocol=Protocol(checkpointing=False))
+    plain = needed(SFT, protocol=Protocol(checkpointing="off"))
     assert plain.training == pytest.approx(4 * said.parameters * 50 * 160 * 3 / 1e12)
     assert plain.memory > said.memory
     assert needed(SFT, LFU).training == pytest.approx(4 * said.training)  # 1 + 3 with a second loader
