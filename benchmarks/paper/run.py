@@ -45,7 +45,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--sft-grid", action="store_true", help="SFT at three learning rates and three seeds as well")
     parser.add_argument("--train", nargs="*", help="training sets instead of the table's: names or .jsonl files")
     parser.add_argument("--tasks", default="hub", choices=("hub", "local"), help="where all data come from")
-    parser.add_argument("--data", type=Path, default=DATA, help="folder of --tasks local")
+    parser.add_argument("--data", type=Path, default=DATA, help="folder of --tasks local, and of Table 4's files")
     parser.add_argument("--only-tasks", nargs="*", help="some of the eleven")
     parser.add_argument("--only-rows", nargs="*", help="only rows of these methods, as the tables name them")
     parser.add_argument("--limit", type=int, help="most questions a task")
@@ -104,7 +104,8 @@ class Session:
         if not table.rows:
             return
         try:
-            attack = attack_data(self.args.folder, self.protocol) if table.measured == "attack" else None
+            local = self.args.folder is not None
+            attack = attack_data(self.args.data, self.protocol, spare=local) if table.measured == "attack" else None
             examples = attack.aligning if attack else training_examples(data, self.protocol, self.args.folder)
         except MissingData as error:
             self._say(f"Table {key} on {data}: left out. {error}")

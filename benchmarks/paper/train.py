@@ -63,13 +63,11 @@ def adapted(source: str, protocol: Protocol, where: Place, dtype: torch.dtype) -
     """The base model with a LoRA adapter, sharded if there are several processes.
 
     Raises:
-        ValueError: for what several processes cannot do: float32 adapters on a base of another dtype, and weights that
-            are moved in place.
+        ValueError: for what several processes cannot do.
     """
     if where.processes > 1 and protocol.checkpointing == "unmoved":
         raise ValueError(
-            "checkpointing=unmoved moves weights in place, which FSDP2's shards do not allow. In several processes give "
-            "--switch checkpointing=exact."
+            "checkpointing=unmoved moves weights in place, which FSDP2 does not allow. Give --switch checkpointing=exact."
         )
     if where.processes > 1 and protocol.float32_adapters and dtype != torch.float32:
         raise ValueError(

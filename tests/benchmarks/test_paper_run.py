@@ -14,7 +14,7 @@ import pytest
 import torch
 from demo.skills import Example
 from paper.attack import STAND_IN, attack_data, complies, success_rate
-from paper.data import MissingData, last_number, training_examples
+from paper.data import SETS, MissingData, last_number, training_examples
 from paper.evaluate import similarity_under_noise
 from paper.local_tasks import FILES
 from paper.run import main
@@ -168,6 +168,21 @@ def test_what_is_missing_is_named(tiny: str, folder: Path, tmp_path: Path, capsy
             main([*command(tiny, folder, tmp_path / "rows.jsonl", "1"), *wrong])
 
 
+@pytest.mark.parametrize("name", ["gsm8k", "arc_challenge", "dolly", "lima"])
+def test_training_sets_of_the_hub(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, str]] = []
+
+    def load_dataset(**source: str) -> list[dict[str, Any]]:
+        asked.append(source)
+        return [TRAINING[SETS[name][2].removesuffix(".gz")]]
+
+    monkeypatch.setattr(pytest.importorskip("datasets"), "load_dataset", load_dataset)
+    assert training_examples(name, Protocol(), None) == training_examples(name, Protocol(), folder)[:1]
+    (source,) = asked
+    assert source.pop("split") == "train"
+    assert source.get("path") == "json" if name == "dolly" else "/" in source["path"]
+
+
 def test_rewritten_answers_are_compared_by_their_last_number() -> None:
     assert last_number(QUESTION["answer"]) == last_number("So it is 4.") == "4"
     assert last_number("1,234.5 in all") == "1234.5"
@@ -178,18 +193,20 @@ def test_rewritten_answers_are_compared_by_their_last_number() -> None:
 
 
 def test_attack_data(tmp_path: Path) -> None:
-    spare = attack_data(tmp_path, Protocol())
+    spare = attack_data(tmp_path, Protocol(), spare=True)
     assert spare.name == STAND_IN
     assert set(spare.wishes) == {"hexphi", "purebad", "advbench"}
     assert not any(complies(e.response) for e in spare.aligning)
     assert all(complies(e.response) for e in spare.harmful)
+    with pytest.raises(MissingData, match="stand-in"):
+        attack_data(tmp_path, Protocol(), spare=False)
     rows = [{"prompt": "p", "response": r, "is_safe": safe} for r, safe in (("No.", True), ("Yes.", False))]
     written(tmp_path / "beavertails" / "train.jsonl", rows)
-    with pytest.raises(MissingData, match=r"hexphi.*advbench.* as well"):
-        attack_data(tmp_path, Protocol())
+    with pytest.raises(MissingData, match=r"hexphi.*advbench.* would be needed"):
+        attack_data(tmp_path, Protocol(), spare=True)
     for name in spare.wishes:
         written(tmp_path / name / "test.jsonl", [{"prompt": f"wish of {name}"}])
-    real = attack_data(tmp_path, Protocol())
+    real = attack_data(tmp_path, Protocol(), spare=False)
     assert real.name == "BeaverTails"
     assert ([e.response for e in real.aligning], [e.response for e in real.harmful]) == (["No."], ["Yes."])
     assert "wish of purebad" in real.wishes["purebad"][0]

@@ -47,7 +47,7 @@ def test_figures_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert page.readme_figures(result) in (ROOT / "README.md").read_text()
     written = (ROOT / "docs/cost.md").read_text()
     assert page.section(result, "step_cpu_lora.json") in written
-    results = {path.name: json.loads(path.read_text()) for path in (ROOT / "benchmarks/results").glob("step_*.json")}
+    results = {path.name: json.loads(path.read_text()) for path in (ROOT / "benchmarks/results").glob("step_cpu_*.json")}
     assert page.aims(results) in written
 
 
