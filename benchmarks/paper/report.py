@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable
+from typing import Any
 
 from paper.data import SETS
 from paper.published import ATTACKS, CATEGORIES, FIGURE_5, TIMES, Figures, mean_ranks, published
@@ -53,6 +54,19 @@ def page(key: str, table: Table, model: Model, data: str, measured: list[tuple[R
         cells = [cell(figures.get(c), beside_it.get(c)) for c in columns]
         lines.append(f"| {row.label} | {row.setting} | {' | '.join(cells)} |")
     return "\n".join([*lines, *_spread_of_sft(ranked, columns), *_against_sft(key, ranked), ""])
+
+
+def reduced(options: dict[str, Any]) -> list[str]:
+    """What a run at less than the paper's size has to say of itself.
+
+    Args:
+        options: of the command line.
+    """
+    sizes = [f"--{name} {options[name]}" for name in ("limit", "examples", "steps") if options[name] is not None]
+    sizes += ["--only-tasks"] * bool(options["only_tasks"]) + ["--tasks local"] * (options["tasks"] == "local")
+    if not sizes:
+        return []
+    return [f"**Reduced size ({', '.join(sizes)}): no difference to a published figure here says anything.**"]
 
 
 def cell(measured: float | None, told: float | None) -> str:

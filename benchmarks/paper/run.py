@@ -23,7 +23,7 @@ from transformers import AutoTokenizer
 from paper import evaluate, needs, store
 from paper.attack import Attack, attack_data, before_and_after
 from paper.data import MissingData, encoded, last_number, training_examples
-from paper.report import page
+from paper.report import page, reduced
 from paper.settings import INSTRUCT, MODELS, PROTOCOLS, Model, Protocol, switched
 from paper.tables import GROUPS, TABLES, Row, Table, with_sft_grid
 from paper.tasks import checked
@@ -115,9 +115,9 @@ class Session:
         if self.args.needs_only:
             return
         measured = [(row, self._row(row, table, data, examples, attack)) for row in table.rows]
-        where_from = "" if attack is None else f"Data: {attack.name}."
+        notes = [*([f"Data: {attack.name}."] if attack else []), *reduced(vars(self.args))]
         name = data if attack is None or attack.name == "BeaverTails" else attack.name
-        self._say(page(key, table, self.known, name, measured, where_from))
+        self._say(page(key, table, self.known, name, measured, " ".join(notes)))
 
     def _chosen(self, table: Table) -> Table:
         table = with_sft_grid(table) if self.args.sft_grid else table

@@ -66,9 +66,7 @@ def adapted(source: str, protocol: Protocol, where: Place, dtype: torch.dtype) -
         ValueError: for what several processes cannot do.
     """
     if where.processes > 1 and protocol.checkpointing == "unmoved":
-        raise ValueError(
-            "checkpointing=unmoved moves weights in place, which FSDP2 does not allow. Give --switch checkpointing=exact."
-        )
+        raise ValueError("checkpointing=unmoved cannot move weights that are sharded: --switch checkpointing=exact.")
     if where.processes > 1 and protocol.float32_adapters and dtype != torch.float32:
         raise ValueError(
             f"float32 adapters on a base in {dtype}: FSDP2 shards weights of one dtype together. In several processes "

@@ -11,7 +11,7 @@ import pytest
 from evidence.corpus import DATA
 from paper import local_tasks, needs, store
 from paper.published import ATTACKS, CATEGORIES, FILE, mean_ranks, published
-from paper.report import cell, page
+from paper.report import cell, page, reduced
 from paper.settings import MODELS, PROTOCOLS, Model, Protocol, switched
 from paper.tables import LFU, SFT, TABLES, VANILLA, Row, with_sft_grid
 from paper.tasks import ELEVEN, HARNESS, SIZES, by_category, checked, main_figure
@@ -261,6 +261,16 @@ def test_a_page_tells_sft_s_spread_and_figure_5() -> None:
     variations = [(SFT, {"mean": 50.0, "sd": 10.0}), (LFU, {"mean": 51.0, "sd": 1.0})]
     said = page("figure5", TABLES["figure5"], MODELS["llama-3.1-8b"], "gsm8k", variations)
     assert "-90.0 / -92.1 (+2.1) percent" in said
+
+
+def test_a_page_of_reduced_size_says_so() -> None:
+    whole = {"limit": None, "examples": None, "steps": None, "only_tasks": None, "tasks": "hub"}
+    assert reduced(whole) == []
+    changes = {"limit": 2, "examples": 3, "steps": 4, "only_tasks": ["piqa"], "tasks": "local"}
+    for option, value in changes.items():
+        (said,) = reduced({**whole, option: value})
+        assert option.replace("_", "-") in said
+        assert "Reduced size" in said
 
 
 @pytest.mark.parametrize("key", TABLES)
