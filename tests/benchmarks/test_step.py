@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from itertools import repeat
 from pathlib import Path
 
 import pytest
@@ -12,18 +11,12 @@ pytest.importorskip("typer")
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-import torch
-from paper.published_steering import PublishedSteering
-from paper.states import names_of
 from step import __main__ as step
-from step import authors
 from step import page as step_page
 from step.others import OTHERS
 
 from lfu_reg.cli import app as app_module
 from lfu_reg.cli.methods import labels
-from tests.support.architectures import VOCAB, llama
-from tests.support.cases import causal_loss, seeded, token_batch
 
 
 @pytest.mark.parametrize("case", step.COMMANDS)
@@ -62,19 +55,3 @@ def test_a_run_writes_a_result_that_the_page_can_show(tmp_path: Path, monkeypatc
     of_readme = step_page.readme_figures(result)
     assert f"| exact | {ratio['steering']} | {ratio['lora']} | {ratio['weights']} |" in of_readme
     assert f"| {ratio['steering-one']} | {ratio['lora-one']} | {ratio['weights-one']} |" in of_readme
-
-
-def test_the_authors_steering_row_is_the_published_procedure() -> None:
-    model, batch = seeded(llama).double(), token_batch(2, vocab=VOCAB)
-    row = OTHERS["authors-steering"].make(model)
-    procedure = PublishedSteering(model, repeat(batch), names_of(model, "hidden-states"))
-    for _ in range(2):  # the vectors move alike as well
-        found, expected = (method(model, batch, causal_loss).detach() for method in (row, procedure))
-        assert torch.equal(found, expected)
-        assert found > causal_loss(model, batch)
-
-
-def test_the_authors_section_has_the_paper_s_ratios() -> None:
-    said = authors.about("## small\n").replace("\n", " ")
-    assert "2.99 times SFT's time for LoRA and 1.68 for steering" in said
-    assert said.endswith(" ### small ")
