@@ -1,7 +1,7 @@
 """Reproduces tables of the paper: `python -m paper.run 1 --model llama-3.1-8b` in benchmarks/.
 
-Weights come from the hub or from a folder. Training runs on one device or, under torchrun, on several:
-`torchrun --nproc-per-node 4 -m paper.run 1 --model llama-3.1-8b`. Finished runs are kept and not repeated.
+Weights come from the hub or from a folder. Finished runs are kept and not repeated. One device, or several by
+`torchrun --nproc-per-node 4 -m paper.run 1 --model llama-3.1-8b --switch float32_adapters=false checkpointing=exact`.
 """
 
 from __future__ import annotations
