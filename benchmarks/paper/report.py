@@ -46,6 +46,8 @@ def page(key: str, table: Table, model: Model, data: str, measured: list[tuple[R
     if rows:
         other = "" if beside == model.name else f" of **another model** ({beside}), whose differences say nothing"
         lines += [f"Each cell: measured / published (difference). Published numbers are those{other}.", ""]
+    elif key == "figure5":
+        lines += ["The paper has a single number for this, which stands below the table.", ""]
     else:
         lines += ["The paper's main part has no numbers for this.", ""]
     lines += [f"| method | setting | {' | '.join(columns)} |", f"|---|---|{'---|' * len(columns)}"]
@@ -101,8 +103,9 @@ def _spread_of_sft(measured: Iterable[tuple[Row, Figures]], columns: tuple[str, 
 
 def _against_sft(key: str, measured: list[tuple[Row, Figures]]) -> list[str]:
     """Figure 5's one number: the standard deviation over prompts, relative to SFT's."""
-    found = {row.label: figures for row, figures in measured}
-    if key != "figure5" or not found.get("SFT", {}).get("sd") or "LfU" not in found:
+    if key != "figure5":
         return []
-    change = 100 * (found["LfU"]["sd"] / found["SFT"]["sd"] - 1)
+    sd = {row.label: figures.get("sd") for row, figures in measured}
+    lfu, sft = sd.get("LfU"), sd.get("SFT")
+    change = 100 * (lfu / sft - 1) if lfu is not None and sft else None
     return ["", f"Standard deviation of LfU relative to SFT: {cell(change, FIGURE_5)} percent."]

@@ -23,7 +23,7 @@ from transformers import AutoTokenizer
 from paper import evaluate, needs, store
 from paper.attack import Attack, attack_data, before_and_after
 from paper.data import MissingData, encoded, last_number, training_examples
-from paper.report import page, reduced
+from paper.report import cell, page, reduced
 from paper.settings import INSTRUCT, MODELS, PROTOCOLS, Model, Protocol, switched
 from paper.tables import GROUPS, TABLES, Row, Table, with_sft_grid
 from paper.tasks import checked
@@ -237,7 +237,7 @@ def _line(record: store.Record) -> str:
     trained = ""
     if "steps" in record:
         trained = f"{record['steps']} steps, loss {record['first_loss']:.3f} -> {record['final_loss']:.3f}, "
-    scores = ", ".join(f"{name} {value:.1f}" for name, value in record["scores"].items())
+    scores = ", ".join(f"{name} {cell(value, None)}" for name, value in record["scores"].items())
     return f"{record['label']}: {trained}{record['seconds']:.0f} s; {scores}"
 
 

@@ -261,6 +261,9 @@ def test_a_page_tells_sft_s_spread_and_figure_5() -> None:
     variations = [(SFT, {"mean": 50.0, "sd": 10.0}), (LFU, {"mean": 51.0, "sd": 1.0})]
     said = page("figure5", TABLES["figure5"], MODELS["llama-3.1-8b"], "gsm8k", variations)
     assert "-90.0 / -92.1 (+2.1) percent" in said
+    assert "no numbers for this" not in said
+    said = page("figure5", TABLES["figure5"], MODELS["llama-3.1-8b"], "gsm8k", [(SFT, {"sd": 0.0}), (LFU, {"sd": 0.0})])
+    assert "n/a / -92.1 percent" in said
 
 
 def test_a_page_of_reduced_size_says_so() -> None:
