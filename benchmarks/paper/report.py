@@ -49,12 +49,13 @@ def page(key: str, table: Table, model: Model, data: str, measured: list[tuple[R
     elif key == "figure5":
         lines += ["The paper has a single number for this, which stands below the table.", ""]
     else:
-        lines += ["The paper's main part has no numbers for this.", ""]
+        lines += ["The paper's main part has no numbers for this model and these data.", ""]
     lines += [f"| method | setting | {' | '.join(columns)} |", f"|---|---|{'---|' * len(columns)}"]
     for row, figures in ranked:
         beside_it = rows.get((row.label, row.setting), {})
         cells = [cell(figures.get(c), beside_it.get(c)) for c in columns]
-        lines.append(f"| {row.label} | {row.setting} | {' | '.join(cells)} |")
+        label = row.label.replace("|", r"\|")
+        lines.append(f"| {label} | {row.setting} | {' | '.join(cells)} |")
     return "\n".join([*lines, *_spread_of_sft(ranked, columns), *_against_sft(key, ranked), ""])
 
 

@@ -282,4 +282,6 @@ def test_every_table_has_a_page_with_all_rows(key: str) -> None:
     said = page(key, TABLES[key], MODELS["llama-3.1-8b"], TABLES[key].data[0], rows)
     beside = key in {table for table, _, _ in published()}
     assert said.count("| 1.0") >= len(rows)
+    columns = [line.replace(r"\|", "").count("|") for line in said.splitlines() if line.startswith("|")]
+    assert len(set(columns)) == 1
     assert ("Each cell: measured / published" in said) == beside
