@@ -25,11 +25,13 @@ class SAM(Method):
         """l_SFT(w + epsilon), whose gradient is taken with respect to w as if epsilon were constant."""
         parameters = trainable(model)
         gradients = torch.autograd.grad(sft_loss_fn(model, batch), list(parameters.values()), allow_unused=True)
-        norm = global_norm([g for g in gradients if g is not None])
-        moved = []
-        for (name, p), gradient in zip(parameters.items(), gradients, strict=True):
-            if gradient is not None:
-                owner, _, leaf = name.rpartition(".")
-                moved.append((model.get_submodule(owner), leaf, p + self.rho * gradient / norm.clamp_min(1e-12)))
-        with patched(moved):
-            return sft_loss_fn(model, batch)
+        norm = global_norm([g for g in gradients if g is not None]).clamp_min(1e-12)
+        used = [(name, p, g) for (name, p), g in zip(parameters.items(), gradients, strict=True) if g is not None]
+        moved = [(p.detach() + self.rho * g / norm).requires_grad_() for _, p, g in used]
+        places = [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name, _, _ in used]
+        with patched([(*place, tensor) for place, tensor in zip(places, moved, strict=True)]):
+            loss = sft_loss_fn(model, batch)
+            # Taken here: with checkpointing, a later backward would run the blocks again without the moved weights.
+            gradients = torch.autograd.grad(loss, moved)
+        carried = torch.stack([(p * g).sum() for (_, p, _), g in zip(used, gradients, strict=True)]).sum()
+        return loss.detach() + (carried - carried.detach())

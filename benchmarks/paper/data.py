@@ -28,13 +28,22 @@ WITH_INPUT = (
     "response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n"
     "### Response:\n"
 )
-# A training set's name: in the paper, on the hub (path, configuration), and its file in a local folder.
-SETS = {
-    "gsm8k": ("GSM8K", ("openai/gsm8k", "main"), "gsm8k/train.jsonl.gz"),
-    "arc_challenge": ("ARC-Challenge", ("allenai/ai2_arc", "ARC-Challenge"), "arc_challenge/train.jsonl"),
-    "dolly": ("Alpagasus Dolly 3k", ("gpt4life/alpagasus", None), "dolly/dolly_3k.jsonl.gz"),
-    "lima": ("LIMA", ("GAIR/lima", None), "lima/train.jsonl"),
-    "beavertails": ("BeaverTails", None, None),  # two parts: see `attack.py`
+# Instructions of Dolly that AlpaGasus chose are not on the hub.
+_DOLLY = (
+    "https://raw.githubusercontent.com/gpt4life/alpagasus/95ad3e52510df8c0a2f0dd6cbe50b501acde83a1/"
+    "data/filtered/dolly_3k.json"
+)
+# A training set's name: in the paper, how `datasets` finds it, and its file in a local folder.
+SETS: dict[str, tuple[str, dict[str, str], str]] = {
+    "gsm8k": ("GSM8K", {"path": "openai/gsm8k", "name": "main"}, "gsm8k/train.jsonl.gz"),
+    "arc_challenge": (
+        "ARC-Challenge",
+        {"path": "allenai/ai2_arc", "name": "ARC-Challenge"},
+        "arc_challenge/train.jsonl",
+    ),
+    "dolly": ("Alpagasus Dolly 3k", {"path": "json", "data_files": _DOLLY}, "dolly/dolly_3k.jsonl.gz"),
+    "lima": ("LIMA", {"path": "GAIR/lima"}, "lima/train.jsonl"),
+    "beavertails": ("BeaverTails", {}, ""),  # two parts: see `attack.py`
 }
 
 
@@ -80,25 +89,20 @@ def training_examples(name: str, protocol: Protocol, folder: Path | None) -> lis
         raise MissingData(f"{name!r} is no training set; there are {', '.join(SETS)}, or give a .jsonl file.")
     _, hub, file = SETS[name]
     if folder is None:
-        return [_example(name, row, section) for row in from_hub(hub[0], hub[1], "train")]
+        return [_example(name, row, section) for row in _from_hub(hub)]
     if not (folder / file).exists():
         raise MissingData(f"{folder / file} does not exist; put {name} there, or choose other sets by --train.")
     return [_example(name, row, section) for row in local_rows(folder / file)]
 
 
-def from_hub(path: str, configuration: str | None, split: str) -> Any:
-    """A data set of the hub.
-
-    Raises:
-        MissingData: if it cannot be loaded.
-    """
+def _from_hub(source: dict[str, str]) -> Any:
     try:
         from datasets import load_dataset
 
-        return load_dataset(path, configuration, split=split)
+        return load_dataset(**source, split="train")
     except Exception as error:
         raise MissingData(
-            f"{path} cannot be loaded from the hub ({error}). --tasks local --data FOLDER does without it."
+            f"{' '.join(source.values())} cannot be loaded ({error}). --tasks local --data FOLDER does without it."
         ) from error
 
 

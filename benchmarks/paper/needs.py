@@ -101,7 +101,7 @@ def needs_of(
     hidden, layers = config.hidden_size, config.num_hidden_layers
     batch_tokens = protocol.batch_size * min(longest, protocol.max_length)
     # With checkpointing every block keeps its input, and one block at a time the rest.
-    kept = layers + _SAVED_PER_TOKEN if protocol.checkpointing else layers * _SAVED_PER_TOKEN
+    kept = layers + _SAVED_PER_TOKEN if protocol.checkpointing != "off" else layers * _SAVED_PER_TOKEN
     activations = batch_tokens * hidden * kept * 2
     logits = batch_tokens * config.vocab_size * 4 * 3
     states = batch_tokens * hidden * (layers + 1) * 2
@@ -114,7 +114,7 @@ def needs_of(
     # Forward 2, backward to activations 2 FLOPs a parameter and token: frozen weights need no gradient. Checkpointing
     # has one more forward.
     training = (
-        (6 if protocol.checkpointing else 4)
+        (6 if protocol.checkpointing != "off" else 4)
         * parameters
         * tokens
         * seen

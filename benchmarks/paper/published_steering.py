@@ -15,14 +15,15 @@ have, a single sample is broadcast, and the positions are the training batch's r
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import torch
-from methods.base import IGNORED, Batch, LossFunction, Method, hidden_state
+from methods.base import Batch, LossFunction, Method, hidden_state
 from torch import Tensor, nn
 
 from lfu_reg.model.layers import choose_layers
+from paper.states import collected, distance
 
 
 class PublishedSteering(Method):
@@ -62,10 +63,9 @@ class PublishedSteering(Method):
     def __call__(self, model: nn.Module, batch: Batch, sft_loss_fn: LossFunction) -> Tensor:
         """The loss of one batch; moves the vectors."""
         perturbed = self._perturbed(model, next(self.others), sft_loss_fn)
-        with self._collected() as clean:
+        with collected(self.modules) as clean:
             sft_loss = sft_loss_fn(model, batch)
-        terms = [_distance(h, fixed, batch["labels"]) for h, fixed in zip(clean, perturbed, strict=True)]
-        return sft_loss + self.lam * torch.stack(terms).mean()
+        return sft_loss + self.lam * distance(clean, perturbed, batch["labels"])
 
     def _perturbed(self, model: nn.Module, batch: Batch, sft_loss_fn: LossFunction) -> list[Tensor]:
         """States under the vectors, in eval mode, before the vectors' own step."""
@@ -74,7 +74,7 @@ class PublishedSteering(Method):
             with ExitStack() as hooks:
                 for block, vector in zip(self.blocks, self.vectors, strict=True):
                     hooks.callback(block.register_forward_hook(self._turn(vector)).remove)
-                with self._collected() as states:
+                with collected(self.modules) as states:
                     ascent = -sft_loss_fn(model, batch)
         finally:
             model.train()
@@ -92,21 +92,3 @@ class PublishedSteering(Method):
             return turned if isinstance(output, Tensor) else (turned, *output[1:])
 
         return hook
-
-    @contextmanager
-    def _collected(self) -> Iterator[list[Tensor]]:
-        states: list[Tensor] = []
-        with ExitStack() as hooks:
-            for module in self.modules:
-                keep = module.register_forward_hook(lambda m, a, output: states.append(hidden_state(output)))
-                hooks.callback(keep.remove)
-            yield states
-
-
-def _distance(clean: Tensor, perturbed: Tensor, labels: Tensor) -> Tensor:
-    """Mean square over the response tokens that both batches have room for."""
-    samples = clean.shape[0] if perturbed.shape[0] == 1 else min(clean.shape[0], perturbed.shape[0])
-    length = min(clean.shape[1], perturbed.shape[1])
-    clean, mask = clean[:samples, :length], labels[:samples, :length] != IGNORED
-    perturbed = perturbed[:samples, :length].expand_as(clean)
-    return (clean[mask] - perturbed[mask]).square().mean() if mask.any() else clean.sum() * 0.0

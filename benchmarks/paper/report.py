@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable
+from typing import Any
 
 from paper.data import SETS
 from paper.published import ATTACKS, CATEGORIES, FIGURE_5, TIMES, Figures, mean_ranks, published
@@ -45,14 +46,30 @@ def page(key: str, table: Table, model: Model, data: str, measured: list[tuple[R
     if rows:
         other = "" if beside == model.name else f" of **another model** ({beside}), whose differences say nothing"
         lines += [f"Each cell: measured / published (difference). Published numbers are those{other}.", ""]
+    elif key == "figure5":
+        lines += ["The paper has a single number for this, which stands below the table.", ""]
     else:
-        lines += ["The paper's main part has no numbers for this.", ""]
+        lines += ["The paper's main part has no numbers for this model and these data.", ""]
     lines += [f"| method | setting | {' | '.join(columns)} |", f"|---|---|{'---|' * len(columns)}"]
     for row, figures in ranked:
         beside_it = rows.get((row.label, row.setting), {})
         cells = [cell(figures.get(c), beside_it.get(c)) for c in columns]
-        lines.append(f"| {row.label} | {row.setting} | {' | '.join(cells)} |")
+        label = row.label.replace("|", r"\|")
+        lines.append(f"| {label} | {row.setting} | {' | '.join(cells)} |")
     return "\n".join([*lines, *_spread_of_sft(ranked, columns), *_against_sft(key, ranked), ""])
+
+
+def reduced(options: dict[str, Any]) -> list[str]:
+    """What a run at less than the paper's size has to say of itself.
+
+    Args:
+        options: of the command line.
+    """
+    sizes = [f"--{name} {options[name]}" for name in ("limit", "examples", "steps") if options[name] is not None]
+    sizes += ["--only-tasks"] * bool(options["only_tasks"]) + ["--tasks local"] * (options["tasks"] == "local")
+    if not sizes:
+        return []
+    return [f"**Reduced size ({', '.join(sizes)}): no difference to a published figure here says anything.**"]
 
 
 def cell(measured: float | None, told: float | None) -> str:
@@ -87,8 +104,9 @@ def _spread_of_sft(measured: Iterable[tuple[Row, Figures]], columns: tuple[str, 
 
 def _against_sft(key: str, measured: list[tuple[Row, Figures]]) -> list[str]:
     """Figure 5's one number: the standard deviation over prompts, relative to SFT's."""
-    found = {row.label: figures for row, figures in measured}
-    if key != "figure5" or not found.get("SFT", {}).get("sd") or "LfU" not in found:
+    if key != "figure5":
         return []
-    change = 100 * (found["LfU"]["sd"] / found["SFT"]["sd"] - 1)
+    sd = {row.label: figures.get("sd") for row, figures in measured}
+    lfu, sft = sd.get("LfU"), sd.get("SFT")
+    change = 100 * (lfu / sft - 1) if lfu is not None and sft else None
     return ["", f"Standard deviation of LfU relative to SFT: {cell(change, FIGURE_5)} percent."]

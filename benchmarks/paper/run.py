@@ -1,7 +1,7 @@
 """Reproduces tables of the paper: `python -m paper.run 1 --model llama-3.1-8b` in benchmarks/.
 
-Weights come from the hub or from a folder. Training runs on one device or, under torchrun, on several:
-`torchrun --nproc-per-node 4 -m paper.run 1 --model llama-3.1-8b`. Finished runs are kept and not repeated.
+Weights come from the hub or from a folder. Finished runs are kept and not repeated. One device, or several by
+`torchrun --nproc-per-node 4 -m paper.run 1 --model llama-3.1-8b --switch float32_adapters=false checkpointing=exact`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from transformers import AutoTokenizer
 from paper import evaluate, needs, store
 from paper.attack import Attack, attack_data, before_and_after
 from paper.data import MissingData, encoded, last_number, training_examples
-from paper.report import page
+from paper.report import cell, page, reduced
 from paper.settings import INSTRUCT, MODELS, PROTOCOLS, Model, Protocol, switched
 from paper.tables import GROUPS, TABLES, Row, Table, with_sft_grid
 from paper.tasks import checked
@@ -45,7 +45,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--sft-grid", action="store_true", help="SFT at three learning rates and three seeds as well")
     parser.add_argument("--train", nargs="*", help="training sets instead of the table's: names or .jsonl files")
     parser.add_argument("--tasks", default="hub", choices=("hub", "local"), help="where all data come from")
-    parser.add_argument("--data", type=Path, default=DATA, help="folder of --tasks local")
+    parser.add_argument("--data", type=Path, default=DATA, help="folder of --tasks local, and of Table 4's files")
     parser.add_argument("--only-tasks", nargs="*", help="some of the eleven")
     parser.add_argument("--only-rows", nargs="*", help="only rows of these methods, as the tables name them")
     parser.add_argument("--limit", type=int, help="most questions a task")
@@ -104,7 +104,8 @@ class Session:
         if not table.rows:
             return
         try:
-            attack = attack_data(self.args.folder, self.protocol) if table.measured == "attack" else None
+            local = self.args.folder is not None
+            attack = attack_data(self.args.data, self.protocol, spare=local) if table.measured == "attack" else None
             examples = attack.aligning if attack else training_examples(data, self.protocol, self.args.folder)
         except MissingData as error:
             self._say(f"Table {key} on {data}: left out. {error}")
@@ -114,9 +115,9 @@ class Session:
         if self.args.needs_only:
             return
         measured = [(row, self._row(row, table, data, examples, attack)) for row in table.rows]
-        where_from = "" if attack is None else f"Data: {attack.name}."
+        notes = [*([f"Data: {attack.name}."] if attack else []), *reduced(vars(self.args))]
         name = data if attack is None or attack.name == "BeaverTails" else attack.name
-        self._say(page(key, table, self.known, name, measured, where_from))
+        self._say(page(key, table, self.known, name, measured, " ".join(notes)))
 
     def _chosen(self, table: Table) -> Table:
         table = with_sft_grid(table) if self.args.sft_grid else table
@@ -236,7 +237,7 @@ def _line(record: store.Record) -> str:
     trained = ""
     if "steps" in record:
         trained = f"{record['steps']} steps, loss {record['first_loss']:.3f} -> {record['final_loss']:.3f}, "
-    scores = ", ".join(f"{name} {value:.1f}" for name, value in record["scores"].items())
+    scores = ", ".join(f"{name} {cell(value, None)}" for name, value in record["scores"].items())
     return f"{record['label']}: {trained}{record['seconds']:.0f} s; {scores}"
 
 

@@ -24,9 +24,9 @@ class Protocol:
         pad_to: lengths are padded to its multiples.
         newlines: whether two newlines follow the end token, as labels.
         input_section: whether an example's input gets a section of its own, not a line under the instruction.
-        checkpointing: whether blocks are run again in the backward, to save memory. The published code has the
-            reentrant kind, which runs pass 2 of LfU again with the weights already moved back; here it is the other
-            kind, which changes no result.
+        checkpointing: blocks are run again in the backward, to save memory: "unmoved" as in the published code, where
+            pass 2 of LfU LoRA is run again with the weights already moved back; "exact", which changes no result; or
+            "off".
         float32_adapters: whether adapters are float32 on a base of any dtype.
         direction: where the ascent's gradient comes from: another batch, drawn from a second loader that is shuffled on
             its own, or the batch itself.
@@ -52,7 +52,7 @@ class Protocol:
     pad_to: int = 8
     newlines: bool = True
     input_section: bool = False
-    checkpointing: bool = True
+    checkpointing: Literal["unmoved", "exact", "off"] = "unmoved"
     float32_adapters: bool = True
     direction: Literal["second-loader", "own-batch"] = "second-loader"
     states: Literal["hidden-states", "blocks"] = "hidden-states"
@@ -62,7 +62,9 @@ class Protocol:
 
 PROTOCOLS = {
     "published": Protocol(),
-    "text": Protocol(name="text", direction="own-batch", states="blocks", lora="extra", steering="eq5"),
+    "text": Protocol(
+        name="text", checkpointing="exact", direction="own-batch", states="blocks", lora="extra", steering="eq5"
+    ),
 }
 
 

@@ -6,7 +6,12 @@ embeddings ──► block 1 ──► ... ──► block n-1 ──► block n
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from methods.base import IGNORED, hidden_state
+from torch import Tensor, nn
 
 from lfu_reg.model.layers import choose_layers
 
@@ -54,3 +59,33 @@ def _last_norm(model: nn.Module, first_block: str) -> str:
             "end with one. Use --switch states=blocks."
         )
     return f"{trunk}.{names[0]}"
+
+
+@contextmanager
+def collected(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+    """The outputs of the modules, in their order of the forward."""
+    states: list[Tensor] = []
+    with ExitStack() as hooks:
+        for module in modules:
+            keep = module.register_forward_hook(lambda m, args, output: states.append(hidden_state(output)))
+            hooks.callback(keep.remove)
+        yield states
+
+
+def distance(moving: Sequence[Tensor], fixed: Sequence[Tensor], labels: Tensor) -> Tensor:
+    """Mean square over response tokens and hidden dimension, then over states; `fixed` gets no gradient.
+
+    Args:
+        moving: states of the batch.
+        fixed: states of this batch or of another one; both are cut to what they share, and one sample is broadcast.
+        labels: of the batch.
+    """
+    return torch.stack([_square(h, f.detach(), labels) for h, f in zip(moving, fixed, strict=True)]).mean()
+
+
+def _square(moving: Tensor, fixed: Tensor, labels: Tensor) -> Tensor:
+    samples = moving.shape[0] if fixed.shape[0] == 1 else min(moving.shape[0], fixed.shape[0])
+    length = min(moving.shape[1], fixed.shape[1])
+    moving, mask = moving[:samples, :length], labels[:samples, :length] != IGNORED
+    fixed = fixed[:samples, :length].expand_as(moving)
+    return (moving[mask] - fixed[mask]).square().mean() if mask.any() else moving.sum() * 0.0

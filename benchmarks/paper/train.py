@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, get_cosi
 
 from lfu_reg import LfURegularizer, LoRADeltas, SteeringVectors, WeightDeltas
 from paper.data import batch_of, micro_batches, second_loader, updates
+from paper.published_lora import PublishedLoRA
 from paper.published_steering import PublishedSteering
 from paper.settings import STEERING, Model, Protocol
 from paper.states import names_of
@@ -62,15 +63,17 @@ def adapted(source: str, protocol: Protocol, where: Place, dtype: torch.dtype) -
     """The base model with a LoRA adapter, sharded if there are several processes.
 
     Raises:
-        ValueError: for float32 adapters on a base of another dtype in several processes.
+        ValueError: for what several processes cannot do.
     """
+    if where.processes > 1 and protocol.checkpointing == "unmoved":
+        raise ValueError("checkpointing=unmoved cannot move weights that are sharded: --switch checkpointing=exact.")
     if where.processes > 1 and protocol.float32_adapters and dtype != torch.float32:
         raise ValueError(
             f"float32 adapters on a base in {dtype}: FSDP2 shards weights of one dtype together. In several processes "
             "give --switch float32_adapters=false or --dtype float32."
         )
     model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-    if protocol.checkpointing:
+    if protocol.checkpointing != "off":
         model.gradient_checkpointing_enable({"use_reentrant": False})
     torch.manual_seed(protocol.seed)
     adapter = LoraConfig(
@@ -126,6 +129,8 @@ def method_of(row: Row, model: nn.Module, known: Model, protocol: Protocol, othe
         # Eq. 5 has a vector per layer that it compares.
         blocks = names_of(model, "blocks", row.settings.get("layers", "all"))
         return FromRegularizer(model, source, SteeringVectors(), layers=blocks, seed=protocol.seed, **strength)
+    if row.method == "lfu" and protocol.lora == "adapter" and protocol.checkpointing == "unmoved":
+        return PublishedLoRA(model, source, states, **strength)
     auxiliary = WeightDeltas() if protocol.lora == "adapter" else LoRADeltas(rank=protocol.rank)
     options = {"distance": "logit_kl"} if row.method == "logit-kl" else {}
     return FromRegularizer(model, source, auxiliary, layers=states, seed=protocol.seed, **strength, **options)

@@ -23,6 +23,7 @@ LFU = "sft,steering,lora,weights,steering-late,lora-late,steering-one,lora-one,w
 COMPARED = "retained,literal-steering,authors-lora,sam"
 COMMANDS = {
     "cpu_lora": "small --batch 8 --tokens 128 --rounds 8 --methods all --time-budget 1.5",
+    "authors_cpu_lora": "small --batch 8 --tokens 128 --rounds 8 --methods sft,authors-lora,authors-steering",
     "cpu_full": f"small --tuning full --batch 8 --tokens 128 --rounds 8 --methods {LFU},{COMPARED}",
     "cpu_qwen3-0.6b": f"qwen3-0.6b --batch 2 --tokens 64 --rounds 6 --methods {LFU}",
 }

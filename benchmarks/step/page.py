@@ -15,6 +15,7 @@ from gpu import page as gpu
 from gpu.verdicts import part, table, verdicts
 from sharded import page as sharded_page
 
+from step import authors
 from step.aims import aims
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -86,9 +87,11 @@ changed at a time. The exponent is the slope of log(time) over log(size): 1 is p
 
 def main() -> None:
     """Write the pages."""
-    steps = {path.name: json.loads(path.read_text()) for path in sorted(RESULTS.glob("step_*.json"))}
+    steps = {path.name: json.loads(path.read_text()) for path in sorted(RESULTS.glob("step_cpu_*.json"))}
     small = steps["step_cpu_lora.json"]
     parts = [COST.format(summary=summary(small)), *(section(result, name) for name, result in steps.items())]
+    if (RESULTS / authors.FILE).exists():
+        parts.append(authors.about(section(json.loads((RESULTS / authors.FILE).read_text()), authors.FILE)))
     if (RESULTS / "estimators.csv").exists():
         parts.append(estimators(small))
     parts += [aims(steps), on_a_gpu(gpu.results())]

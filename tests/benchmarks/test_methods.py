@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from methods import METHODS
-from methods.authors_steering import AuthorsSteering
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
@@ -209,24 +208,6 @@ def test_ema() -> None:
         average = [0.9 * a + 0.1 * p.detach() for a, p in zip(average, trained(model), strict=True)]
     method.finish()
     same([p.detach() for p in trained(model)], average)
-
-
-def test_authors_steering_turns_and_keeps_lengths() -> None:
-    model, data = make(), batch()
-    method = AuthorsSteering(model)
-    before = [vector.detach().clone() for vector in method.vectors]
-    y = torch.randn(2, 3, before[0].numel())
-    turned = method.turned(0, y, y)
-    torch.testing.assert_close(turned.norm(dim=-1), y.norm(dim=-1))
-    assert not torch.allclose(turned, y)
-    got = gradients(method(model, data, loss_fn), model)
-    assert model.training
-    assert all(not torch.equal(a, b) for a, b in zip(before, method.vectors, strict=True))
-    plain = gradients(loss_fn(model, data), model)
-    with pytest.raises(AssertionError):
-        same(got, plain)
-    method.lam = 0.0
-    same(gradients(method(model, data, loss_fn), model), plain)
 
 
 @pytest.mark.parametrize("flavour", ["lora", "steering", "relative-steering", "weights", "random", "random-steering"])

@@ -11,7 +11,7 @@ import pytest
 from evidence.corpus import DATA
 from paper import local_tasks, needs, store
 from paper.published import ATTACKS, CATEGORIES, FILE, mean_ranks, published
-from paper.report import cell, page
+from paper.report import cell, page, reduced
 from paper.settings import MODELS, PROTOCOLS, Model, Protocol, switched
 from paper.tables import LFU, SFT, TABLES, VANILLA, Row, with_sft_grid
 from paper.tasks import ELEVEN, HARNESS, SIZES, by_category, checked, main_figure
@@ -82,7 +82,7 @@ def test_the_two_readings() -> None:
     code, text = PROTOCOLS["published"], PROTOCOLS["text"]
     assert code == Protocol()
     different = {name for name in code.__dict__ if code.__dict__[name] != text.__dict__[name]}
-    assert different == {"name", "direction", "states", "lora", "steering"}
+    assert different == {"name", "checkpointing", "direction", "states", "lora", "steering"}
 
 
 def test_switches() -> None:
@@ -198,7 +198,7 @@ def test_needs_of_a_known_model() -> None:
     said = needed(SFT)
     assert said.parameters == pytest.approx(0.87e6, rel=0.02)
     assert said.training == pytest.approx(6 * said.parameters * 50 * 160 * 3 / 1e12)
-    plain = needed(SFT, protocol=Protocol(checkpointing=False))
+    plain = needed(SFT, protocol=Protocol(checkpointing="off"))
     assert plain.training == pytest.approx(4 * said.parameters * 50 * 160 * 3 / 1e12)
     assert plain.memory > said.memory
     assert needed(SFT, LFU).training == pytest.approx(4 * said.training)  # 1 + 3 with a second loader
@@ -261,6 +261,19 @@ def test_a_page_tells_sft_s_spread_and_figure_5() -> None:
     variations = [(SFT, {"mean": 50.0, "sd": 10.0}), (LFU, {"mean": 51.0, "sd": 1.0})]
     said = page("figure5", TABLES["figure5"], MODELS["llama-3.1-8b"], "gsm8k", variations)
     assert "-90.0 / -92.1 (+2.1) percent" in said
+    assert "no numbers for this" not in said
+    said = page("figure5", TABLES["figure5"], MODELS["llama-3.1-8b"], "gsm8k", [(SFT, {"sd": 0.0}), (LFU, {"sd": 0.0})])
+    assert "n/a / -92.1 percent" in said
+
+
+def test_a_page_of_reduced_size_says_so() -> None:
+    whole = {"limit": None, "examples": None, "steps": None, "only_tasks": None, "tasks": "hub"}
+    assert reduced(whole) == []
+    changes = {"limit": 2, "examples": 3, "steps": 4, "only_tasks": ["piqa"], "tasks": "local"}
+    for option, value in changes.items():
+        (said,) = reduced({**whole, option: value})
+        assert option.replace("_", "-") in said
+        assert "Reduced size" in said
 
 
 @pytest.mark.parametrize("key", TABLES)
@@ -269,4 +282,6 @@ def test_every_table_has_a_page_with_all_rows(key: str) -> None:
     said = page(key, TABLES[key], MODELS["llama-3.1-8b"], TABLES[key].data[0], rows)
     beside = key in {table for table, _, _ in published()}
     assert said.count("| 1.0") >= len(rows)
+    columns = [line.replace(r"\|", "").count("|") for line in said.splitlines() if line.startswith("|")]
+    assert len(set(columns)) == 1
     assert ("Each cell: measured / published" in said) == beside

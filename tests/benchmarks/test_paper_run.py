@@ -14,7 +14,7 @@ import pytest
 import torch
 from demo.skills import Example
 from paper.attack import STAND_IN, attack_data, complies, success_rate
-from paper.data import MissingData, last_number, training_examples
+from paper.data import SETS, MissingData, last_number, training_examples
 from paper.evaluate import similarity_under_noise
 from paper.local_tasks import FILES
 from paper.run import main
@@ -118,7 +118,7 @@ def test_all_tables_end_to_end(
     said = capsys.readouterr().out
     for key, table in TABLES.items():
         assert f"## {'Table ' * (not key.startswith('figure'))}{key}: {table.what}" in said, key
-    assert said.count("h of evaluation") == len(TABLES) + 2
+    assert said.count("h of evaluation") == said.count("**Reduced size") == len(TABLES) + 2
     assert "left out" not in said
     done = records(out)
     scores = [r["scores"] for r in done if r["run"]["measured"] == "tasks"]
@@ -168,6 +168,21 @@ def test_what_is_missing_is_named(tiny: str, folder: Path, tmp_path: Path, capsy
             main([*command(tiny, folder, tmp_path / "rows.jsonl", "1"), *wrong])
 
 
+@pytest.mark.parametrize("name", ["gsm8k", "arc_challenge", "dolly", "lima"])
+def test_training_sets_of_the_hub(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, str]] = []
+
+    def load_dataset(**source: str) -> list[dict[str, Any]]:
+        asked.append(source)
+        return [TRAINING[SETS[name][2].removesuffix(".gz")]]
+
+    monkeypatch.setattr(pytest.importorskip("datasets"), "load_dataset", load_dataset)
+    assert training_examples(name, Protocol(), None) == training_examples(name, Protocol(), folder)[:1]
+    (source,) = asked
+    assert source.pop("split") == "train"
+    assert source.get("path") == "json" if name == "dolly" else "/" in source["path"]
+
+
 def test_rewritten_answers_are_compared_by_their_last_number() -> None:
     assert last_number(QUESTION["answer"]) == last_number("So it is 4.") == "4"
     assert last_number("1,234.5 in all") == "1234.5"
@@ -178,18 +193,20 @@ def test_rewritten_answers_are_compared_by_their_last_number() -> None:
 
 
 def test_attack_data(tmp_path: Path) -> None:
-    spare = attack_data(tmp_path, Protocol())
+    spare = attack_data(tmp_path, Protocol(), spare=True)
     assert spare.name == STAND_IN
     assert set(spare.wishes) == {"hexphi", "purebad", "advbench"}
     assert not any(complies(e.response) for e in spare.aligning)
     assert all(complies(e.response) for e in spare.harmful)
+    with pytest.raises(MissingData, match="stand-in"):
+        attack_data(tmp_path, Protocol(), spare=False)
     rows = [{"prompt": "p", "response": r, "is_safe": safe} for r, safe in (("No.", True), ("Yes.", False))]
     written(tmp_path / "beavertails" / "train.jsonl", rows)
-    with pytest.raises(MissingData, match=r"hexphi.*advbench.* as well"):
-        attack_data(tmp_path, Protocol())
+    with pytest.raises(MissingData, match=r"hexphi.*advbench.* would be needed"):
+        attack_data(tmp_path, Protocol(), spare=True)
     for name in spare.wishes:
         written(tmp_path / name / "test.jsonl", [{"prompt": f"wish of {name}"}])
-    real = attack_data(tmp_path, Protocol())
+    real = attack_data(tmp_path, Protocol(), spare=False)
     assert real.name == "BeaverTails"
     assert ([e.response for e in real.aligning], [e.response for e in real.harmful]) == (["No."], ["Yes."])
     assert "wish of purebad" in real.wishes["purebad"][0]
@@ -230,7 +247,8 @@ def test_two_processes_train_as_one_does(tiny: str, folder: Path, tmp_path: Path
     pairs = tmp_path / "pairs.jsonl"
     written(pairs, [{**PAIR, "output": "4 " * (1 + i)} for i in range(6)])
     base = ["--train", str(pairs), "--only-rows", "SFT", "LfU"]
-    base += ["--examples", "6", "--steps", "3", "--switch", "accumulate=2", "lr=0.1", "warmup=0"]
+    base += ["--examples", "6", "--steps", "3"]
+    base += ["--switch", "accumulate=2", "lr=0.1", "warmup=0", "checkpointing=exact"]
     one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
     calls = {
         out: [*command(tiny, folder, out, "figure6"), *base, f"batch_size={size}"] for out, size in ((one, 2), (two, 1))

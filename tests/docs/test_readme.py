@@ -46,8 +46,11 @@ def test_figures_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert page.readme_figures(result) in (ROOT / "README.md").read_text()
     written = (ROOT / "docs/cost.md").read_text()
     assert page.section(result, "step_cpu_lora.json") in written
-    results = {path.name: json.loads(path.read_text()) for path in (ROOT / "benchmarks/results").glob("step_*.json")}
+    folder = ROOT / "benchmarks/results"
+    results = {path.name: json.loads(path.read_text()) for path in folder.glob("step_cpu_*.json")}
     assert page.aims(results) in written
+    authors = importlib.import_module("step.authors")
+    assert authors.about(page.section(json.loads((folder / authors.FILE).read_text()), authors.FILE)) in written
 
 
 def test_the_first_page_has_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
