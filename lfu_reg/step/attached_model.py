@@ -6,6 +6,7 @@ import gc
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +60,7 @@ class AttachedModel:
         hooks: capture hidden states, and run the model with theta_aux in place.
         reused: blocks that answer pass 2 with what they returned in pass 1.
         wrappers: DDP's, around the model.
+        devices: gives those that the chosen layers compute on.
         state: what forwards change in the model.
         has_run: whether a step has found its layers.
         tail_may_be_quiet: whether code behind the last layer has run without gradients so far.
@@ -95,6 +97,8 @@ class AttachedModel:
         self.layers, self.modules = tuple(chosen), chosen
         self.hooks = ModelHooks(model, chosen, sites, self._auxiliary, head=model if self._on_logits else None)
         at_sites = sites if self._auxiliary.acts_at_sites and not self._on_logits else None
+        # Not a method: hooks that stay on blocks would keep this object alive, and no other one could take over.
+        self.devices = partial(devices_of, tuple(chosen.values()))
         self.reused = ReusedBlocks(model, self.layers, at_sites, self.devices)
         self.hooks.also(self.reused.blocks, self.reused)
         if anything_is_compiled(entrances(model)):
@@ -153,10 +157,6 @@ class AttachedModel:
         if self._model is None:
             raise RuntimeError(REMOVED)
         return self._model
-
-    def devices(self) -> list[torch.device]:
-        """The devices that the chosen layers compute on."""
-        return devices_of(self.modules.values())
 
     def engine_of(self, model: nn.Module, *, first: bool) -> Engine:
         """The engine that spreads the model over processes.
