@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 
 from lfu_reg.auxiliaries import Auxiliary
@@ -205,9 +203,7 @@ class AttachedModel:
         self.hooks.last_gradient = None
         if self._on_logits or not self._diagnostics.is_due(turn):
             return
-        shapes = Counter(tuple(tensor.shape) for tensor in batch if tensor.dtype in (torch.int64, torch.int32))
-        # Inputs and targets of one shape; a classifier may well look at one position only.
-        targets = [shape for shape, number in shapes.items() if number > 1]
+        targets = checks.shapes_of_targets(batch)
 
         def look(state: State, gradient: Tensor) -> None:
             positions = (gradient != 0).any(state.tokens.axis)
