@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lfu_reg.auxiliaries import Auxiliary, AuxiliaryName, make_auxiliary
+from lfu_reg.auxiliaries import Auxiliary, AuxiliaryName, acting_in, make_auxiliary
 from lfu_reg.diagnostics import Diagnostics
 from lfu_reg.distances import DistanceChoice, make_distance
 from lfu_reg.distances.base import Reduction
 from lfu_reg.model.compile import failures_explained, unwrapped
-from lfu_reg.model.layers import LayerChoice
+from lfu_reg.model.layers import LayerChoice, choose_layers
 from lfu_reg.model.rng import check_seed
 from lfu_reg.model.tokens import TokenMask
 from lfu_reg.step import checks, loss_checks, metrics
@@ -55,7 +55,7 @@ class LfURegularizer(Controls):
 
     Args:
         model: any module. Wrap it (PEFT, DDP, FSDP, compile) before or after.
-        auxiliary: theta_aux: "lora", "steering", "weights", "random" or an `Auxiliary` object.
+        auxiliary: theta_aux: "lora" (steering where no linear map is), "steering", "weights", "random", an `Auxiliary`.
         layers: K, the layers whose hidden states are compared and (but for "weights") perturbed; see `choose_layers`.
         strength: length of lam * l_cons's gradient in lengths of l_SFT's; sets lam. None: 1, where lam is not given.
         alpha: length of the ascent step (Eq. 2). None: what `displacement` asks for; the paper's value beside lam.
@@ -114,14 +114,15 @@ class LfURegularizer(Controls):
         sync_perturbation: bool = False,
         process_group: ProcessGroup | None = None,
     ) -> None:
-        self.auxiliary, self.distance = make_auxiliary(auxiliary), make_distance(distance)
+        made, self.distance, self._diagnostics = make_auxiliary(auxiliary), make_distance(distance), Diagnostics()
+        checks.check_model(model := unwrapped(model))
+        self.auxiliary = acting_in(choose_layers(model, layers), made, auxiliary, self._diagnostics)
         strength = 1.0 if strength is None and lam is None else strength
         alpha = self.auxiliary.default_of("alpha") if strength is None and alpha is None else alpha
         terms = (alpha, lam, strength, displacement, reduction, stop_gradient, token_mask, ignore_index)
         self.settings = Settings(*terms, ascent_steps, every, batch_fraction, strategy, leave_early, sync_perturbation)
         check_seed(seed)
-        checks.check_model(model := unwrapped(model))
-        self._disabled, self._diagnostics, self._progress = False, Diagnostics(), Progress(seed, self.settings)
+        self._disabled, self._progress = False, Progress(seed, self.settings)
         self._ascent = Ascent(self.auxiliary, self.settings, self._progress, process_group)
         self._attached = AttachedModel(model, layers, self.auxiliary, self.distance, self._diagnostics)
 

@@ -1,6 +1,6 @@
 """theta_aux, one flavour a file; docs/extending.md shows how to write another."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal, TypeAlias, get_args
 
 from torch import nn
@@ -11,6 +11,8 @@ from lfu_reg.auxiliaries.output import OutputAuxiliary
 from lfu_reg.auxiliaries.random_directions import RandomDirections
 from lfu_reg.auxiliaries.steering import SteeringVectors
 from lfu_reg.auxiliaries.weights import WeightDeltas
+from lfu_reg.diagnostics import Diagnostics
+from lfu_reg.model.linears import find_linears
 from lfu_reg.model.names import one_of
 
 __all__ = [
@@ -24,6 +26,7 @@ __all__ = [
     "SteeringVectors",
     "Tokens",
     "WeightDeltas",
+    "acting_in",
     "make_auxiliary",
     "master_dtype",
 ]
@@ -37,6 +40,11 @@ _BY_NAME: dict[AuxiliaryName, Callable[[], Auxiliary]] = {
     "random": lambda: RandomDirections(LoRADeltas()),
 }
 
+NO_LINEAR_MAP = (
+    "The chosen layers ({}) have no linear map for LoRA deltas to act on, so steering vectors take their place. Say "
+    'auxiliary="steering" or another one, and this message goes.'
+)
+
 
 def make_auxiliary(auxiliary: AuxiliaryName | Auxiliary) -> Auxiliary:
     """The auxiliary of that name, or the given object itself."""
@@ -48,3 +56,13 @@ def make_auxiliary(auxiliary: AuxiliaryName | Auxiliary) -> Auxiliary:
     if isinstance(auxiliary, nn.Module):
         more += "; the model comes first, LfURegularizer(model, auxiliary)"
     return _BY_NAME[one_of("auxiliary", auxiliary, get_args(AuxiliaryName), more)]()
+
+
+def acting_in(
+    layers: Mapping[str, nn.Module], made: Auxiliary, asked: AuxiliaryName | Auxiliary, diagnostics: Diagnostics
+) -> Auxiliary:
+    """`made`, or steering vectors where LoRA deltas, asked for by name or by default, have nothing to act on."""
+    if isinstance(asked, Auxiliary) or not isinstance(made, LoRADeltas) or find_linears(layers):
+        return made
+    diagnostics.warn_once("no linear map", NO_LINEAR_MAP.format(", ".join(layers)))
+    return SteeringVectors()

@@ -7,9 +7,10 @@ expert not be chosen. So there is one warning; only what can have no other cause
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lfu_reg.diagnostics import Diagnostics
 from lfu_reg.hooks.forward_pass import ForwardPass
@@ -18,10 +19,9 @@ from lfu_reg.model.linears import base_layer
 
 SILENT = (
     "These modules never ran although their layers did, so LfU does not act on them: {}. Nothing is wrong where their "
-    "weight is used without calling them (torch.nn.MultiheadAttention's out_proj, Mamba's dt_proj) or a router did not "
-    "choose them; leave them out with LoRADeltas(target_modules=...) to have silence. Modules that are run as "
-    "module.forward(x) or by a fused kernel bypass their hooks: call module(x). In a compiled model, call "
-    "torch.compiler.reset() once after attaching."
+    "weight is used without calling them (Mamba's dt_proj) or a router did not choose them; leave them out with "
+    "LoRADeltas(target_modules=...) to have silence. Modules that are run as module.forward(x) or by a fused kernel "
+    "bypass their hooks: call module(x). In a compiled model, call torch.compiler.reset() once after attaching."
 )
 STALE = (
     "torch.compile ran a graph that knows nothing of the hooks in {}, so LfU would have no effect there. The graph was "
@@ -43,8 +43,10 @@ OLD_BACKWARD_HOOKS = (
 class Coverage:
     """Watches the sites of one regularizer."""
 
-    def __init__(self, layers: Collection[str], sites: Collection[str], diagnostics: Diagnostics) -> None:
-        inner = {layer: [site for site in sites if site.startswith(f"{layer}.")] for layer in layers}
+    def __init__(self, layers: Collection[str], sites: Mapping[str, nn.Module], diagnostics: Diagnostics) -> None:
+        # torch.nn.MultiheadAttention lends the weight of its out_proj, which is the only module of this class.
+        called = [name for name, site in sites.items() if type(site) is not NonDynamicallyQuantizableLinear]
+        inner = {layer: [site for site in called if site.startswith(f"{layer}.")] for layer in layers}
         self._inside = {layer: found for layer, found in inner.items() if found}
         self._diagnostics = diagnostics
 

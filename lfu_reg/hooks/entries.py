@@ -92,8 +92,12 @@ def _equal(before: Tensor, after: Tensor, samples: Tensor | None) -> bool:
         if before.shape[0] <= int(samples[-1]):
             return False
         before = before.index_select(0, samples.to(before.device))
-    if before.shape != after.shape or before.dtype != after.dtype:
+    if (before.shape, before.dtype, before.layout) != (after.shape, after.dtype, after.layout):
         return False
+    if before.layout is not torch.strided:  # an adjacency matrix, say; nothing compares sparse tensors
+        sparse = [tensor.to_sparse(layout=torch.sparse_coo).coalesce() for tensor in (before, after)]
+        parts = zip(*((coo.indices(), coo.values()) for coo in sparse), strict=True)
+        return all(_equal(was, now, None) for was, now in parts)
     if (same := torch.equal(before, after)) or not before.is_floating_point():
         return same
     if before.device.type == "cpu" and not is_part:

@@ -126,13 +126,13 @@ def _stacks(module: nn.Module, prefix: str) -> Iterable[list[str]]:
 
 def _repeated_children(module: nn.Module) -> list[str]:
     """Children of a list-like container that are the repeated blocks, or none."""
-    if not isinstance(module, (nn.ModuleList, nn.Sequential)):
+    numbered = isinstance(module, nn.ModuleDict) and all(map(str.isdigit, module))  # as torchtitan has them
+    if not isinstance(module, (nn.ModuleList, nn.Sequential)) and not numbered:
         return []
     with_weights = {
         name: child for name, child in module.named_children() if next(child.parameters(), None) is not None
     }
-    classes = Counter(type(child) for child in with_weights.values())
-    if not classes:
+    if not (classes := Counter(type(child) for child in with_weights.values())):
         return []
     (kind, count), *_ = classes.most_common(1)
     if count > 1:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import partial
 
-import torch
 from torch import Tensor, nn
 
 from lfu_reg.auxiliaries import Auxiliary
@@ -73,6 +72,8 @@ class AttachedModel:
         self.layers, self.modules = tuple(chosen), chosen
         self.hooks = ModelHooks(model, chosen, sites, self._auxiliary, head=model if self._on_logits else None)
         at_sites = sites if self._auxiliary.acts_at_sites and not self._on_logits else None
+        # Not a method: hooks that stay on blocks would keep this object alive, and no other one could take over.
+        self.devices = partial(devices_of, tuple(chosen.values()))
         self.reused = ReusedBlocks(model, self.layers, at_sites, self.devices)
         self.hooks.also(self.reused.blocks, self.reused)
         if anything_is_compiled(model):
@@ -120,10 +121,6 @@ class AttachedModel:
             raise RuntimeError(REMOVED)
         return self._model
 
-    def devices(self) -> list[torch.device]:
-        """The devices that the chosen layers compute on."""
-        return devices_of(self.modules.values())
-
     def engine_of(self, model: nn.Module, *, first: bool) -> Engine:
         """The engine that spreads the model over processes."""
         if first:
@@ -152,9 +149,7 @@ class AttachedModel:
         self.hooks.last_gradient = None
         if self._on_logits or not self._diagnostics.is_due(turn):
             return
-        shapes = Counter(tuple(tensor.shape) for tensor in batch if tensor.dtype in (torch.int64, torch.int32))
-        # Inputs and targets of one shape; a classifier may well look at one position only.
-        targets = [shape for shape, number in shapes.items() if number > 1]
+        targets = checks.shapes_of_targets(batch)
 
         def look(state: State, gradient: Tensor) -> None:
             positions = (gradient != 0).any(state.tokens.axis)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -178,3 +179,10 @@ def masks_without_effect(tokens: TokenMasks, hidden_states: Sequence[Tensor]) ->
         return None
     shapes = ", ".join(dict.fromkeys(str(list(hidden.shape)) for hidden in hidden_states))
     return EVERY_POSITION_COUNTS.format(shapes=shapes, offered="not its labels or attention_mask either")
+
+
+def shapes_of_targets(batch: Iterable[Tensor]) -> set[tuple[int, ...]]:
+    """Those of two tensors of integers, or of one that is shifted; a classifier may well look at one position only."""
+    shapes = Counter(tuple(tensor.shape) for tensor in batch if tensor.dtype in (torch.int64, torch.int32))
+    both = {shape for shape, number in shapes.items() if number > 1}
+    return both | {(*s[:axis], s[axis] - 1, *s[axis + 1 :]) for s in shapes for axis in range(len(s)) if len(s) == 2}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from lfu_reg import LfURegularizer, LfUWarning
+from lfu_reg import LfURegularizer, LfUWarning, LoRADeltas, SteeringVectors
 from lfu_reg.model.layers import choose_layers
 from tests.support.cases import seeded
 from tests.support.models import ZOO
@@ -144,7 +144,20 @@ def test_lora_on_single_layers() -> None:
         assert reg.layers == ("conv1", "conv2", "fc1")
     model = Net(conv1=nn.Conv2d(1, 3, 3), conv2=nn.Conv2d(3, 4, 3), flat=nn.Flatten(), head=nn.Linear(16, 2))
     with pytest.warns(LfUWarning), pytest.raises(ValueError, match='auxiliary="steering"'):
-        LfURegularizer(model, "lora")
+        LfURegularizer(model, LoRADeltas())
+
+
+@pytest.mark.parametrize("asked", [(), ("lora",), ("LoRA",)])
+def test_steering_takes_the_place_of_lora_without_linear_maps(asked: tuple[Any, ...]) -> None:
+    model = Net(conv1=nn.Conv2d(1, 3, 3), conv2=nn.Conv2d(3, 4, 3), flat=nn.Flatten(), head=nn.Linear(16, 2))
+    with (
+        pytest.warns(LfUWarning, match="repeated blocks"),
+        pytest.warns(LfUWarning, match=r"\(conv1, conv2\) have no linear map"),
+        LfURegularizer(model, *asked) as reg,
+    ):
+        assert isinstance(reg.auxiliary, SteeringVectors)
+    with pytest.warns(LfUWarning) as told, LfURegularizer(model, "steering"):
+        assert len(told) == 1
 
 
 def stage(blocks: int) -> nn.Module:

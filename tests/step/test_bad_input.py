@@ -162,8 +162,8 @@ def test_auxiliaries_settings(make: Callable[[], Any], part: str) -> None:
 
 
 def test_no_linear_map_to_act_on() -> None:
-    refuses(seeded(LSTMStack), ("lora", "linear", "steering"), "lora")
-    refuses(seeded(TinyCNN), ("lora", "linear", "steering"), "lora")
+    refuses(seeded(LSTMStack), ("lora", "linear", "steering"), LoRADeltas())
+    refuses(seeded(TinyCNN), ("lora", "linear", "steering"), LoRADeltas())
 
 
 @pytest.mark.parametrize("target", ["nope", ["nope"], r"blocks\.7\..*"])
