@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from statistics import fmean
 
+from demo.skills import Split
 from evidence.choice import with_settings
 from evidence.finetune import Spec
 from evidence.grids import LRS, Entry
@@ -53,14 +54,15 @@ def cells(label: str) -> list[Spec]:
     return [replace(cell, lr=cell.lr * FASTER.get(label, 1)) for cell in ENTRIES[label].cells()]
 
 
-def base(task: str, split: str) -> Spec:
+def base(task: str, split: Split) -> Spec:
     """The base model, which is scored once a task and split."""
-    return Spec("base", task, "base", "base model", split=split, lr=0.0)  # type: ignore[arg-type]
+    return Spec("base", task, "base", "base model", split=split, lr=0.0)
 
 
-def base_of_rows(rows: Rows, task: str, split: str) -> dict[str, object]:
+def base_of_rows(rows: Rows, task: str, split: Split) -> dict[str, object]:
     """What the base model scored."""
-    return next(row["points"][0] for row in rows if row["experiment"] == "base" and (row["task"], row["split"]) == (task, split))  # fmt: skip
+    wanted = ("base", task, split)
+    return next(row["points"][0] for row in rows if (row["experiment"], row["task"], row["split"]) == wanted)
 
 
 def chosen(rows: Rows, task: str) -> dict[str, Spec]:
@@ -76,8 +78,11 @@ def chosen(rows: Rows, task: str) -> dict[str, Spec]:
 
 def tune(rows: Rows) -> list[Spec]:
     """Nine cells a method on the headline's validation data."""
-    specs = [replace(cell, experiment="tune", task=HEADLINE, split="validation", seed=TUNING_SEED)
-             for label in ENTRIES for cell in cells(label)]  # fmt: skip
+    specs = [
+        replace(cell, experiment="tune", task=HEADLINE, split="validation", seed=TUNING_SEED)
+        for label in ENTRIES
+        for cell in cells(label)
+    ]
     return [base(HEADLINE, "validation"), base(HEADLINE, "test"), *specs]
 
 
@@ -94,9 +99,17 @@ def headline(rows: Rows) -> list[Spec]:
         if seed < FEW:
             listed += [_control(best["LfU steering"], label) for label in CONTROLS]
             listed += [best[label] for label in ENTRIES if label not in (*MAIN, "SFT")]
-            listed += [cell for label in MAIN for cell in cells(label) if cell.lr == best[label].lr and cell.settings != best[label].settings]  # fmt: skip
-        specs += [replace(cell, **at) for cell in listed]  # type: ignore[arg-type]
+            listed += [cell for label in MAIN for cell in cells(label) if _differs_in_strength(cell, best[label])]
+        specs += [replace(cell, **at) for cell in listed]
     return specs
+
+
+def _at(cell: Spec, rate: float, changed: dict[str, float]) -> Spec:
+    return with_settings(replace(cell, lr=rate), changed, cell.label)
+
+
+def _differs_in_strength(cell: Spec, other: Spec) -> bool:
+    return cell.lr == other.lr and cell.settings != other.settings
 
 
 def _control(cell: Spec, label: str) -> Spec:
@@ -114,8 +127,9 @@ def others(rows: Rows) -> list[Spec]:
         specs += [base(task, "validation"), base(task, "test")]
         specs += [
             replace(best[label], experiment="tune", task=task, split="validation", seed=TUNING_SEED, lr=rate)
-            for label in MAIN for rate in LRS
-        ]  # fmt: skip
+            for label in MAIN
+            for rate in LRS
+        ]
         own = chosen(rows, task)
         if set(own) != set(MAIN):
             break
@@ -126,7 +140,7 @@ def others(rows: Rows) -> list[Spec]:
 
 
 def large(rows: Rows) -> list[Spec]:
-    """135 M: the regime first, then seeds of SFT's rates, LfU at strength 1, KL to base and L2-SP."""
+    """135 M: the regime first, then seeds of SFT's rates, LfU at strength 1 and KL to base."""
     specs = [base(LARGE, "validation"), base(LARGE, "test")]
     sft = replace(cells("SFT")[0], task=LARGE)
     specs += [replace(sft, experiment="tune", split="validation", seed=TUNING_SEED, lr=rate) for rate in LARGE_RATES]
@@ -134,10 +148,10 @@ def large(rows: Rows) -> list[Spec]:
     if len([row for row in rows if (row["experiment"], row["task"]) == ("tune", LARGE)]) < len(LARGE_RATES):
         return specs
     found = best["SFT"]
-    wanted = {label: with_settings(replace(cells(label)[0], lr=found.lr), {"strength": 1.0}, label) for label in MAIN[:2]}  # fmt: skip
-    wanted["KL to base"] = with_settings(replace(cells("KL to base")[0], lr=found.lr), {"weight": 0.1}, "KL to base")
+    wanted = [_at(cells(label)[0], found.lr, {"strength": 1.0}) for label in MAIN[:2]]
+    wanted.append(_at(cells("KL to base")[0], found.lr, {"weight": 0.1}))
     for seed in range(SEEDS):
-        listed = [*(replace(sft, lr=rate) for rate in LARGE_RATES), *wanted.values()]
+        listed = [*(replace(sft, lr=rate) for rate in LARGE_RATES), *wanted]
         specs += [replace(cell, experiment="135M", task=LARGE, split="test", seed=seed) for cell in listed]
     return specs
 

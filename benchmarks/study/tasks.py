@@ -17,7 +17,14 @@ from evidence.tasks import Task, last_words, old_skills, text_task, texts
 from lfu_reg.cli.compare.encoding import Tokens
 
 HEADLINE, LARGE = "study/gsm8k-64", "study/svamp-64"
-OTHERS = tuple(f"study/{name}" for name in ("dolly-64", "gsm8k-64-wrong", "boolq-64", "gsm8k-256", "dolly-256", "boolq-256"))  # fmt: skip
+OTHERS = (
+    "study/dolly-64",
+    "study/gsm8k-64-wrong",
+    "study/boolq-64",
+    "study/gsm8k-256",
+    "study/dolly-256",
+    "study/boolq-256",
+)
 CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 
 
