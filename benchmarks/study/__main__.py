@@ -61,8 +61,7 @@ def append(path: Path, row: dict[str, Any]) -> None:
     """A row, numbers with five digits."""
     with path.open("a", encoding="utf-8") as file:
         rounded = json.loads(json.dumps(row), parse_float=lambda text: float(f"{float(text):.5g}"))
-        file.write(json.dumps(rounded) + "
-")
+        file.write(json.dumps(rounded) + "\n")
 
 
 if __name__ == "__main__":
