@@ -8,7 +8,6 @@ from dataclasses import replace
 from statistics import fmean
 
 from demo.skills import Split
-from evidence.choice import with_settings
 from evidence.finetune import Spec
 from evidence.grids import LRS, Entry
 from evidence.store import Rows, spec_of
@@ -18,7 +17,7 @@ from lfu_reg.cli.compare.curves import place
 from study.tasks import HEADLINE, LARGE, OTHERS
 
 TUNING_SEED, SEEDS, FEW = 100, 10, 3
-SCALES, OWN_SCALES = (0.25, 0.5, 0.75, 1.0), (0.5, 0.75, 1.0)
+SCALES, OWN_SCALES = (0.25, 0.5, 0.75, 1.0), (0.75, 1.0)
 SFT_RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 LARGE_RATES = (1e-3, 3e-3, 6e-3)
 MAIN = ("LfU LoRA", "LfU steering", "KL to base")
@@ -49,9 +48,12 @@ FASTER = {"steering-only": 50}  # vectors want larger rates than adapters
 CONTROLS = {"random direction": "extra-random-gradient", "opposite direction": "lfu-negative"}
 
 
-def cells(label: str) -> list[Spec]:
-    """The nine of a method."""
-    return [replace(cell, lr=cell.lr * FASTER.get(label, 1)) for cell in ENTRIES[label].cells()]
+def cells(label: str, *, middle: bool = True) -> list[Spec]:
+    """Three rates of a method, at the middle strength, or at the other strengths."""
+    rates = {rate * FASTER.get(label, 1): rate for rate in LRS}
+    every = [replace(cell, lr=cell.lr * FASTER.get(label, 1)) for cell in ENTRIES[label].cells()]
+    settings = list(dict.fromkeys(cell.settings for cell in every))
+    return [cell for cell in every if cell.lr in rates and (cell.settings == settings[len(settings) // 2]) == middle]
 
 
 def base(task: str, split: Split) -> Spec:
@@ -77,7 +79,7 @@ def chosen(rows: Rows, task: str) -> dict[str, Spec]:
 
 
 def tune(rows: Rows) -> list[Spec]:
-    """Nine cells a method on the headline's validation data."""
+    """Three rates a method on the headline's validation data."""
     specs = [
         replace(cell, experiment="tune", task=HEADLINE, split="validation", seed=TUNING_SEED)
         for label in ENTRIES
@@ -99,17 +101,9 @@ def headline(rows: Rows) -> list[Spec]:
         if seed < FEW:
             listed += [_control(best["LfU steering"], label) for label in CONTROLS]
             listed += [best[label] for label in ENTRIES if label not in (*MAIN, "SFT")]
-            listed += [cell for label in MAIN for cell in cells(label) if _differs_in_strength(cell, best[label])]
+            listed += [cell for label in MAIN for cell in cells(label, middle=False) if cell.lr == best[label].lr]
         specs += [replace(cell, **at) for cell in listed]
     return specs
-
-
-def _at(cell: Spec, rate: float, changed: dict[str, float]) -> Spec:
-    return with_settings(replace(cell, lr=rate), changed, cell.label)
-
-
-def _differs_in_strength(cell: Spec, other: Spec) -> bool:
-    return cell.lr == other.lr and cell.settings != other.settings
 
 
 def _control(cell: Spec, label: str) -> Spec:
@@ -148,8 +142,7 @@ def large(rows: Rows) -> list[Spec]:
     if len([row for row in rows if (row["experiment"], row["task"]) == ("tune", LARGE)]) < len(LARGE_RATES):
         return specs
     found = best["SFT"]
-    wanted = [_at(cells(label)[0], found.lr, {"strength": 1.0}) for label in MAIN[:2]]
-    wanted.append(_at(cells("KL to base")[0], found.lr, {"weight": 0.1}))
+    wanted = [replace(cells(label)[0], lr=found.lr) for label in MAIN]
     for seed in range(SEEDS):
         listed = [*(replace(sft, lr=rate) for rate in LARGE_RATES), *wanted]
         specs += [replace(cell, experiment="135M", task=LARGE, split="test", seed=seed) for cell in listed]

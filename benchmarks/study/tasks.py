@@ -30,7 +30,7 @@ CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 
 def _short(key: str, task: Task) -> Task:
     """In 96 tokens; more steps for more examples, but fewer epochs."""
-    return replace(task, key=key, max_length=96, steps=96 if key.endswith("256") else 48)
+    return replace(task, key=key, max_length=96, steps=64 if key.endswith("256") else 32)
 
 
 def _svamp() -> tuple[list[Example], list[Example]]:
@@ -56,7 +56,7 @@ def _svamp_task(key: str) -> Task:
         rows = _svamp()[1]
         return (rows[:100] if split == "validation" else rows[100:]), []
 
-    return Task(key, "smollm2", train, held_out, exact=False, steps=32, batch_size=4, max_length=96)
+    return Task(key, "smollm2", train, held_out, exact=False, steps=24, batch_size=4, max_length=96)
 
 
 def _made(key: str) -> Task:
@@ -99,14 +99,14 @@ def battery(key: str, split: Split) -> Battery:
 
     domain, others = task.held_out(split)
     small = task.base == "text"
-    domain = domain[: 64 if small else 40]
-    prompts = [Example("", e.prompt) for e in domain[:16]]
-    variations: list[Example] = list(itertools.chain(*(wording[:8] for wording in others)))
+    domain = domain[:40]
+    prompts = [Example("", e.prompt) for e in domain[:10]]
+    variations: list[Example] = list(itertools.chain(*(wording[:4] for wording in others)))
     if small:
         pieces = texts(split)
-        skills = [e for listed in old_skills("text", split, 12).values() for e in listed]
-        kept = {name: tokens(every(pieces[name], 16), 192) for name in ("wikitext", "novels")}
-        kept |= {"lambada": tokens(last_words(split, 32), 192), "skills": tokens(skills, 96, ends=True)}
+        skills = [e for listed in old_skills("text", split, 8).values() for e in listed]
+        kept = {name: tokens(every(pieces[name], 10), 192) for name in ("wikitext", "novels")}
+        kept |= {"lambada": tokens(last_words(split, 20), 160), "skills": tokens(skills, 96, ends=True)}
     else:
         kept = {
             "wikitext": tokens(every(texts(split)["wikitext"], 8), 112),
