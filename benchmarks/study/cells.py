@@ -159,9 +159,9 @@ STAGES: dict[str, Callable[[Rows], list[Spec]]] = {
 
 def scales(spec: Spec) -> tuple[float, ...]:
     """At which the adapter is scored, after training."""
-    if spec.experiment == "tune" or spec.label not in ("SFT", *MAIN):
-        return (1.0,)
-    return SCALES if spec.method == "sft" else OWN_SCALES
+    if spec.method == "sft" and spec.experiment != "tune":
+        return SCALES
+    return OWN_SCALES if spec.experiment in ("headline", "others") and spec.label in MAIN else (1.0,)
 
 
 def mean_place(rows: Rows, start: dict[str, object], scale: float = 1.0) -> tuple[float, float]:

@@ -56,7 +56,7 @@ def _svamp_task(key: str) -> Task:
         rows = _svamp()[1]
         return (rows[:100] if split == "validation" else rows[100:]), []
 
-    return Task(key, "smollm2", train, held_out, exact=False, steps=24, batch_size=4, max_length=96)
+    return Task(key, "smollm2", train, held_out, exact=False, steps=16, batch_size=4, max_length=96)
 
 
 def _made(key: str) -> Task:
@@ -99,8 +99,8 @@ def battery(key: str, split: Split) -> Battery:
 
     domain, others = task.held_out(split)
     small = task.base == "text"
-    domain = domain[:40]
-    prompts = [Example("", e.prompt) for e in domain[:10]]
+    domain = domain[: 40 if small else 24]
+    prompts = [Example("", e.prompt) for e in domain[: 10 if small else 4]]
     variations: list[Example] = list(itertools.chain(*(wording[:4] for wording in others)))
     if small:
         pieces = texts(split)
@@ -109,9 +109,9 @@ def battery(key: str, split: Split) -> Battery:
         kept |= {"lambada": tokens(last_words(split, 20), 160), "skills": tokens(skills, 96, ends=True)}
     else:
         kept = {
-            "wikitext": tokens(every(texts(split)["wikitext"], 8), 112),
-            "lambada": tokens(_short_passages(split, 12), 96),
-            "chat": tokens(_chats(split, 10), 96, ends=True),
+            "wikitext": tokens(every(texts(split)["wikitext"], 5), 96),
+            "lambada": tokens(_short_passages(split, 8), 96),
+            "chat": tokens(_chats(split, 6), 96, ends=True),
         }
     return Battery(tokens(domain, 96, ends=True), tokens(variations, 96, ends=True), kept, tokens(prompts, 96))
 
