@@ -19,7 +19,7 @@ from study.tasks import HEADLINE, LARGE, OTHERS
 TUNING_SEED, SEEDS, FEW = 100, 10, 3
 SCALES, OWN_SCALES = (0.25, 0.5, 0.75, 1.0), (0.75, 1.0)
 SFT_RATES = (1e-3, 2e-3, 4e-3, 8e-3)
-LARGE_RATES = (1e-3, 3e-3, 6e-3)
+LARGE_RATES = (1e-3, 2e-3, 4e-3)
 MAIN = ("LfU LoRA", "LfU steering", "KL to base")
 
 
@@ -138,15 +138,22 @@ def large(rows: Rows) -> list[Spec]:
     specs = [base(LARGE, "validation"), base(LARGE, "test")]
     sft = replace(cells("SFT")[0], task=LARGE)
     specs += [replace(sft, experiment="tune", split="validation", seed=TUNING_SEED, lr=rate) for rate in LARGE_RATES]
-    best = chosen(rows, LARGE)
-    if len([row for row in rows if (row["experiment"], row["task"]) == ("tune", LARGE)]) < len(LARGE_RATES):
+    if sum((row["experiment"], row["task"]) == ("tune", LARGE) for row in rows) < len(LARGE_RATES):
         return specs
-    found = best["SFT"]
-    wanted = [replace(cells(label)[0], lr=found.lr) for label in MAIN]
+    rate = chosen(rows, LARGE)["SFT"].lr
     for seed in range(SEEDS):
-        listed = [*(replace(sft, lr=rate) for rate in LARGE_RATES), *wanted]
+        listed = [
+            *(replace(sft, lr=each) for each in _neighbours(rate)),
+            *(replace(cells(m)[0], lr=rate) for m in MAIN),
+        ]
         specs += [replace(cell, experiment="135M", task=LARGE, split="test", seed=seed) for cell in listed]
     return specs
+
+
+def _neighbours(rate: float) -> tuple[float, float]:
+    """A rate of the large model and the next higher one, or the next lower one if there is none."""
+    place = min(LARGE_RATES.index(rate), len(LARGE_RATES) - 2)
+    return LARGE_RATES[place], LARGE_RATES[place + 1]
 
 
 STAGES: dict[str, Callable[[Rows], list[Spec]]] = {
