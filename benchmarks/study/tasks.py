@@ -56,7 +56,7 @@ def _svamp_task(key: str) -> Task:
         rows = _svamp()[1]
         return (rows[:100] if split == "validation" else rows[100:]), []
 
-    return Task(key, "smollm2", train, held_out, exact=False, steps=16, batch_size=4, max_length=96)
+    return Task(key, "smollm2", train, held_out, exact=False, steps=12, batch_size=4, max_length=96)
 
 
 def _made(key: str) -> Task:
