@@ -21,6 +21,7 @@ SCALES, OWN_SCALES = (0.25, 0.5, 0.75, 1.0), (0.75, 1.0)
 SFT_RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 LARGE_RATES = (1e-3, 2e-3, 4e-3)
 MAIN = ("LfU LoRA", "LfU steering", "KL to base")
+LARGE_MAIN = ("LfU LoRA", "KL to base", "LfU steering")  # in the order of the runs
 
 
 def _lfu(flavour: str) -> tuple[dict[str, object], ...]:
@@ -144,7 +145,7 @@ def large(rows: Rows) -> list[Spec]:
     for seed in range(SEEDS):
         listed = [
             *(replace(sft, lr=each) for each in _neighbours(rate)),
-            *(replace(cells(m)[0], lr=rate) for m in MAIN),
+            *(replace(cells(m)[0], lr=rate) for m in LARGE_MAIN),
         ]
         specs += [replace(cell, experiment="135M", task=LARGE, split="test", seed=seed) for cell in listed]
     return specs
@@ -167,7 +168,7 @@ STAGES: dict[str, Callable[[Rows], list[Spec]]] = {
 def scales(spec: Spec) -> tuple[float, ...]:
     """At which the adapter is scored, after training."""
     if spec.method == "sft" and spec.experiment != "tune":
-        return SCALES
+        return SCALES[1:] if spec.task == LARGE else SCALES
     return OWN_SCALES if spec.experiment in ("headline", "others") and spec.label in MAIN else (1.0,)
 
 
