@@ -31,9 +31,12 @@ class Judged:
 
     @classmethod
     def of(cls, rows: Rows, task: str) -> Judged:
-        """Of one task."""
+        """Of one task: the seeds of which all of SFT's rates have run."""
         mine = [row for row in rows if (row["task"], row["split"]) == (task, "test") and row["method"] != "base"]
-        return cls(mine, base_of_rows(rows, task, "test"))
+        sft = {(row["seed"], row["lr"]) for row in mine if row["method"] == "sft"}
+        rates = {rate for _, rate in sft}
+        whole = [row for row in mine if all((row["seed"], rate) in sft for rate in rates)]
+        return cls(whole, base_of_rows(rows, task, "test"))
 
     @property
     def sft(self) -> Rows:
@@ -61,18 +64,12 @@ class Judged:
         start = place(self.start, self.start)
         return [start, *between([start, *(place(row["points"][-1], self.start) for row in mine)])]
 
-    def seeds(self) -> set[int]:
-        """Those of which all of SFT's rates have run."""
-        rates = {row["lr"] for row in self.sft}
-        found = {row["seed"] for row in self.sft}
-        return {seed for seed in found if {row["lr"] for row in self.sft if row["seed"] == seed} == rates}
-
     def gaps(self, rows: Rows, *, scale: float = 1.0, by_scale: bool = True) -> Gaps:
         """What a method forgets less than SFT's curve where that learns as well, by seed."""
-        whole, found = self.seeds(), {}
+        found = {}
         for row in rows:
             for point in row["points"]:
-                if point["scale"] == scale and row["seed"] in whole:
+                if point["scale"] == scale:
                     loss, forgot = place(point, self.start)
                     curve = self.curve(row["seed"], by_scale=by_scale)
                     found[row["seed"]] = least_forgotten(curve, loss) - forgot

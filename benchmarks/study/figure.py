@@ -55,9 +55,25 @@ def _panel(axis: Any, judged: Judged, title: str) -> None:
         else:
             mark = MARKS[others.index(label) % len(MARKS)]
             axis.plot(*places[0], mark, markerfacecolor="none", color=COLORS[3 + others.index(label) % 3], label=label)
+    _frame(axis, start[0], 1.5 * max(forgot for _, forgot in ends))
     axis.set_title(title, fontsize=10)
     axis.set_xlabel("loss in the domain, held out (nats per token)")
     axis.set_ylabel("forgotten: rise of the losses elsewhere (nats)")
     axis.axhline(0, color="0.85", linewidth=0.8, zorder=0)
-    axis.legend(fontsize=7, frameon=False)
+    axis.legend(fontsize=7, frameon=False, loc="upper right")
     axis.spines[["top", "right"]].set_visible(False)
+
+
+def _frame(axis: Any, base: float, highest: float) -> None:
+    """What is far worse than SFT in either would squeeze the rest: it is named at the edge."""
+    beyond = []
+    for line in axis.lines:
+        x, y = line.get_xdata()[0], line.get_ydata()[0]
+        label = line.get_label()
+        if not label.startswith("_") and (x > 1.02 * base or y > highest):
+            beyond.append(f"{label} ({x:.2f}, {y:.2f})")
+            line.set_label(None)
+    if beyond:
+        axis.text(0.02, 0.98, "beyond: " + ", ".join(beyond), fontsize=7, va="top", transform=axis.transAxes)
+    axis.set_xlim(None, 1.02 * base)
+    axis.set_ylim(-0.08 * highest, highest)

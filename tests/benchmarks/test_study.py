@@ -59,10 +59,13 @@ def test_the_gap_is_what_the_curve_forgets_more_at_equal_loss() -> None:
 
 
 def test_a_seed_counts_when_all_rates_have_run() -> None:
+    mine = [row("LfU", "lfu", [(1.0, 1.2, 1.0)], seed=seed) for seed in range(2)]
     later = row("SFT", "sft", [(1.0, 1.0, 1.4)], seed=1)
-    judged = Judged.of([base(), *SFT, later], HEADLINE)
-    assert judged.seeds() == {0}
-    assert judged.gaps([row("LfU", "lfu", [(1.0, 1.2, 1.0)], seed=1)]) == {}
+    judged = Judged.of([base(), *SFT, *mine, later], HEADLINE)
+    assert judged.gaps(judged.first("LfU")).keys() == {0}
+    more = row("SFT", "sft", [(1.0, 0.9, 1.4)], seed=1, lr=4e-3)
+    judged = Judged.of([base(), *SFT, *mine, later, more], HEADLINE)
+    assert judged.gaps(judged.first("LfU")).keys() == {0, 1}
 
 
 def test_verdicts_follow_the_intervals() -> None:
