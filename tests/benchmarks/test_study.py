@@ -1,4 +1,4 @@
-"""The study: what is run and what is skipped, the distance to SFT's curve, and that the pages have what was measured."""
+"""The study: what is run and what is skipped, the distance to SFT's curve, and that pages have what was measured."""
 
 from __future__ import annotations
 
