@@ -11,7 +11,7 @@ from evidence.store import ROOT, Rows
 from strength.page import with_tables
 
 from study.analysis import Judged, answers
-from study.cells import MAIN, STAGES, base_of_rows
+from study.cells import MAIN, STAGES, base_of_rows, chosen
 from study.tasks import HEADLINE, LARGE, OTHERS
 
 RESULTS = store.RESULTS.with_name("study.jsonl")
@@ -30,8 +30,9 @@ def shown(found: Estimate | None) -> str:
     if found is None:
         return "not run"
     if found.count < 2:
-        return f"{found.mean:+.3f} (1 seed)"
-    return f"{found.mean:+.3f} ± {found.half_width:.3f} ({found.count})"
+        return f"{found.mean:+.3f} (1)"
+    digits = 3 if found.half_width >= 0.001 else 5
+    return f"{found.mean:+.{digits}f} ± {found.half_width:.{digits}f} ({found.count})"
 
 
 def _table(head: list[str], lines: list[list[str]]) -> str:
@@ -44,29 +45,41 @@ def _gap(judged: Judged, rows: Rows, **how: float | bool) -> Estimate | None:
     return estimate(values) if values else None
 
 
+def _tuned_sft(rows: Rows, task: str) -> Rows:
+    """SFT at the rate that tuning chose."""
+    rate = chosen(rows, task)["SFT"].lr
+    return [row for row in Judged.of(rows, task).sft if row["lr"] == rate]
+
+
 def summary(rows: Rows) -> str:
-    """Every method at the cell that tuning chose, best gap first, on both models."""
+    """Every method at the cell that tuning chose, lowest domain loss + forgotten first, on both models."""
     small, large = Judged.of(rows, HEADLINE), Judged.of(rows, LARGE)
     labels = [label for label in dict.fromkeys(cell[0] for cell in small.cells()) if label != "SFT"]
-    found = {label: _gap(small, small.first(label)) for label in labels}
+    cells = {"SFT": (_tuned_sft(rows, HEADLINE), _tuned_sft(rows, LARGE))}
+    cells |= {label: (small.first(label), large.first(label)) for label in labels}
     lines = []
-    for label in sorted(labels, key=lambda label: -found[label].mean if found[label] else 9.0):  # type: ignore[union-attr]
-        x, y = small.means(small.first(label))
-        scaled = _gap(small, small.first(label), scale=0.75) if label in MAIN else None
-        theirs = large.first(label)
+    for label, (mine, theirs) in sorted(cells.items(), key=lambda item: sum(small.means(item[1][0]))):
         lines.append(
             [
-                f"**{label}**" if label.startswith("LfU") else label,
-                f"{x:.3f}",
-                f"{y:.3f}",
-                shown(_gap(small, small.first(label), by_scale=False)),
-                shown(found[label]),
-                shown(scaled) if scaled else "",
-                shown(_gap(large, theirs)) if theirs else "",
+                f"**{label}**" if label.startswith(("LfU", "SFT")) else label,
+                *(f"{value:.3f}" for value in small.means(mine)),
+                shown(_gap(small, mine, by_scale=False)),
+                shown(_gap(small, mine)),
+                _if_run(_gap(small, mine, scale=0.75)),
+                _if_run(_gap(large, theirs)),
             ]
         )
-    head = ["method", "domain loss", "forgotten", "gap to SFT's rates", "gap to rates and scales", "its own scaling by .75", "135 M: gap"]  # fmt: skip
-    return _table(head, lines)
+    gaps = [
+        "gap to SFT's rates",
+        "gap to rates and scales",
+        "the same, scaled by .75",
+        "135 M: gap to rates and scales",
+    ]
+    return _table(["method", "domain loss", "forgotten", *gaps], lines)
+
+
+def _if_run(found: Estimate | None) -> str:
+    return shown(found) if found else ""
 
 
 def hypotheses(rows: Rows) -> str:
@@ -177,12 +190,11 @@ def _against(found: Estimate | None, than: str = "") -> str:
     return f"{abs(found.mean):.3f}{interval} nats {words}{than} ({seeds}{'' if certain else ', may be chance'})"
 
 
-def _regime(judged: Judged) -> tuple[float, float, float]:
-    """SFT's rate with the lowest domain loss + forgotten: what it gains in the domain there, and forgets."""
-    places = {cell[2]: judged.means(judged.of_cell(cell)) for cell in judged.cells() if cell[0] == "SFT"}
-    rate = min(places, key=lambda rate: sum(places[rate]))
-    loss, forgot = places[rate]
-    return rate, judged.means([{"points": [judged.start]}], 0.0)[0] - loss, forgot
+def _regime(rows: Rows, task: str) -> tuple[float, float]:
+    """What SFT gains in the domain at the rate that tuning chose, and what it forgets."""
+    judged = Judged.of(rows, task)
+    loss, forgot = judged.means(_tuned_sft(rows, task))
+    return judged.means([{"points": [judged.start]}], 0.0)[0] - loss, forgot
 
 
 def short(rows: Rows) -> str:
@@ -206,7 +218,7 @@ def readme(rows: Rows) -> str:
         (
             f"{sentence[0].upper()}{sentence[1:]}",
             f"A KL penalty to the base model: {_against(kl)}. LfU steering against SFT's rates alone: {_against(rates)}.",
-            f"On SmolLM2-135M (SVAMP, 64 examples) LfU LoRA forgets {_against(big)}; SFT itself forgets {_regime(large)[2]:.3f} there.",
+            f"On SmolLM2-135M (SVAMP, 64 examples) LfU LoRA forgets {_against(big)}; SFT itself forgets {_regime(rows, LARGE)[1]:.3f} there.",
             "[The study, when to use LfU and when something cheaper](docs/evidence.md).",
         )
     )
@@ -216,9 +228,10 @@ def regimes(rows: Rows) -> str:
     """How much SFT forgets where it is at its best."""
     lines = []
     for task in (HEADLINE, LARGE):
-        rate, gained, lost = _regime(Judged.of(rows, task))
+        gained, lost = _regime(rows, task)
+        rate = chosen(rows, task)["SFT"].lr
         lines.append(
-            f"* {name_of(task)}: at rate {rate:g} plain SFT gains {gained:.3f} nats in the domain and forgets {lost:.3f}."
+            f"* {name_of(task)}: at rate {rate:g} it gains {gained:.3f} nats in the domain and forgets {lost:.3f}."
         )
     return "\n".join(lines)
 
