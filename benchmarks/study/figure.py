@@ -74,6 +74,6 @@ def _frame(axis: Any, base: float, highest: float) -> None:
             beyond.append(f"{label} ({x:.2f}, {y:.2f})")
             line.set_label(None)
     if beyond:
-        axis.text(0.02, 0.98, "beyond: " + ", ".join(beyond), fontsize=7, va="top", transform=axis.transAxes)
+        axis.text(0.02, 0.02, "off the picture: " + ", ".join(beyond), fontsize=7, transform=axis.transAxes)
     axis.set_xlim(None, 1.02 * base)
     axis.set_ylim(-0.08 * highest, highest)
