@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from evidence.store import Rows, rows
-from study import page
+from study import words
+from study.cells import RESULTS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "index.md"
@@ -27,12 +28,12 @@ def cost(step: dict[str, Any]) -> str:
 
 def evidence(data: Rows) -> str:
     """What LfU forgets less than SFT's own curve."""
-    return f"* **Evidence:** {page.short(data)} [Does it help](evidence.md)\n"
+    return f"* **Evidence:** {words.short(data)} [Does it help](evidence.md)\n"
 
 
 def filled(text: str) -> str:
     """The page with both lines between its marks."""
-    lines = cost(json.loads(STEP.read_text())) + evidence(rows(page.RESULTS))
+    lines = cost(json.loads(STEP.read_text())) + evidence(rows(RESULTS))
     return re.sub(r"(<!-- figures -->\n\n).*?(\n<!-- /figures -->)", rf"\g<1>{lines}\2", text, flags=re.S)
 
 

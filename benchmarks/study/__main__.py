@@ -18,10 +18,8 @@ from evidence.finetune import Spec
 from evidence.run import missing
 
 from lfu_reg.cli.environment import environment
-from study.cells import STAGES
+from study.cells import RESULTS, STAGES
 from study.runs import figures
-
-RESULTS = store.RESULTS.with_name("study.jsonl")
 
 
 def main(argv: list[str] | None = None) -> None:

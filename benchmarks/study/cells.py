@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
-from statistics import fmean
 
 from demo.skills import Split
+from evidence import store
 from evidence.finetune import Spec
 from evidence.grids import LRS, Entry
 from evidence.store import Rows, spec_of
@@ -16,6 +16,7 @@ from methods import GRIDS
 from lfu_reg.cli.compare.curves import place
 from study.tasks import HEADLINE, LARGE, OTHERS
 
+RESULTS = store.RESULTS.with_name("study.jsonl")
 TUNING_SEED, SEEDS, FEW = 100, 10, 3
 SCALES, OWN_SCALES = (0.25, 0.5, 0.75, 1.0), (0.75, 1.0)
 SFT_RATES = (1e-3, 2e-3, 4e-3, 8e-3)
@@ -170,9 +171,3 @@ def scales(spec: Spec) -> tuple[float, ...]:
     if spec.method == "sft" and spec.experiment != "tune":
         return SCALES[1:] if spec.task == LARGE else SCALES
     return OWN_SCALES if spec.experiment in ("headline", "others") and spec.label in MAIN else (1.0,)
-
-
-def mean_place(rows: Rows, start: dict[str, object], scale: float = 1.0) -> tuple[float, float]:
-    """Domain loss and forgotten, means over the rows."""
-    places = [place(p, start) for row in rows for p in row["points"] if p["scale"] == scale]
-    return fmean(x for x, _ in places), fmean(y for _, y in places)

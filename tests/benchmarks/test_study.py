@@ -15,6 +15,7 @@ pytest.importorskip("matplotlib")
 from demo.skills import Example
 from evidence import store, tasks
 from evidence.finetune import Spec
+from evidence.paired import estimate
 from study import __main__ as program
 from study import cells, page, runs
 from study.analysis import Answer, Judged, answers
@@ -70,7 +71,7 @@ def test_a_seed_counts_when_all_rates_have_run() -> None:
 
 def test_verdicts_follow_the_intervals() -> None:
     def found(*values: float) -> str:
-        return Answer("1", "", HEADLINE, page.estimate(values)).verdict
+        return Answer("1", "", HEADLINE, estimate(values)).verdict
 
     assert found(0.1, 0.11, 0.12) == "supported"
     assert found(-0.1, -0.11, -0.12) == "contradicted"
@@ -149,7 +150,7 @@ def test_one_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_pages_have_what_was_measured() -> None:
-    rows = store.rows(page.RESULTS)
+    rows = store.rows(cells.RESULTS)
     for file in page.PAGES.values():
         text = file.read_text(encoding="utf-8")
         assert "<!-- study: " in text
@@ -159,7 +160,7 @@ def test_pages_have_what_was_measured() -> None:
 
 def test_another_row_changes_the_page() -> None:
     text = page.PAGES["docs/study-data.md"].read_text(encoding="utf-8")
-    rows = store.rows(page.RESULTS)
+    rows = store.rows(cells.RESULTS)
     last = next(r for r in rows if r["experiment"] == "headline" and r["label"] == "LfU LoRA")
     moved = {**last, "points": [{**p, "domain": {**p["domain"], "loss": 9.0}} for p in last["points"]]}
     assert page.filled(text, [moved if r is last else r for r in rows]) != text
