@@ -22,6 +22,7 @@ TABLES = {
     "study: provenance": words.provenance,
     "study: readme": words.readme,
     "study: regimes": words.regimes,
+    "study: others": words.others,
 }
 
 

@@ -10,8 +10,8 @@ from evidence.store import Rows
 
 from study.analysis import Judged
 from study.cells import MAIN, STAGES, chosen
-from study.tables import gap, name_of, tuned_sft
-from study.tasks import HEADLINE, LARGE
+from study.tables import gap, name_of, shown, tuned_sft
+from study.tasks import HEADLINE, LARGE, OTHERS
 
 
 def _against(found: Estimate | None) -> str:
@@ -67,6 +67,18 @@ def regimes(rows: Rows) -> str:
             f"* {name_of(task)}: at rate {rate:g} it gains {gained:.3f} nats in the domain and forgets {lost:.3f}."
         )
     return "\n".join(lines)
+
+
+def others(rows: Rows) -> str:
+    """The gaps on the other tasks, as far as they were reached."""
+    lines = []
+    for task in OTHERS:
+        if any(row["task"] == task and row["experiment"] == "others" for row in rows):
+            judged = Judged.of(rows, task)
+            found = {label: gap(judged, judged.first(label)) for label in MAIN}
+            gaps = ", ".join(f"{label} {shown(value)}" for label, value in found.items() if value)
+            lines.append(f"* {name_of(task)}: {gaps or 'not a whole seed'}")
+    return "\n".join(lines or ["None was reached."])
 
 
 def provenance(rows: Rows) -> str:
