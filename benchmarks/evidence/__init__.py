@@ -1,1 +1,1 @@
-"""Does it help: the runs behind docs/evidence.md. `make evidence` from the project's folder."""
+"""Does it help: the runs behind docs/evidence-data.md. `make evidence` from the project's folder."""

@@ -19,7 +19,7 @@ class NoData(RuntimeError):
     def __init__(self, path: Path) -> None:
         super().__init__(
             f"{path} does not exist. Set LFU_DATA to a folder that holds the public data sets (gsm8k/train.jsonl.gz, "
-            "novels/train-0.jsonl.gz, wikitext2/test.txt.gz, ...); docs/evidence.md lists them."
+            "novels/train-0.jsonl.gz, wikitext2/test.txt.gz, ...); docs/evidence-data.md lists them."
         )
 
 

@@ -1,4 +1,4 @@
-"""The figures of docs/evidence.md."""
+"""The figures of docs/evidence-data.md."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writes docs/evidence.md and its figures from the results: `python -m evidence.report` in benchmarks/."""
+"""Writes docs/evidence-data.md and its figures from the results: `python -m evidence.report` in benchmarks/."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from evidence.paired import estimate, paired
 from evidence.store import RESULTS, ROOT, Rows, rows
 from evidence.verdicts import answers
 
-PAGE = ROOT / "docs" / "evidence.md"
+PAGE = ROOT / "docs" / "evidence-data.md"
 FIGURES = ROOT / "docs" / "figures"
 PARTS = Path(__file__).parent
 COLUMNS = {
@@ -143,7 +143,7 @@ def page(data: Rows) -> str:
     reading = (PARTS / "reading.md").read_text(encoding="utf-8")
     hypotheses = (PARTS / "hypotheses.md").read_text(encoding="utf-8").replace("# Hyp", "## Hyp", 1)
     parts = [
-        "# Does it help\n",
+        "# The first comparison\n",
         reading,
         hypotheses,
         "## Answers\n",

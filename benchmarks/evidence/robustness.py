@@ -33,12 +33,12 @@ def noise_stability(spec: Spec) -> dict[str, float]:
 
 
 @torch.no_grad()
-def cosines_under_noise(model: nn.Module, spec: Spec) -> dict[str, float]:
+def cosines_under_noise(model: nn.Module, spec: Spec, count: int = 96) -> dict[str, float]:
     """Mean over response tokens of held-out in-domain examples; the noise is the same for every model of a seed."""
     task = TASKS[spec.task]
     _, tokenizer = base_of(task.base)
     model.eval()
-    examples = task.held_out(spec.split)[0][:96]
+    examples = task.held_out(spec.split)[0][:count]
     batch = collate([encode(tokenizer, e, task.max_length) for e in examples], tokenizer.pad_token_id, model.device)
     counted = batch.pop("labels") != -100
     embed = model.get_input_embeddings()

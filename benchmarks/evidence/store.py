@@ -22,7 +22,8 @@ def commit() -> str:
     def git(*args: str) -> str:
         return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
 
-    return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "lfu_reg", "benchmarks") else "")
+    code = ("lfu_reg", "benchmarks", ":(exclude)benchmarks/results")
+    return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--", *code) else "")
 
 
 def append(spec: Spec, figures: dict[str, Any], at: str, path: Path = RESULTS) -> None:

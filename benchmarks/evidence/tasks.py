@@ -86,6 +86,10 @@ def _pairs(name: str) -> tuple[list[Example], list[Example]]:
         train, test = ([Example(r["question"], r["answer"]) for r in records(f)] for f in
                        ("gsm8k/train.jsonl.gz", "gsm8k/test.jsonl"))  # fmt: skip
         return train, test
+    if name == "boolq":
+        train, test = ([Example(r["query"], r["choices"][r["gold"]]) for r in records(f"boolq/{part}.jsonl.gz")]
+                       for part in ("train", "validation"))  # fmt: skip
+        return train, test
     rows = [
         Example(f"{r['instruction']}\n{r['input']}".strip(), r["output"]) for r in records("dolly/dolly_3k.jsonl.gz")
     ]
@@ -98,9 +102,13 @@ def _cached_pairs(name: str) -> tuple[list[Example], list[Example]]:
     return _pairs(name)
 
 
-def _text_task(name: str, size: int) -> Task:
+def text_task(name: str, size: int, *, wrong: float = 0.0) -> Task:
+    """So many examples of a data set, a share of them with the answer of another one."""
+
     def train(seed: int) -> list[Example]:
-        return _asked(random.Random(f"train {seed}").sample(_cached_pairs(name)[0], size), TEMPLATES[0])
+        rng = random.Random(f"train {seed}")
+        chosen = _asked(rng.sample(_cached_pairs(name)[0], size), TEMPLATES[0])
+        return with_wrong_answers(chosen, wrong, rng) if wrong else chosen
 
     def held_out(split: Split) -> tuple[list[Example], list[list[Example]]]:
         pairs = _cached_pairs(name)[1]
@@ -120,8 +128,8 @@ TASKS: dict[str, Task] = {
         # Few and clean examples for many steps: the SFT loss gets near zero, and stays there.
         Task("subtract-32-long", "skills", _subtraction(32, 0.0), _subtraction_held_out, steps=250),
         Task("subtract-1000", "skills", _subtraction(1000, 0.0), _subtraction_held_out, steps=125),
-        _text_task("gsm8k", 64),
-        _text_task("dolly", 64),
+        text_task("gsm8k", 64),
+        text_task("dolly", 64),
     )
 }
 

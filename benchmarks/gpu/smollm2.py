@@ -1,6 +1,6 @@
 """A model of 135 M parameters: what a step costs, and a study of forgetting with its weights, where they were carried.
 
-The study is the cell of docs/evidence.md with an effect: 64 examples of GSM8K, the same learning rate for all methods.
+The study is the cell of docs/evidence-data.md with an effect: 64 examples of GSM8K, one learning rate for all methods.
 """
 
 from __future__ import annotations

@@ -25,12 +25,12 @@ def main() -> None:
     PAGE.write_text(with_tables(PAGE.read_text()))
 
 
-def with_tables(text: str) -> str:
-    """The page with its tables made anew."""
-    for name, make in TABLES.items():
+def with_tables(text: str, tables: Mapping[str, Callable[[], str]] | None = None) -> str:
+    """The page with its tables made anew: those of this page unless others are given."""
+    for name, make in (TABLES if tables is None else tables).items():
         start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
         if text.count(start) != 1 or text.count(end) != 1:
-            raise ValueError(f"{PAGE.name} has no single place for the table {name!r}: {start.strip()} ... {end}")
+            raise ValueError(f"The page has no single place for the table {name!r}: {start.strip()} ... {end}")
         before, _, rest = text.partition(start)
         text = f"{before}{start}{make()}\n{end}{rest.partition(end)[2]}"
     return text

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +16,11 @@ import torch
 from demo.load import EMBEDDED_MODEL, load_model
 from demo.skills import Example
 from demo.train import Batch, Recipe, trainable_copy, training_batches
+from evidence.finetune import SMOLLM2
 from evidence.tasks import TASKS, old_skills, texts
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-SMOLLM2 = Path(os.environ.get("LFU_SMOLLM2", Path.home() / ".cache" / "lfu_reg" / "smollm2"))
 AUXILIARIES = ("steering", "lora", "weights")
 
 

@@ -59,7 +59,7 @@ def test_the_first_page_has_what_was_measured(monkeypatch: pytest.MonkeyPatch) -
     page = (ROOT / "docs/index.md").read_text()
     assert importlib.import_module("home").filled(page) == page
     assert "**Cost:** a step takes" in page
-    assert "**Evidence:** fine-tuned" in page
+    assert "**Evidence:** at equal loss" in page
 
 
 def test_commands_exist() -> None:

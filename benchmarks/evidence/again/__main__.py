@@ -1,4 +1,4 @@
-"""Repeats the comparisons behind docs/evidence.md with fresh seeds.
+"""Repeats the comparisons behind docs/evidence-data.md with fresh seeds.
 
 `make evidence-again`, or `python -m evidence.again` in benchmarks/. Nothing is tuned again: hyperparameters are those
 that the published rows chose. agreement.py says when a comparison counts as found again. The exit code is 1 if a claim

@@ -64,11 +64,16 @@ def sft_curve(rows: Sequence[Mapping[str, Any]], base: Mapping[str, Any], seed: 
     found = [place(base, base)]
     for row in rows:
         if row["step"] is None and row["seed"] == seed and row["points"]:
-            corners = [place(base, base), *(place(point, base) for point in row["points"])]
-            for (x, y), (to_x, to_y) in pairwise(corners):
-                parts = [part / BETWEEN for part in range(1, BETWEEN + 1)]
-                found += [(x + part * (to_x - x), y + part * (to_y - y)) for part in parts]
+            found += between([place(base, base), *(place(point, base) for point in row["points"])])
     return found
+
+
+def between(corners: Sequence[Point]) -> list[Point]:
+    """Points on the straight lines from each corner to the next; the first corner is left out."""
+    parts = [part / BETWEEN for part in range(1, BETWEEN + 1)]
+    return [
+        (x + part * (to_x - x), y + part * (to_y - y)) for (x, y), (to_x, to_y) in pairwise(corners) for part in parts
+    ]
 
 
 def least_forgotten(curve: Sequence[Point], loss: float) -> float:

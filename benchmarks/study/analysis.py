@@ -1,0 +1,165 @@
+"""How far every method is from SFT's curve, seed by seed, and what follows for the hypotheses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from evidence.paired import Estimate, estimate
+from evidence.store import Rows, spec_of
+
+from lfu_reg.cli.compare.curves import Point, between, least_forgotten, place, sft_curve
+from study.cells import CONTROLS, base_of_rows
+from study.tasks import HEADLINE, LARGE
+
+WRONG = "study/gsm8k-64-wrong"
+Gaps = dict[int, float]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The runs on the test data of one task, and the base model there.
+
+    Attributes:
+        rows: of all methods.
+        start: the base model's scores.
+    """
+
+    rows: Rows
+    start: dict[str, Any]
+
+    @classmethod
+    def of(cls, rows: Rows, task: str) -> Judged:
+        """Of one task: the seeds of which all of SFT's rates have run."""
+        mine = [row for row in rows if (row["task"], row["split"]) == (task, "test") and row["method"] != "base"]
+        sft = {(row["seed"], row["lr"]) for row in mine if row["method"] == "sft"}
+        rates = {rate for _, rate in sft}
+        whole = [row for row in mine if all((row["seed"], rate) in sft for rate in rates)]
+        return cls(whole, base_of_rows(rows, task, "test"))
+
+    @property
+    def sft(self) -> Rows:
+        """SFT at all rates, without labels of other methods."""
+        return [row for row in self.rows if row["method"] == "sft"]
+
+    def cells(self) -> list[tuple[str, str, float]]:
+        """Label, settings and rate of every cell, in the order of the runs."""
+        return list(dict.fromkeys(_cell(row) for row in self.rows))
+
+    def of_cell(self, cell: tuple[str, str, float]) -> Rows:
+        """Its rows, one a seed."""
+        return [row for row in self.rows if _cell(row) == cell]
+
+    def first(self, label: str) -> Rows:
+        """The rows of a method's first cell, which is the one that tuning chose."""
+        found = [cell for cell in self.cells() if cell[0] == label]
+        return self.of_cell(found[0]) if found else []
+
+    def curve(self, seed: int, *, by_scale: bool = True) -> list[Point]:
+        """Where SFT gets to with one seed, over rates and scales, or over rates alone."""
+        if by_scale:
+            return sft_curve([{**row, "step": None} for row in self.sft], self.start, seed)
+        mine = sorted((row for row in self.sft if row["seed"] == seed), key=lambda row: row["lr"])
+        start = place(self.start, self.start)
+        return [start, *between([start, *(place(row["points"][-1], self.start) for row in mine)])]
+
+    def gaps(self, rows: Rows, *, scale: float = 1.0, by_scale: bool = True) -> Gaps:
+        """What a method forgets less than SFT's curve where that learns as well, by seed."""
+        found = {}
+        for row in rows:
+            for point in row["points"]:
+                if point["scale"] == scale:
+                    loss, forgot = place(point, self.start)
+                    curve = self.curve(row["seed"], by_scale=by_scale)
+                    found[row["seed"]] = least_forgotten(curve, loss) - forgot
+        return found
+
+    def means(self, rows: Rows, scale: float = 1.0) -> Point:
+        """Domain loss and forgotten, means over the seeds."""
+        places = [place(p, self.start) for row in rows for p in row["points"] if p["scale"] == scale]
+        return sum(x for x, _ in places) / len(places), sum(y for _, y in places) / len(places)
+
+
+def _cell(row: dict[str, Any]) -> tuple[str, str, float]:
+    spec = spec_of(row)
+    return spec.label, spec.settings, spec.lr
+
+
+def minus(ours: Gaps, others: Gaps) -> list[float]:
+    """Differences on the seeds that both have."""
+    return [ours[seed] - others[seed] for seed in sorted(ours.keys() & others.keys())]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the runs say of a hypothesis.
+
+    Attributes:
+        number: as in `hypotheses.md`.
+        claim: in words.
+        where: the task.
+        found: of differences that are positive where the claim is right; None where nothing has run.
+    """
+
+    number: str
+    claim: str
+    where: str
+    found: Estimate | None
+
+    @property
+    def verdict(self) -> str:
+        """supported, contradicted or open."""
+        if self.found is None or self.found.count < 2:
+            return "not run" if self.found is None else "one seed"
+        if abs(self.found.mean) <= self.found.half_width:
+            return "open"
+        return "supported" if self.found.mean > 0 else "contradicted"
+
+
+def answers(rows: Rows) -> list[Answer]:
+    """Every hypothesis, on every task where it was asked."""
+    listed = []
+    for task in (HEADLINE, LARGE):
+        judged = Judged.of(rows, task)
+        kl = judged.gaps(judged.first("KL to base"))
+        for ours in ("LfU LoRA", "LfU steering"):
+            mine = judged.first(ours)
+            gaps = judged.gaps(mine)
+            rates = judged.gaps(mine, by_scale=False)
+            listed += [
+                Answer("1", f"{ours} beyond SFT's rates and scales", task, _known(list(gaps.values()))),
+                Answer("2", f"{ours} beyond SFT's rates", task, _known(list(rates.values()))),
+                Answer("3", f"{ours} at least KL to base", task, _known(minus(gaps, kl))),
+            ]
+    judged = Judged.of(rows, HEADLINE)
+    steering = judged.gaps(judged.first("LfU steering"))
+    for label in CONTROLS:
+        other = judged.gaps(judged.first(label))
+        listed.append(Answer("4", f"LfU steering beyond {label}", HEADLINE, _known(minus(steering, other))))
+    if any(row["task"] == WRONG and row["experiment"] == "others" for row in rows):
+        wrong = Judged.of(rows, WRONG)
+        listed += [
+            Answer("5", f"{ours} beyond SFT, wrong labels", WRONG, _known(list(wrong.gaps(wrong.first(ours)).values())))
+            for ours in ("LfU LoRA", "LfU steering")
+        ]
+    for ours in ("LfU LoRA", "LfU steering"):
+        for claim, of in (
+            ("steadier under noise than SFT at its rate", lambda row: row["cosine"]),
+            ("better in other wordings than SFT at its rate", lambda row: -row["variations"]),
+        ):
+            listed.append(Answer("6", f"{ours} {claim}", HEADLINE, _known(at_its_rate(judged, ours, of))))
+    return listed
+
+
+def at_its_rate(judged: Judged, label: str, value: Callable[[dict[str, Any]], float]) -> list[float]:
+    """A method's value minus that of SFT at the same rate, by seed."""
+    mine = judged.first(label)
+    return minus(
+        {row["seed"]: value(row) for row in mine},
+        {row["seed"]: value(row) for row in judged.sft if mine and row["lr"] == mine[0]["lr"]},
+    )
+
+
+def _known(values: Sequence[float]) -> Estimate | None:
+    return estimate(values) if values else None

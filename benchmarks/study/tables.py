@@ -1,0 +1,161 @@
+"""The study's tables."""
+
+from __future__ import annotations
+
+import json
+from statistics import median
+
+from evidence.paired import Estimate, estimate
+from evidence.store import Rows
+
+from study.analysis import Judged, answers
+from study.cells import base_of_rows, chosen
+from study.tasks import HEADLINE, LARGE, OTHERS
+
+NAMES = {HEADLINE: "2.2 M, GSM8K, 64 examples", LARGE: "135 M, SVAMP, 64 examples"}
+
+
+def name_of(task: str) -> str:
+    """What a reader calls a task."""
+    return NAMES.get(task, f"2.2 M, {task.removeprefix('study/')}")
+
+
+def shown(found: Estimate | None) -> str:
+    """A signed mean with its interval, and of how many seeds."""
+    if found is None:
+        return "not run"
+    if found.count < 2:
+        return f"{found.mean:+.3f} (1)"
+    digits = 3 if found.half_width >= 0.001 else 5
+    return f"{found.mean:+.{digits}f} ± {found.half_width:.{digits}f} ({found.count})"
+
+
+def _table(head: list[str], lines: list[list[str]]) -> str:
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in rows)
+
+
+def gap(judged: Judged, rows: Rows, **how: float | bool) -> Estimate | None:
+    """Of a method's rows to SFT's curve; None where nothing has run."""
+    values = list(judged.gaps(rows, **how).values())  # type: ignore[arg-type]
+    return estimate(values) if values else None
+
+
+def tuned_sft(rows: Rows, task: str) -> Rows:
+    """SFT at the rate that tuning chose."""
+    rate = chosen(rows, task)["SFT"].lr
+    return [row for row in Judged.of(rows, task).sft if row["lr"] == rate]
+
+
+def summary(rows: Rows) -> str:
+    """Every method at the cell that tuning chose, lowest domain loss + forgotten first, on both models."""
+    small, large = Judged.of(rows, HEADLINE), Judged.of(rows, LARGE)
+    labels = [label for label in dict.fromkeys(cell[0] for cell in small.cells()) if label != "SFT"]
+    cells = {"SFT": (tuned_sft(rows, HEADLINE), tuned_sft(rows, LARGE))}
+    cells |= {label: (small.first(label), large.first(label)) for label in labels}
+    lines = []
+    for label, (mine, theirs) in sorted(cells.items(), key=lambda item: sum(small.means(item[1][0]))):
+        lines.append(
+            [
+                f"**{label}**" if label.startswith(("LfU", "SFT")) else label,
+                f"{_seconds(mine) / _seconds(small.sft):.1f}",
+                *(f"{value:.3f}" for value in small.means(mine)),
+                "" if label == "SFT" else shown(gap(small, mine, by_scale=False)),
+                shown(gap(small, mine)),
+                _if_run(gap(small, mine, scale=0.75)),
+                _if_run(gap(large, theirs)),
+            ]
+        )
+    gaps = [
+        "gap to SFT's rates",
+        "gap to rates and scales",
+        "the same, scaled by .75",
+        "135 M: gap to rates and scales",
+    ]
+    return _table(["method", "time", "domain loss", "forgotten", *gaps], lines)
+
+
+def _seconds(rows: Rows) -> float:
+    return median(row["train_seconds"] for row in rows)
+
+
+def _if_run(found: Estimate | None) -> str:
+    return shown(found) if found else ""
+
+
+def hypotheses(rows: Rows) -> str:
+    """Every hypothesis with what was found."""
+    return _table(
+        ["", "claim", "where", "difference (seeds)", "verdict"],
+        [[a.number, a.claim, name_of(a.where), shown(a.found), a.verdict] for a in answers(rows)],
+    )
+
+
+def places(rows: Rows) -> str:
+    """Every cell that ran on test data: where it is, by task."""
+    lines = []
+    for task in (HEADLINE, LARGE, *OTHERS):
+        if not any(row["task"] == task and row["split"] == "test" and row["method"] != "base" for row in rows):
+            continue
+        judged = Judged.of(rows, task)
+        x, y = judged.means([{"points": [judged.start]}], 0.0)
+        lines.append([name_of(task), "base model", "", "", f"{x:.3f}", f"{y:.3f}", "", "", ""])
+        for cell in judged.cells():
+            mine = judged.of_cell(cell)
+            for point in mine[0]["points"]:
+                scale = point["scale"]
+                x, y = judged.means(mine, scale)
+                points = [p for row in mine for p in row["points"] if p["scale"] == scale]
+                kl = sum(p["kl"] for p in points) / len(points)
+                away = "" if cell[0] == "SFT" else shown(gap(judged, mine, scale=scale))
+                setting = ", ".join(f"{k} {v}" for k, v in json.loads(cell[1]).items() if k != "flavour")
+                lines.append(
+                    [
+                        name_of(task),
+                        f"{cell[0]}{f', {setting}' if setting else ''}",
+                        f"{cell[2]:g}",
+                        f"{scale:g}",
+                        f"{x:.3f}",
+                        f"{y:.3f}",
+                        f"{kl:.3f}",
+                        str(len(mine)),
+                        away,
+                    ]
+                )
+    head = ["task", "method", "rate", "scale", "domain loss", "forgotten", "KL to base", "seeds", "gap to SFT's curve"]
+    return _table(head, lines)
+
+
+def parts(rows: Rows) -> str:
+    """What was forgotten of what: the rise of each loss, adapters as trained."""
+    lines = []
+    for task in (HEADLINE, LARGE):
+        judged = Judged.of(rows, task)
+        kept = judged.start["kept"]
+        for cell in judged.cells():
+            mine = judged.of_cell(cell)
+            rises = {
+                name: sum(row["points"][-1]["kept"][name]["loss"] - kept[name]["loss"] for row in mine) / len(mine)
+                for name in kept
+            }
+            words = ", ".join(f"{name} {value:+.3f}" for name, value in rises.items())
+            setting = json.loads(cell[1])
+            strength = next((f" {v}" for k, v in setting.items() if k != "flavour"), "")
+            more = ""
+            if "cosine" in mine[0]:
+                more = " / ".join(
+                    f"{sum(row[key] for row in mine) / len(mine):.3f}" for key in ("variations", "cosine")
+                )
+            lines.append([name_of(task), f"{cell[0]}{strength}", f"{cell[2]:g}", words, more])
+    return _table(["task", "method", "rate", "rise of the loss on", "other wordings / cosine under noise"], lines)
+
+
+def tuned(rows: Rows) -> str:
+    """The validation scores that rates were chosen by."""
+    lines = []
+    for row in rows:
+        if row["experiment"] == "tune":
+            start = base_of_rows(rows, row["task"], "validation")
+            x, y = Judged([], start).means([row])
+            lines.append([name_of(row["task"]), row["label"], f"{row['lr']:g}", f"{x:.3f}", f"{y:.3f}", f"{x + y:.3f}"])
+    return _table(["task", "method", "rate", "domain loss", "forgotten", "sum"], lines)
