@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from types import CodeType, FrameType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
@@ -59,6 +60,8 @@ class Exits:
         is_last = type(next(reversed(module._forward_hooks.values()))) is Hook
         if fwd.leave and is_last and way_is_clear(whoever=fwd.leave is True):
             raise EarlyExit
+        if fwd.quiet_tail:  # until the loss function returns: nobody differentiates what comes now, and unpacks it
+            torch.set_grad_enabled(False)
 
 
 def call_loss_function(function: Callable[[Any, Any], Tensor], model: Any, batch: Any) -> Tensor:

@@ -106,6 +106,7 @@ class ForwardPass:
     patches: Sequence[Patch] = ()
     leave: Literal["auto"] | bool = False  # the forward after so many states; "auto" where no code would be cut off
     leave_after: int = 0
+    quiet_tail: bool = False  # what runs after them is in no graph
     gate: Gate = field(default_factory=Gate)
     # On which taps depend that would be in no graph otherwise.
     anchor: Tensor = field(

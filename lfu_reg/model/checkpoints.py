@@ -48,6 +48,11 @@ def saves_elsewhere() -> bool:
     return top is not None and not getattr(top[0], "__module__", "").startswith(("torch.", "lfu_reg."))
 
 
+def repeats_stop_early() -> bool:
+    """Whether a region that runs again stops once it has what the backward needs."""
+    return bool(getattr(torch.utils.checkpoint, "_enable_checkpoint_early_stop", True))
+
+
 @contextmanager
 def noted() -> Iterator[list[str]]:
     """A list of what this thread does in the block: enter a "checkpoint", put a "hook" on a tensor."""

@@ -83,6 +83,7 @@ class AttachedModel:
         self._targets = Targets(model, [*chosen, *sites, *self.reused.blocks])
         self.state = ModuleState(model)
         self.has_run = False  # whether a step has found its layers
+        self.tail_may_be_quiet = True  # whether code behind the last layer has run without gradients so far
         for module in (model, *chosen.values()):
             _attached[module] = weakref.ref(self)
         self._finalizer = weakref.finalize(self, self.hooks.remove)  # hooks that stay, if nobody calls `remove()`

@@ -66,6 +66,7 @@ class Passes(SecondPass):
         ):
             loss = sft.first(attached.devices(), check_value=self._progress.step == 0)
         checkpointed = "checkpoint" in noted
+        self._repeats_whole = checkpointed and not checkpoints.repeats_stop_early()
         self._changes = changes = attached.state.changes()
         # Loops return a dummy loss for an empty batch, zero times the sum of all parameters.
         if not clean.record.states and (attached.has_run or not bool(loss.detach())):

@@ -44,6 +44,7 @@ class SecondPass:
     _shared: SharedBackward | None = None
     _start: Tensor | None = None  # what pass 2 starts from where nothing below is differentiated with it
     _failure: str | None = None  # why pass 2 cannot begin where pass 1 did
+    _repeats_whole = False  # whether a region runs again to its end, and so needs all of its graph where it came to it
     _total: Tensor | None = None
     _tries = False  # whether pass 2 is run for alpha alone, without a backward
 
@@ -127,14 +128,17 @@ class SecondPass:
         start = self._start if self._shared is None else self._shared.start
         answers = [] if start is None else attached.reused.answers(start, samples)
         with self._auxiliary.shards_moved(), ExitStack() as stack:
+            quiet = attached.tail_may_be_quiet and not self.engine.is_sharded and not self._repeats_whole
             try:
-                perturbed = self._run_second(stack, samples, answers)
+                perturbed = self._run_second(stack, samples, answers, quiet)
             except Exception:
-                if not answers:
+                if not answers and not quiet:
                     raise
-                # Code around the blocks may need what only their running leaves behind: from now on they run.
+                # Code around the blocks may need what only their running leaves behind, and code after them may take
+                # gradients of its own: from now on all of it runs as in pass 1.
                 attached.reused.refuse()
-                perturbed = self._run_second(stack, samples, [])
+                attached.tail_may_be_quiet = False
+                perturbed = self._run_second(stack, samples, [], False)
             repeated = self._check_second(perturbed, samples)
             if repeated:
                 yield self._states_of(perturbed, samples)
@@ -157,7 +161,7 @@ class SecondPass:
         ):
             yield
 
-    def _run_second(self, stack: ExitStack, samples: Tensor | None, answers: list[Patch]) -> ForwardPass:
+    def _run_second(self, stack: ExitStack, samples: Tensor | None, answers: list[Patch], quiet: bool) -> ForwardPass:
         attached, record, settings = self._attached, self.clean.record, self._settings
         with ExitStack() as inner:
             inner.enter_context(self._again(but_blocks=bool(answers)))
@@ -168,6 +172,7 @@ class SecondPass:
                 patches=[*self._auxiliary.pass2_patches(), *answers],  # of weights as they were before pass 1
                 leave=settings.leave_early if not self.engine.is_sharded else False,
                 leave_after=len(record.states),
+                quiet_tail=quiet,
             )
             inner.enter_context(attached.hooks.run(perturbed))
             without_graph = settings.is_one_backward or (self._tries and self.clean.record.saves_elsewhere)

@@ -272,7 +272,7 @@ def test_an_exception_in_the_second_call_leaves_nothing(name: str, strategy: str
 
 @pytest.mark.parametrize("name", ["lora", "steering", "weights"])
 def test_code_after_the_layers_that_needs_a_graph(name: str) -> None:
-    """What runs after the last layer may take gradients of its own."""
+    """What runs after the last layer is in no graph at first; where it fails for that, it is run with one."""
     calls: list[int] = []
 
     def loss(m: Any, batch: Batch) -> Tensor:
@@ -286,7 +286,7 @@ def test_code_after_the_layers_that_needs_a_graph(name: str) -> None:
     pair.check()
     calls.clear()
     pair.reg(pair.model, TINY.batch(), loss)
-    assert len(calls) == 2
+    assert len(calls) == 2, "once that is known, it is not tried again"
 
 
 class Inner(torch.autograd.Function):
