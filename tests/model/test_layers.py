@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lfu_reg import LfURegularizer
+from lfu_reg.model.layers import choose_layers
 from tests.support.cases import Case, seeded
 from tests.support.models import LLAMA, T5, TINY, ZOO
 from tests.support.plain_models import TinyLM
@@ -128,3 +129,11 @@ def test_repr_lists_the_layers() -> None:
     for part in ("model.layers.1", "model.layers.3", "0.25", "SteeringVectors"):
         assert part in text
     assert "model.layers.2" not in text
+
+
+def test_numbered_blocks_in_a_dictionary() -> None:
+    blocks = {str(number): nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for number in range(3)}
+    model = nn.ModuleDict({"layers": nn.ModuleDict(blocks), "head": nn.Linear(4, 2)})
+    assert list(choose_layers(model)) == ["layers.0", "layers.1", "layers.2"]
+    named = nn.ModuleDict({"layers": nn.ModuleDict({f"block{name}": block for name, block in blocks.items()})})
+    assert "layers.block0.0" in choose_layers(named), "a name that is no number says nothing of an order"

@@ -13,6 +13,7 @@ from torch import Tensor
 from lfu_reg import LfURegularizer
 from lfu_reg.model.layers import encoder_and_decoder
 from lfu_reg.model.tokens import COUNTED_BUT_IGNORED, TokenMasks, ignored_but_counted
+from lfu_reg.step.checks import shapes_of_targets
 from tests.support.models import LLAMA, T5, TINY
 
 HIDDEN = torch.zeros(2, 4, 3)
@@ -187,3 +188,10 @@ def test_what_the_loss_ignores_is_seen_in_its_gradient() -> None:
     counts = batch["labels"] != -100
     assert ignored_but_counted(gradient.ne(0).any(-1), counts)[0] == 0
     assert ignored_but_counted(gradient.ne(0).any(-1), None)[0] > 0
+
+
+def test_whose_targets_token_dimensions_may_be() -> None:
+    whole, mask = torch.zeros(2, 5).long(), torch.zeros(2, 5)
+    assert shapes_of_targets([whole, whole]) >= {(2, 5)}
+    assert shapes_of_targets([whole, mask]) == {(1, 5), (2, 4)}, "one tensor, which the loss shifts"
+    assert shapes_of_targets([torch.zeros(5).long(), mask]) == set()
