@@ -108,7 +108,7 @@ class AttachedModel:
         self._let_go()
         self._auxiliary.detach(self._model)
         self._model, self.modules = None, {}
-        del self.state, self.hooks, self.reused, self._targets
+        del self.state, self.hooks, self.reused, self.devices, self._targets
 
     @property
     def is_removed(self) -> bool:
