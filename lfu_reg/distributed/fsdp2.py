@@ -95,9 +95,10 @@ class Shards:
             self.reshard()
 
     def reshard(self) -> None:
-        """Free gathered copies, so that the next forward gathers them anew."""
+        """Free gathered copies, and what autocast made of them, so that the next forward gathers and casts anew."""
         for unit in self._units:
             unit.reshard()
+        torch.clear_autocast_cache()  # which knows tensors by identity, and the next gathered copy is the same object
 
     def _entered(self, loss: Tensor) -> RemovableHandle:
         """Prepare units around the layers when the backward of `loss` starts."""

@@ -264,6 +264,19 @@ def check_mixed_precision() -> None:
     assert errors["auto"] < max(0.1, 1.5 * errors["retained"]), errors
 
 
+def check_autocast_around_the_step() -> None:
+    """Autocast keeps what it casts for as long as it is in force: pass 2 is not to run on casts of pass 1's weights."""
+    found = []
+    for whole_or_sharded in (lambda model: model, shard):
+        model = whole_or_sharded(TINY.make().float())
+        reg = regularizer(model, "weights", alpha=0.3, lam=1.0)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = reg(model, TINY.batch(), TINY.loss)
+        loss.backward()
+        found.append(float(reg.metrics["consistency_loss"]))
+    assert found[1] == pytest.approx(found[0], rel=0.05)
+
+
 def check_cpu_offload() -> None:
     compare(TINY, "lora", shard(TINY.make(), offload_policy=CPUOffloadPolicy(pin_memory=False)))
 
