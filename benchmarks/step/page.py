@@ -126,7 +126,7 @@ def summary(result: dict[str, Any]) -> str:
     named = {"steering": "all layers", "lora": "all layers", "weights": "all layers"}
     named |= {f"{key}-late": "the last third" for key in ("steering", "lora")}
     lines = [
-        "A step takes nearly twice as long as plain fine-tuning, with exact gradients, and less where only later layers are "
+        "A step takes about twice as long as plain fine-tuning, with exact gradients, and less where only later layers are "
         f"regularized. Measured on a Llama with {result['model']['layers']} layers, LoRA tuning, one CPU thread.",
         "",
         "| `auxiliary` | layers | time of a step | peak memory |",
