@@ -10,8 +10,10 @@ from typing import Any
 from evidence.control import at_equal_rate, sft_at
 from evidence.paired import estimate
 from evidence.store import Rows
-
-from lfu_reg.cli.compare.curves import place
+from study.analysis import Judged
+from study.cells import chosen
+from study.tables import tuned_sft
+from study.tasks import HEADLINE
 
 SFT, OTHER, LFU = "sft", "other", "lfu"
 COST = {
@@ -111,43 +113,28 @@ def _learns(share: float) -> str:
 
 
 def studied(rows: Rows) -> Panel | None:
-    """What is forgotten, of the study's headline: SFT at its best rate and scaled, LfU and a KL penalty as tuned."""
-    runs = [row for row in rows if row["experiment"] == "headline" and row["split"] == "test"]
-    base = [row for row in rows if row["experiment"] == "base" and row["split"] == "test"]
-    cells = {label: _cell([row for row in runs if row["label"] == label]) for label in STUDIED}
-    seeds = set.intersection(*(set(cell) for cell in cells.values()))
+    """What is forgotten, of the study's headline: SFT as tuned and scaled, LfU and a KL penalty as tuned."""
+    if "SFT" not in chosen(rows, HEADLINE):
+        return None
+    judged = Judged.of(rows, HEADLINE)
+    found = {label: tuned_sft(rows, HEADLINE) if label == "SFT" else judged.first(label) for label in STUDIED}
+    by_seed = {label: {row["seed"]: row for row in cell} for label, cell in found.items()}
+    seeds = sorted(set.intersection(*map(set, by_seed.values())))
     if len(seeds) < ENOUGH_SEEDS:
         return None
-    start = next(row["points"][0] for row in base if row["task"] == runs[0]["task"])
-
-    def places(label: str, scale: float) -> list[tuple[float, float]]:
-        points = [point for seed in sorted(seeds) for point in cells[label][seed]["points"] if point["scale"] == scale]
-        return [place(point, start) for point in points]
-
-    plain, bars = [forgot for _, forgot in places("SFT", 1.0)], []
+    cells = {label: [cell[seed] for seed in seeds] for label, cell in by_seed.items()}
+    plain, bars = judged.places(cells["SFT"]), []
     wanted = [("SFT", 1.0), ("SFT", 0.5), *((label, 1.0) for label in STUDIED if label != "SFT")]
     for label, scale in wanted:
-        found = places(label, scale)
-        losses, forgot = [loss for loss, _ in found], [forgot for _, forgot in found]
-        against = estimate([a - b for a, b in zip(forgot, plain, strict=True)])
+        places = judged.places(cells[label], scale)
+        against = estimate([a - b for (_, a), (_, b) in zip(places, plain, strict=True)])
         name = label if scale == 1 else f"{label}, adapter x {scale:g}"
-        half_width = 0.0 if forgot == plain else against.half_width
-        bars.append(Bar(name, fmean(forgot), STUDIED[label], half_width, f"loss {fmean(losses):.2f}"))
+        loss, forgot = judged.means(cells[label], scale)
+        half_width = 0.0 if places == plain else against.half_width
+        bars.append(Bar(name, forgot, STUDIED[label], half_width, f"loss {loss:.2f}"))
     return Panel(
         "Benefit: what is forgotten, nats per token (less is better)",
         f"2.2 M parameters, 64 examples of GSM8K, {len(seeds)} seeds; loss: on new questions",
         bars,
         "Each method as tuned; lines are 95 % intervals of the difference to SFT.",
     )
-
-
-def _cell(rows: Rows) -> dict[int, dict[str, Any]]:
-    """The setting with the most seeds, by seed; of SFT's rates the one that learns best."""
-    found: dict[tuple[float, str], dict[int, dict[str, Any]]] = {}
-    for row in rows:
-        found.setdefault((row["lr"], row["settings"]), {})[row["seed"]] = row
-
-    def rank(cell: dict[int, dict[str, Any]]) -> tuple[int, float]:
-        return len(cell), -fmean(row["points"][-1]["domain"]["loss"] for row in cell.values())
-
-    return max(found.values(), key=rank, default={})

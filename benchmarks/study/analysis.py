@@ -56,13 +56,17 @@ class Judged:
         found = [cell for cell in self.cells() if cell[0] == label]
         return self.of_cell(found[0]) if found else []
 
+    @property
+    def origin(self) -> Point:
+        """Where the base model is: its domain loss, and nothing forgotten."""
+        return place(self.start, self.start)
+
     def curve(self, seed: int, *, by_scale: bool = True) -> list[Point]:
         """Where SFT gets to with one seed, over rates and scales, or over rates alone."""
         if by_scale:
             return sft_curve([{**row, "step": None} for row in self.sft], self.start, seed)
         mine = sorted((row for row in self.sft if row["seed"] == seed), key=lambda row: row["lr"])
-        start = place(self.start, self.start)
-        return [start, *between([start, *(place(row["points"][-1], self.start) for row in mine)])]
+        return [self.origin, *between([self.origin, *(place(row["points"][-1], self.start) for row in mine)])]
 
     def gaps(self, rows: Rows, *, scale: float = 1.0, by_scale: bool = True) -> Gaps:
         """What a method forgets less than SFT's curve where that learns as well, by seed."""
@@ -75,9 +79,13 @@ class Judged:
                     found[row["seed"]] = least_forgotten(curve, loss) - forgot
         return found
 
+    def places(self, rows: Rows, scale: float = 1.0) -> list[Point]:
+        """Domain loss and forgotten of each row."""
+        return [place(p, self.start) for row in rows for p in row["points"] if p["scale"] == scale]
+
     def means(self, rows: Rows, scale: float = 1.0) -> Point:
-        """Domain loss and forgotten, means over the seeds."""
-        places = [place(p, self.start) for row in rows for p in row["points"] if p["scale"] == scale]
+        """The same as means over the seeds."""
+        places = self.places(rows, scale)
         return sum(x for x, _ in places) / len(places), sum(y for _, y in places) / len(places)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,6 +13,9 @@ import pytest
 
 pytest.importorskip("scipy")
 pytest.importorskip("peft")
+
+from evidence.finetune import Spec
+from study.tasks import HEADLINE
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -38,18 +42,20 @@ def test_the_figure_is_what_was_measured(front: ModuleType) -> None:
 
 def study(label: str, seed: int, points: dict[float, tuple[float, float]], rate: float = 1e-3) -> dict[str, Any]:
     made = [{"scale": s, "domain": {"loss": x}, "kept": {"text": {"loss": 3 + y}}} for s, (x, y) in points.items()]
-    about = {"experiment": "headline", "split": "test", "task": "t", "settings": "{}", "lr": rate}
-    return {**about, "label": label, "seed": seed, "points": made}
+    method = {"base model": "base", "SFT": "sft", "KL to base": "kl-to-base"}.get(label, "lfu")
+    return {**asdict(Spec("headline", HEADLINE, method, label, lr=rate, seed=seed)), "points": made}
 
 
 def test_a_study_is_shown_once_it_has_enough_seeds(front: ModuleType) -> None:
     panels = importlib.import_module("front.panels")
     base = {**study("base model", 0, {0.0: (6.0, 0.0)}), "experiment": "base"}
-    rows = [base]
+    validation = {"split": "validation"}
+    tuned = {**study("SFT", 100, {1.0: (3.0, 0.4)}), **validation, "experiment": "tune"}
+    rows = [base, {**base, **validation}, tuned]
     for seed in range(panels.ENOUGH_SEEDS):
         assert panels.studied(rows) is None
         rows.append(study("SFT", seed, {0.5: (4.0, 0.1), 1.0: (3.0, 0.4 + 0.01 * seed)}))
-        rows.append(study("SFT", seed, {1.0: (5.0, 0.1)}, rate=1e-4))  # learns less, so it is not the one that is shown
+        rows.append(study("SFT", seed, {1.0: (5.0, 0.1)}, rate=1e-4))  # learns less, so tuning chose the other one
         rows += [study(label, seed, {1.0: (3.1, 0.3)}) for label in ("LfU LoRA", "KL to base")]
         rows.append(study("LfU steering", seed, {1.0: (3.2, 0.2 + 0.01 * seed)}))
     panel = panels.studied(rows)
