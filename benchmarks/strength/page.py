@@ -51,7 +51,7 @@ def rounding() -> str:
             if mine:
                 linear = {float(row["displacement"]): f"{float(row['linear']):.3f}" for row in mine}
                 lines.append([size, auxiliary, "float32", *(linear.get(c, "") for c in columns)])
-    return _table(["model", "auxiliary", "arithmetic", *(f"{c:g}" for c in columns)], lines)
+    return table(["model", "auxiliary", "arithmetic", *(f"{c:g}" for c in columns)], lines)
 
 
 def strengths() -> str:
@@ -77,7 +77,7 @@ def strengths() -> str:
             products = [_median(at_one, key) if at_one else "" for key in ("lam", "product")]
             lines.append([size, task, auxiliary, *shown, *products, f"{len(found[best])}"])
     titles = ["model", "task", "auxiliary", "0", *(f"{value:g}" for value in STRENGTHS)]
-    return _table([*titles, "lambda at 1", "alpha * lambda at 1", "seeds"], lines)
+    return table([*titles, "lambda at 1", "alpha * lambda at 1", "seeds"], lines)
 
 
 def losses() -> str:
@@ -94,7 +94,7 @@ def losses() -> str:
         name = f"SFT at {value:g}" if setting == "lr" else f"{auxiliary}, strength {value:g}"
         figures = [_mean(group, key) for key in ("domain", "kept", "train")]
         lines.append([name, *figures, f"{len(group)}"])
-    return _table(["", "task, held out", "WikiText", "training", "seeds"], lines)
+    return table(["", "task, held out", "WikiText", "training", "seeds"], lines)
 
 
 def ratios() -> str:
@@ -110,7 +110,7 @@ def ratios() -> str:
                     summed = [float(r["summed"]) for r in mine if r["micro_batches"] == "4"]
                     four = f"{min(summed):.2f} to {max(summed):.2f}" if summed else MISSING
                     lines.append([size, tuning, dtype, f"{len(mine)}", f"{low:.3f} to {high:.3f}", four])
-    return _table(["model", "tuning", "dtype", "settings", "each batch", "sum of four micro-batches"], lines)
+    return table(["model", "tuning", "dtype", "settings", "each batch", "sum of four micro-batches"], lines)
 
 
 def price() -> str:
@@ -120,7 +120,7 @@ def price() -> str:
         quartiles = f"{float(r['low']):.2f} to {float(r['high']):.2f}"
         ratio, peak = (f"{float(r[key]):.2f}" for key in ("ratio", "peak"))
         lines.append([r["tuning"], f"{r['batch']} x {r['tokens']}", r["method"], ratio, quartiles, peak])
-    return _table(["tuning", "batch", "method", "time / SFT's", "quartiles", "peak memory / SFT's"], lines)
+    return table(["tuning", "batch", "method", "time / SFT's", "quartiles", "peak memory / SFT's"], lines)
 
 
 def directions() -> str:
@@ -133,7 +133,7 @@ def directions() -> str:
             (r["auxiliary"], r["batch"], r["step"]): f"{float(r['cosine']):.2f}" for r in rows if r["direction"] == name
         }
         lines.append([name, *(cells.get(setting, "") for setting in settings)])
-    return _table(["direction", *(f"{a}, batch {b}, step {s}" for a, b, s in settings)], lines)
+    return table(["direction", *(f"{a}, batch {b}, step {s}" for a, b, s in settings)], lines)
 
 
 def one_backward() -> str:
@@ -155,7 +155,7 @@ def one_backward() -> str:
                     found = difference(*([float(part[s][key]) for s in seeds] for part in both))
                     cells.append(f"{found.mean:+.3f} ± {found.half_width:.3f}")
                 lines.append([task, auxiliary, *cells, f"{len(seeds)}"])
-    return _table(["task", "auxiliary", "task loss", "kept loss", "seeds"], lines)
+    return table(["task", "auxiliary", "task loss", "kept loss", "seeds"], lines)
 
 
 def pushes() -> str:
@@ -172,7 +172,7 @@ def pushes() -> str:
             group = [r for r in rows if (r["auxiliary"], r["setting"], r["seed"]) == (auxiliary, setting, "0")]
             if group:
                 lines.append([auxiliary, name, _mean(group, "domain"), _mean(group, "kept")])
-    return _table(["auxiliary", "step", "task, held out", "WikiText"], lines)
+    return table(["auxiliary", "step", "task, held out", "WikiText"], lines)
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -220,7 +220,8 @@ def _bold(value: str, least: float) -> str:
     return f"**{shown}**" if float(value) >= least else shown
 
 
-def _table(titles: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+def table(titles: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """In Markdown, without a line break at its end."""
     rows = [f"| {' | '.join(line)} |" for line in (titles, *lines)]
     return "\n".join([rows[0], "|---" * len(titles) + "|", *rows[1:]])
 

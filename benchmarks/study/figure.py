@@ -32,7 +32,7 @@ def draw(rows: Rows, path: Path) -> None:
 
 
 def _panel(axis: Any, judged: Judged, title: str) -> None:
-    start = judged.means([{"points": [judged.start]}], 0.0)
+    start = judged.origin
     ends = []
     for number, rate in enumerate(sorted({row["lr"] for row in judged.sft})):
         mine = [row for row in judged.sft if row["lr"] == rate]

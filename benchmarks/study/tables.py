@@ -7,7 +7,9 @@ from statistics import median
 
 from evidence.paired import Estimate, estimate
 from evidence.store import Rows
+from strength.page import table
 
+from lfu_reg.cli.compare.curves import place
 from study.analysis import Judged, answers
 from study.cells import base_of_rows, chosen
 from study.tasks import HEADLINE, LARGE, OTHERS
@@ -28,11 +30,6 @@ def shown(found: Estimate | None) -> str:
         return f"{found.mean:+.3f} (1)"
     digits = 3 if found.half_width >= 0.001 else 5
     return f"{found.mean:+.{digits}f} ± {found.half_width:.{digits}f} ({found.count})"
-
-
-def _table(head: list[str], lines: list[list[str]]) -> str:
-    rows = [head, ["---"] * len(head), *lines]
-    return "\n".join("| " + " | ".join(line) + " |" for line in rows)
 
 
 def gap(judged: Judged, rows: Rows, **how: float | bool) -> Estimate | None:
@@ -72,7 +69,7 @@ def summary(rows: Rows) -> str:
         "the same, scaled by .75",
         "135 M: gap to rates and scales",
     ]
-    return _table(["method", "time", "domain loss", "forgotten", *gaps], lines)
+    return table(["method", "time", "domain loss", "forgotten", *gaps], lines)
 
 
 def _seconds(rows: Rows) -> float:
@@ -85,7 +82,7 @@ def _if_run(found: Estimate | None) -> str:
 
 def hypotheses(rows: Rows) -> str:
     """Every hypothesis with what was found."""
-    return _table(
+    return table(
         ["", "claim", "where", "difference (seeds)", "verdict"],
         [[a.number, a.claim, name_of(a.where), shown(a.found), a.verdict] for a in answers(rows)],
     )
@@ -98,7 +95,7 @@ def places(rows: Rows) -> str:
         if not any(row["task"] == task and row["split"] == "test" and row["method"] != "base" for row in rows):
             continue
         judged = Judged.of(rows, task)
-        x, y = judged.means([{"points": [judged.start]}], 0.0)
+        x, y = judged.origin
         lines.append([name_of(task), "base model", "", "", f"{x:.3f}", f"{y:.3f}", "", "", ""])
         for cell in judged.cells():
             mine = judged.of_cell(cell)
@@ -123,7 +120,7 @@ def places(rows: Rows) -> str:
                     ]
                 )
     head = ["task", "method", "rate", "scale", "domain loss", "forgotten", "KL to base", "seeds", "gap to SFT's curve"]
-    return _table(head, lines)
+    return table(head, lines)
 
 
 def parts(rows: Rows) -> str:
@@ -147,7 +144,7 @@ def parts(rows: Rows) -> str:
                     f"{sum(row[key] for row in mine) / len(mine):.3f}" for key in ("variations", "cosine")
                 )
             lines.append([name_of(task), f"{cell[0]}{strength}", f"{cell[2]:g}", words, more])
-    return _table(["task", "method", "rate", "rise of the loss on", "other wordings / cosine under noise"], lines)
+    return table(["task", "method", "rate", "rise of the loss on", "other wordings / cosine under noise"], lines)
 
 
 def tuned(rows: Rows) -> str:
@@ -155,7 +152,6 @@ def tuned(rows: Rows) -> str:
     lines = []
     for row in rows:
         if row["experiment"] == "tune":
-            start = base_of_rows(rows, row["task"], "validation")
-            x, y = Judged([], start).means([row])
+            x, y = place(row["points"][-1], base_of_rows(rows, row["task"], "validation"))
             lines.append([name_of(row["task"]), row["label"], f"{row['lr']:g}", f"{x:.3f}", f"{y:.3f}", f"{x + y:.3f}"])
-    return _table(["task", "method", "rate", "domain loss", "forgotten", "sum"], lines)
+    return table(["task", "method", "rate", "domain loss", "forgotten", "sum"], lines)
