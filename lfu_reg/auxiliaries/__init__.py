@@ -13,7 +13,7 @@ from lfu_reg.auxiliaries.steering import SteeringVectors
 from lfu_reg.auxiliaries.weights import WeightDeltas
 from lfu_reg.diagnostics import Diagnostics
 from lfu_reg.model.linears import find_linears
-from lfu_reg.model.names import one_of
+from lfu_reg.model.names import listed, one_of
 
 __all__ = [
     "Auxiliary",
@@ -64,5 +64,5 @@ def acting_in(
     """`made`, or steering vectors where LoRA deltas, asked for by name or by default, have nothing to act on."""
     if isinstance(asked, Auxiliary) or not isinstance(made, LoRADeltas) or find_linears(layers):
         return made
-    diagnostics.warn_once("no linear map", NO_LINEAR_MAP.format(", ".join(layers)))
+    diagnostics.warn_once("no linear map", NO_LINEAR_MAP.format(listed(layers, 8)))
     return SteeringVectors()

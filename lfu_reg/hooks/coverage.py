@@ -16,6 +16,7 @@ from lfu_reg.diagnostics import Diagnostics
 from lfu_reg.hooks.forward_pass import ForwardPass
 from lfu_reg.model.compile import holds_compiled
 from lfu_reg.model.linears import base_layer
+from lfu_reg.model.names import listed
 
 SILENT = (
     "These modules never ran although their layers did, so LfU does not act on them: {}. Nothing is wrong where their "
@@ -60,21 +61,17 @@ class Coverage:
             silent += missing
         if fwd.record.old_backward_hooks:
             self._diagnostics.warn_once(
-                "backward hooks", OLD_BACKWARD_HOOKS.format(_listed(fwd.record.old_backward_hooks))
+                "backward hooks", OLD_BACKWARD_HOOKS.format(listed(fwd.record.old_backward_hooks, 8))
             )
         if silent:
-            self._diagnostics.warn_once("silent", SILENT.format(_listed(silent)))
+            self._diagnostics.warn_once("silent", SILENT.format(listed(silent, 8)))
 
     def compare(self, clean: ForwardPass, perturbed: ForwardPass) -> None:
         """Look at pass 2, where it ran on all samples and to the end of the layers."""
         sites = [site for found in self._inside.values() for site in found]
         uneven = [site for site in sites if clean.record.fired[site] != perturbed.record.fired[site]]
         if uneven:
-            self._diagnostics.warn_once("uneven", UNEVEN.format(_listed(uneven)))
-
-
-def _listed(names: list[str], most: int = 8) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+            self._diagnostics.warn_once("uneven", UNEVEN.format(listed(uneven, 8)))
 
 
 class Targets:

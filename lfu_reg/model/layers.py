@@ -15,7 +15,7 @@ from typing import TypeAlias, cast
 from torch import nn
 
 from lfu_reg.model.leaf_layers import leaf_layers, one_block_stages
-from lfu_reg.model.names import did_you_mean, shown
+from lfu_reg.model.names import did_you_mean, listed, shown
 
 LayerChoice: TypeAlias = str | int | slice | Sequence[int] | Sequence[str] | Callable[[str, nn.Module], bool]
 
@@ -83,7 +83,7 @@ def _leaf_layers(model: nn.Module, modules: dict[str, nn.Module], choice: object
         f"{type(model).__name__} has neither repeated blocks nor several modules with weights, so layers="
         f"{shown(choice)} cannot be resolved: what its one module returns is the output already. Name the layers to "
         "compare: layers=['...'], a regular expression or a callable of (name, module); or attach to the whole model "
-        f"that this is a part of. Its modules are: {_listing(modules)}."
+        f"that this is a part of. Its modules are: {listed(modules, 40)}."
         if modules
         else NO_SUBMODULES.format(model=type(model).__name__)
     )
@@ -92,9 +92,9 @@ def _leaf_layers(model: nn.Module, modules: dict[str, nn.Module], choice: object
 def _tell_guesses(model: nn.Module, choice: object, stacks: list[list[str]], tell: Callable[[str, str], None]) -> None:
     name = type(model).__name__
     if not find_stacks(model):
-        tell("no blocks", NO_BLOCKS.format(model=name, layers=_listing(stacks[0])))
+        tell("no blocks", NO_BLOCKS.format(model=name, layers=listed(stacks[0], 40)))
     elif isinstance(choice, str) and (stages := one_block_stages(model, stacks)):
-        tell("one block", ONE_BLOCK.format(model=name, choice=choice, stages=_listing(stages)))
+        tell("one block", ONE_BLOCK.format(model=name, choice=choice, stages=listed(stages, 40)))
 
 
 def find_stacks(model: nn.Module) -> list[list[str]]:
@@ -192,7 +192,7 @@ def _nothing(what: str, modules: dict[str, nn.Module], model: nn.Module, typed: 
     if not modules:
         return ValueError(NO_SUBMODULES.format(model=type(model).__name__))
     stacks = find_stacks(model)
-    there = f"Its blocks are {_folded(stacks)}." if stacks else f"Its modules are {_listing(modules)}."
+    there = f"Its blocks are {_folded(stacks)}." if stacks else f"Its modules are {listed(modules, 40)}."
     near = did_you_mean(typed, [*WORDS, *modules])
     return ValueError(f"{what} of {type(model).__name__}.{near} {there} {ALLOWED}")
 
@@ -200,12 +200,6 @@ def _nothing(what: str, modules: dict[str, nn.Module], model: nn.Module, typed: 
 def _folded(stacks: Iterable[list[str]]) -> str:
     """The blocks of every stack by its first and last one."""
     return ", ".join(f"{stack[0]} to {stack[-1]} ({len(stack)})" if stack[1:] else stack[0] for stack in stacks)
-
-
-def _listing(names: Iterable[str]) -> str:
-    listed, most = list(names), 40
-    more = f" and {len(listed) - most} more" if len(listed) > most else ""
-    return ", ".join(listed[:most]) + more
 
 
 def encoder_and_decoder(model: nn.Module, names: Iterable[str]) -> tuple[set[str], set[str]]:

@@ -28,6 +28,12 @@ def did_you_mean(given: object, names: Iterable[str], most: int = 3) -> str:
     return f" Did you mean {' or '.join(repr(by_lower[name]) for name in near)}?" if near else ""
 
 
+def listed(names: Iterable[str], most: int) -> str:
+    """Some names, and how many more there are."""
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 def shown(value: object) -> str:
     """`value` as code, on one line and not too long: modules and tensors have pages of it."""
     text = value.__name__ if isinstance(value, type) else " ".join(repr(value).split())

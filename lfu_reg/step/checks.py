@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lfu_reg.distributed.tensor_parallel import is_distributed
-from lfu_reg.model.names import shown
+from lfu_reg.model.names import listed, shown
 from lfu_reg.model.outputs import is_cache
 from lfu_reg.model.tokens import TokenMasks
 from lfu_reg.step.loss_checks import CALL
@@ -135,7 +135,7 @@ def check_layers_ran(layers: Collection[str], ran: Collection[str], *, named: bo
     if silent and (named or len(silent) == len(layers)):
         raise RuntimeError(
             "These layers returned nothing to the regularizer in the loss's forward pass: "
-            f"{', '.join(silent[:10])}{f' and {len(silent) - 10} more' if len(silent) > 10 else ''}. Either "
+            f"{listed(silent, 10)}. Either "
             "sft_loss_fn does not run them, or it runs them without gradients (as reentrant checkpoints do: "
             "use_reentrant=False), or they are run as layer.forward(x), which bypasses hooks: call layer(x), or choose "
             "other layers. Or torch.compile ran a graph of another model of the same classes, which has no hooks: set "
