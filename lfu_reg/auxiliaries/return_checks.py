@@ -114,21 +114,24 @@ def check_rule(owner: str, rule: Any, name: str) -> None:
 
 def check_gradients(owner: str, gradients: Any, name: str, like: Sequence[tuple[torch.Size, torch.device]]) -> None:
     """Raise unless `gradients` are what the rule of `gradient_rule` has to return for components `like` these."""
-    rule = f"The rule of {owner}.gradient_rule"
-    here = ", ".join(f"{list(shape)} on {device}" for shape, device in like)
-    allowed = f"a sequence with {_RULE} (here {here})"
+
+    def wrong(returned: str, comma: str = "") -> str:
+        here = ", ".join(f"{list(shape)} on {device}" for shape, device in like)
+        allowed = f"a sequence with {_RULE} (here {here})"
+        return _wrong(f"The rule of {owner}.gradient_rule", returned, name, allowed, comma)
+
     if not isinstance(gradients, Sequence):
         comma = ". Put a comma behind the one tensor: (gradient,)" if isinstance(gradients, Tensor) else ""
-        raise TypeError(_wrong(rule, describe(gradients), name, allowed, comma))
+        raise TypeError(wrong(describe(gradients), comma))
     if len(gradients) != len(like):
-        raise ValueError(_wrong(rule, f"{len(gradients)} entries", name, allowed))
+        raise ValueError(wrong(f"{len(gradients)} entries"))
     for gradient, (shape, device) in zip(gradients, like, strict=True):
         if gradient is None:
             continue
         if not isinstance(gradient, Tensor):
-            raise TypeError(_wrong(rule, f"an entry that is {describe(gradient)}", name, allowed))
+            raise TypeError(wrong(f"an entry that is {describe(gradient)}"))
         if gradient.shape != shape or gradient.device != device or not gradient.is_floating_point():
-            raise ValueError(_wrong(rule, f"{describe(gradient)} on {gradient.device}", name, allowed))
+            raise ValueError(wrong(f"{describe(gradient)} on {gradient.device}"))
 
 
 def check_direction(owner: str, direction: Any, gradients: Sequence[Tensor]) -> None:
