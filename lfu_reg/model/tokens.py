@@ -133,15 +133,13 @@ class TokenMasks:
         return None
 
 
-def ignored_but_counted(has_gradient: Tensor, mask: Tensor | None) -> tuple[int, int]:
-    """How many positions count although the loss has no gradient there, and how many count. Waits for the device."""
+def ignored_but_counted(has_gradient: Tensor) -> tuple[int, int]:
+    """How many positions the loss has no gradient at, and how many there are. Waits for the device."""
     # That holds for the hidden state of the last layer, where nothing behind it mixes tokens.
     used = has_gradient.clone()
     # A label at the position itself (labels are not shifted), or that of the next token, predicted from here.
     used[..., 1:] |= has_gradient[..., :-1]
-    counted = torch.ones_like(used) if mask is None else mask
-    ignored, number = torch.stack([(counted & ~used).sum(), counted.sum()]).tolist()
-    return int(ignored), int(number)
+    return int((~used).sum()), used.numel()
 
 
 def virtual_tokens(model: nn.Module) -> int:
