@@ -41,11 +41,10 @@ class Cell:
 
 
 def cells(size: str) -> list[Cell]:
-    """Every auxiliary and tuning with one thing changed at a time; LoRA tuning alone for the large model."""
+    """Every auxiliary and tuning with one thing changed at a time."""
     changes = (("float32", "mean", 1), ("float32", "mean", 4), ("float32", "sum", 1), ("bfloat16", "mean", 1))
-    tunings = ("lora", "full") if size != "135M" else ("lora",)
-    kept = changes if size != "135M" else changes[:1]
-    return [Cell(size, a, *change, tuning) for change, a, tuning in itertools.product(kept, AUXILIARIES, tunings)]
+    every = itertools.product(changes, AUXILIARIES, ("lora", "full"))
+    return [Cell(size, a, *change, tuning) for change, a, tuning in every]
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -71,11 +71,13 @@ class Released(Strategy):
         scale = self._perturbed_scale
         whole = above = None
         if strength.compares and self._shared is not None:
-            # What arrives at the cut stands for what lies below it, until that is measured again.
-            cut, arrived = self._shared.arrived
-            both = [*self._gradients.values(), (cut, arrived)], [*pairs, (cut, at_cut)]
-            above = self._compare(*both, scale, cut, with_product=False)
-            if (strength.is_due or self._shared.is_small) and (below := self._both_below(at_cut)) is not None:
+            (cut, arrived), is_small = self._shared.arrived, self._shared.is_small
+            below = self._both_below(at_cut) if strength.is_due or is_small else None
+            if below is None or not is_small:
+                # What arrives at the cut stands for what lies below it, until that is measured again.
+                both = [*self._gradients.values(), (cut, arrived)], [*pairs, (cut, at_cut)]
+                above = self._compare(*both, scale, cut, with_product=False)
+            if below is not None:
                 self._add(below[0], 1.0)
                 at_cut, pairs = None, [*pairs, *below[1]]
         if strength.compares and self._shared is None:
