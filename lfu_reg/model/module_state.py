@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from lfu_reg.model.patching import ABSENT, Patch, patched
 from lfu_reg.model.tables import CONTAINERS, DEEPEST, collect, copied, holds, put
-from lfu_reg.model.walk import modules_of
 
 # Attributes that every module has are no notes of its own, but for buffers and hooks.
 _EVERYBODYS = frozenset(vars(nn.Module()))
@@ -122,7 +121,7 @@ class ModuleState:
 
     def _list(self) -> None:
         """List the tables that a forward may change, and the places of tensors."""
-        self._modules = modules_of(self._model)
+        self._modules = list(self._model.modules())
         self._sizes = [len(module._modules) for module in self._modules]
         found: dict[int, tuple[Any, nn.Module]] = {}
         self._places = list(self._followers)

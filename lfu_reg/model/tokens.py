@@ -15,8 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lfu_reg.model.walk import modules_of
-
 TokenMask = Tensor | Callable[[Any], Tensor]
 
 IGNORED_LABEL = -100
@@ -145,7 +143,7 @@ def ignored_but_counted(has_gradient: Tensor) -> tuple[int, int]:
 def virtual_tokens(model: nn.Module) -> int:
     """How many virtual tokens PEFT may put in front of the batch's own (prompt tuning, P-tuning); 0 without PEFT."""
     # Those of prefix tuning are counted as well, but are keys and values: hidden states are no longer than the batch.
-    for module in modules_of(model):
+    for module in model.modules():
         if vars(module).get("_is_prompt_learning"):
             config: Any = getattr(module, "active_peft_config", None)
             return int(getattr(config, "num_virtual_tokens", 0) or 0)

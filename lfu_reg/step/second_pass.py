@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -19,7 +19,6 @@ from lfu_reg.model.graph import grad_set_aside
 from lfu_reg.model.module_state import Changes
 from lfu_reg.model.patching import Patch
 from lfu_reg.model.rng import random_state_kept
-from lfu_reg.model.walk import parameters_of
 from lfu_reg.step import checks
 from lfu_reg.step.attached_model import AttachedModel
 from lfu_reg.step.consistency import relative_distance
@@ -52,6 +51,7 @@ class SecondPass:
         attached: AttachedModel,
         auxiliary: Auxiliary,
         sft: SFTLoss,
+        trained: Sequence[Tensor],
         settings: Settings,
         strength: StepStrength,
         progress: Progress,
@@ -59,9 +59,8 @@ class SecondPass:
     ) -> None:
         self._attached, self._auxiliary, self._sft, self._settings = attached, auxiliary, sft, settings
         self._strength, self._progress, self._diagnostics = strength, progress, diagnostics
-        self.batch, self.engine = sft.batch, strength.engine
-        self._trained = [p for p in parameters_of(sft.model) if p.requires_grad]
-        self._strategy = choose_strategy(settings, self.engine, auxiliary, progress.scales, self._trained)
+        self.batch, self.engine, self._trained = sft.batch, strength.engine, trained
+        self._strategy = choose_strategy(settings, self.engine, auxiliary, progress.scales, trained)
 
     def total(self) -> Tensor:
         """l_SFT + lam * l_cons, differentiable: put together once, as ranks do that side by side."""

@@ -545,7 +545,7 @@ MUTANTS = (
         31,
         "a step that is repeated draws the same",
         "step/progress.py",
-        "if not (self.same_step.repeats(model, batch) or again):",
+        "if not (self.same_step.repeats(trained, batch) or again):",
         "if True:",
         "tests/step/test_progress.py::test_a_step_that_is_repeated_draws_the_same",
     ),
