@@ -104,7 +104,7 @@ class SharedAscent:
             for group in self._groups:
                 dist.all_reduce(bounds, dist.ReduceOp.MIN, group=group)
             if bounds.tolist() != [here, -here]:
-                raise RuntimeError(_different(gradients, "on some ranks", "the other ranks"))
+                raise RuntimeError(_different(gradients, "on some ranks", "the first rank"))
             self._known = here
         if here != self._known:
             raise RuntimeError(_different(gradients, "on this rank", "the first step"))
