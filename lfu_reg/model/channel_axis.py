@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -22,11 +21,16 @@ def channels_first(layer: nn.Module) -> Callable[[Tensor], bool]:
     # many tokens as channels) or neither does, what the layer is made of decides.
     modules = list(layer.modules())
     composite = len(modules) > 1
-    grouped = {number for m in modules if (number := _channels_of_norm(m)) is not None}
+    grouped = {m.num_channels for m in modules if isinstance(m, nn.GroupNorm)}
+    grouped |= {m.num_features for m in modules if isinstance(m, nn.modules.batchnorm._NormBase)}
     linear = [size[1] for m in modules if (size := linear_sizes(m)) is not None]
     normed = [m.normalized_shape[-1] for m in modules if isinstance(m, (nn.LayerNorm, nn.RMSNorm))]
     convolutions = {rank: [m for m in modules if isinstance(m, kinds)] for rank, kinds in _CONVOLUTIONS.items()}
-    channels = {rank: grouped.union(*(_channels(m, composite) for m in found)) for rank, found in convolutions.items()}
+    # Blocks with a gate have twice the channels inside, and give back what they got.
+    sizes = ("out_channels", "in_channels") if composite else ("out_channels",)
+    channels = {
+        rank: grouped.union(getattr(m, size) for m in found for size in sizes) for rank, found in convolutions.items()
+    }
 
     def decide(output: Tensor) -> bool:
         shape, fitting = tuple(output.shape), channels.get(output.dim())
@@ -41,14 +45,3 @@ def channels_first(layer: nn.Module) -> Callable[[Tensor], bool]:
         return bool(convolutions[len(shape)]) and (len(shape) > 3 or (first and convolve))
 
     return decide
-
-
-def _channels(convolution: Any, composite: bool) -> set[int]:
-    # Blocks with a gate have twice the channels inside, and give back what they got.
-    return {convolution.out_channels, convolution.in_channels} if composite else {convolution.out_channels}
-
-
-def _channels_of_norm(module: nn.Module) -> int | None:
-    if isinstance(module, nn.GroupNorm):
-        return module.num_channels
-    return module.num_features if isinstance(module, nn.modules.batchnorm._NormBase) else None

@@ -50,12 +50,6 @@ def displacement(clean: Sequence[State], perturbed: Sequence[State], samples: Te
     return torch.stack(moved).norm(), torch.stack(length).norm().clamp_min(torch.finfo(torch.float32).tiny)
 
 
-def relative_distance(clean: Sequence[State], perturbed: Sequence[State], samples: Tensor | None) -> Tensor:
-    """||h' - h|| / ||h||: how far the perturbation reached."""
-    moved, length = displacement(clean, perturbed, samples)
-    return moved / length
-
-
 def rounding(states: Sequence[State]) -> float:
     """Relative rounding of the coarsest dtype that hidden states have, or are computed in under autocast."""
     dtypes = {state.hidden.dtype for state in states}

@@ -21,7 +21,7 @@ from lfu_reg.model.patching import Patch
 from lfu_reg.model.rng import random_state_kept
 from lfu_reg.step import checks
 from lfu_reg.step.attached_model import AttachedModel
-from lfu_reg.step.consistency import relative_distance
+from lfu_reg.step.consistency import displacement
 from lfu_reg.step.one_backward import OneBackward, nothing_saved
 from lfu_reg.step.progress import Progress
 from lfu_reg.step.settings import Settings
@@ -91,8 +91,8 @@ class SecondPass:
         alpha, h, self._tries = self._strength.alpha, self.clean.record.states, True
         for _ in range(0 if self.engine.in_lockstep else TRIES):
             with self.second(samples) as h_prime:
-                moved = float(relative_distance(h, h_prime, samples))
-            factor = self._strength.factor(moved)
+                moved, length = displacement(h, h_prime, samples)
+            factor = self._strength.factor(float(moved / length))
             if moved == 0 or 1 / CLOSE < factor < CLOSE or not self._auxiliary.rescale(factor):
                 break
             alpha *= factor
