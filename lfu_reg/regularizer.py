@@ -192,7 +192,7 @@ class LfURegularizer(Controls):
             # l_SFT + lam * l_cons (Eq. 6).
             loss = passes.total()
             progress.empty_steps += (empty := passes.clean.record.is_empty())
-            look = strength.look(tokens_count=not empty)
+            look = strength.look(tokens_count=not empty, sensible_alpha=lambda: passes.sensible_alpha(samples))
             diagnostics.watch(progress.step // settings.every, sft_loss, l_cons.detach(), gradient_norm, look)
         terms = {"loss": loss, "sft_loss": sft_loss, "consistency_loss": l_cons, "ascent_grad_norm": gradient_norm}
         self.metrics = metrics.of_step(terms, progress, strength, h, distances)

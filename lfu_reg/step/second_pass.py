@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
@@ -93,10 +94,24 @@ class SecondPass:
             with self.second(samples) as h_prime:
                 moved, length = displacement(h, h_prime, samples)
             factor = self._strength.factor(float(moved / length))
-            if moved == 0 or 1 / CLOSE < factor < CLOSE or not self._auxiliary.rescale(factor):
+            if (moved == 0 and self._strength.searches) or 1 / CLOSE < factor < CLOSE:
+                break
+            if not self._auxiliary.rescale(factor):
                 break
             alpha *= factor
         self._tries = False
+        return alpha
+
+    def sensible_alpha(self, samples: Tensor | None) -> float:
+        """The same once the step is done, which leaves theta_aux where the step had it; NaN where that cannot be."""
+        strength = self._strength
+        if self.engine.in_lockstep:
+            return strength.alpha * strength.factor(float(strength.figures["relative_distance"]))
+        try:
+            alpha = self.find_alpha(samples)
+        except PlainSFT:
+            return math.nan
+        self._auxiliary.rescale(strength.alpha / alpha)
         return alpha
 
     @contextmanager
