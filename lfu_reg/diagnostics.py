@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import fmean, pstdev
 
@@ -60,13 +60,12 @@ TOO_MUCH = (
 )
 ROUNDING_NOISE = (
     "LfU measures rounding: the hidden states move by {distance:.1e} of their length, and what they are computed in "
-    "rounds by {eps:.1e}. Try alpha={alpha:.2g} instead of alpha={given:.2g}, or give strength and leave alpha out, "
-    "which sets it so."
+    "rounds by {eps:.1e}: alpha={alpha:.2g} is too small for this model. Give strength and leave alpha out, which sets "
+    "it."
 )
 COLLAPSE = (
     "LfU collapses the model: the perturbed hidden states are {distance:.2f} times their own length away from the "
-    "clean ones. alpha={given:.3g} is too large for this model: try alpha={alpha:.2g}, or give strength and leave "
-    "alpha out."
+    "clean ones: alpha={alpha:.3g} is too large for this model. Give strength and leave alpha out, which sets it."
 )
 
 
@@ -80,7 +79,6 @@ class Look:
     strength: float | None  # what lam follows from, None where it is fixed
     eps: float  # relative rounding of the hidden states
     tokens_count: bool  # whether any does
-    sensible_alpha: Callable[[], float]  # finds one by passes of its own
 
 
 class LfUWarning(UserWarning):
@@ -131,15 +129,13 @@ class Diagnostics:
     def _how_strong(self, look: Look, gradient_norm: Tensor) -> None:
         distance = float(look.figures.get("relative_distance", math.nan))
         if distance > COLLAPSED:
-            if "collapse" not in self.told:
-                alpha = look.sensible_alpha()
-                self.warn_once("collapse", COLLAPSE.format(distance=distance, given=look.alpha, alpha=alpha))
+            self.warn_once("collapse", COLLAPSE.format(distance=distance, alpha=look.alpha))
             return
         if distance < look.eps:
-            if "rounding noise" not in self.told and float(gradient_norm):
-                alpha, given = look.sensible_alpha(), look.alpha
-                message = ROUNDING_NOISE.format(distance=distance, eps=look.eps, alpha=alpha, given=given)
-                self.warn_once("rounding noise", message)
+            if float(gradient_norm):
+                self.warn_once(
+                    "rounding noise", ROUNDING_NOISE.format(distance=distance, eps=look.eps, alpha=look.alpha)
+                )
             return
         ratio = float(look.figures.get("gradient_ratio", math.nan))
         lam = float(look.lam)

@@ -150,8 +150,8 @@ class LfURegularizer(Controls):
             return sft_loss_fn(model, batch)
         checks.check_batch(batch)
         self._attached.follow()
-        progress = self._progress
-        progress.step = step = progress.begin(self._attached.model, batch)
+        progress, trained = self._progress, [p for p in model.parameters() if p.requires_grad]
+        progress.step = step = progress.begin(trained, batch)
         strength = progress.strength.at(step)
         try:
             if not strength.is_off:
@@ -160,7 +160,7 @@ class LfURegularizer(Controls):
                 if strength.is_off or progress.waits():
                     raise PlainSFT(loss_checks.check_loss(sft_loss_fn(model, batch), model, first=step == 0))
                 sft = SFTLoss(sft_loss_fn, model, batch, self.settings.token_mask, self.settings.ignore_index)
-                loss = self._regularized(sft, undesirable, strength)
+                loss = self._regularized(sft, trained, undesirable, strength)
         except PlainSFT as plain:
             loss = plain.loss
             terms = {"loss": loss, "sft_loss": loss, "consistency_loss": torch.zeros_like(loss)}
@@ -171,9 +171,9 @@ class LfURegularizer(Controls):
         progress.step = step + 1
         return loss
 
-    def _regularized(self, sft: SFTLoss, undesirable: Any, strength: StepStrength) -> Tensor:
+    def _regularized(self, sft: SFTLoss, trained: list[Tensor], undesirable: Any, strength: StepStrength) -> Tensor:
         progress, settings, diagnostics = self._progress, self.settings, self._diagnostics
-        passes = Passes(self._attached, self.auxiliary, sft, settings, strength, progress, diagnostics)
+        passes = Passes(self._attached, self.auxiliary, sft, trained, settings, strength, progress, diagnostics)
         self._ascent.begin(passes.engine, self._attached.devices())
         with passes.running(progress.generators()):
             # Pass 1. theta_aux is at "no change", so the SFT forward is the auxiliary forward, too (Eq. 1, 3), and one
@@ -192,7 +192,7 @@ class LfURegularizer(Controls):
             # l_SFT + lam * l_cons (Eq. 6).
             loss = passes.total()
             progress.empty_steps += (empty := passes.clean.record.is_empty())
-            look = strength.look(tokens_count=not empty, sensible_alpha=lambda: passes.sensible_alpha(samples))
+            look = strength.look(tokens_count=not empty)
             diagnostics.watch(progress.step // settings.every, sft_loss, l_cons.detach(), gradient_norm, look)
         terms = {"loss": loss, "sft_loss": sft_loss, "consistency_loss": l_cons, "ascent_grad_norm": gradient_norm}
         self.metrics = metrics.of_step(terms, progress, strength, h, distances)

@@ -25,7 +25,7 @@ from strength.sizes import AUXILIARIES, SIZES, batches_of, starting_point
 
 MODEL, ALONE = "2.2M", 1e4
 Direction = Mapping[str, Tensor]
-SETTINGS = ((8, 13), (8, 41), (16, 13))  # batch, step
+SETTINGS = ((8, 13), (8, 41), (16, 13), (32, 13))  # batch, step
 MEASURED, BEFORE = 3, 3  # steps that are measured in a row, and exact directions kept before them
 
 

@@ -11,16 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lfu_reg.model.multi_tensor import multiplied, portions, zero_unless
-
 
 def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
     """||g||_2 over all tensors together, a real scalar in at least float32, without a device synchronisation."""
     device = gradients[0].device
-    norms = _norms([_real(gradient) for gradient in gradients])
+    norms: list[Any] = [_norm(_real(gradient)) for gradient in gradients]
     # The norm of sharded gradients is the root of a sum over ranks, which one all-reduce takes for all of them.
-    sharded: list[Any] = [norm for norm in norms if hasattr(norm, "full_tensor")]
-    if sharded:
+    if sharded := [norm for norm in norms if hasattr(norm, "full_tensor")]:
         together: Any = _norm(torch.stack(sharded))
         norms = [together.full_tensor(), *(norm for norm in norms if not hasattr(norm, "full_tensor"))]
     return _norm(torch.stack([norm.to(device) for norm in norms]))
@@ -45,18 +42,16 @@ def _normalised(gradients: Sequence[Tensor], alpha: float, norm: Tensor) -> list
     # A direction of zero or infinite length is no direction: stay put, and let the diagnostics say so.
     usable = torch.isfinite(norm) & (norm > 0)
     factor = torch.where(usable, alpha / norm, torch.zeros_like(norm))
-    real = [_real(gradient) for gradient in gradients]
-    moved = list(gradients)
-    for numbers in portions(real):
+
+    def moved(gradient: Tensor) -> Tensor:
+        real = _real(gradient)
         # In at least float32, as the norm: alpha / ||g|| of a small gradient is infinite in float16.
-        wide = [real[i].to(norm.dtype) for i in numbers]
-        home = wide[0].device
-        steps = multiplied(wide, factor.to(home))
+        step = real.to(norm.dtype) * factor.to(real.device)
         # Zero times infinity is NaN.
-        for i, step in zip(numbers, zero_unless(usable.to(home), steps), strict=True):
-            step = step.to(real[i].dtype)
-            moved[i] = torch.view_as_complex(step) if gradients[i].is_complex() else step
-    return moved
+        step = torch.where(usable.to(real.device), step, torch.zeros_like(step)).to(real.dtype)
+        return torch.view_as_complex(step) if gradient.is_complex() else step
+
+    return [moved(gradient) for gradient in gradients]
 
 
 def _real(gradient: Tensor) -> Tensor:
@@ -64,22 +59,7 @@ def _real(gradient: Tensor) -> Tensor:
     return torch.view_as_real(gradient.resolve_conj()) if gradient.is_complex() else gradient
 
 
-def _norms(tensors: Sequence[Tensor]) -> list[Tensor]:
-    norms: list[Tensor] = []
-    for numbers in portions(tensors):
-        together = [tensors[i].detach() for i in numbers]
-        if len(together) == 1:
-            norms.append(_norm(together[0]))
-        else:
-            norms += torch._foreach_norm(together, dtype=_at_least_float32(together[0]))
-    return norms
-
-
 def _norm(tensor: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(tensor.detach(), dtype=_at_least_float32(tensor))
-    return norm
-
-
-def _at_least_float32(tensor: Tensor) -> torch.dtype:
     # The square of a float16 gradient of 1e-4 is zero, and 300 squares of 3e4 sum to infinity.
-    return torch.promote_types(tensor.dtype, torch.float32)
+    norm: Tensor = torch.linalg.vector_norm(tensor.detach(), dtype=torch.promote_types(tensor.dtype, torch.float32))
+    return norm

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from lfu_reg.auxiliaries.ascent import ascend, gradient_norm
 from lfu_reg.auxiliaries.base import Auxiliary, Generators
 from lfu_reg.model.patching import Patch, references_to
-from lfu_reg.model.walk import modules_of
 
 
 class WeightDeltas(Auxiliary):
@@ -127,7 +126,7 @@ class WeightDeltas(Auxiliary):
         if self._model is None or self.shards is not None:
             return
         moved = {id(self._parameters[name]): self._parameters[name] + delta for name, delta in self._deltas.items()}
-        for module in modules_of(self._model):
+        for module in self._model.modules():
             for name, parameter in module._parameters.items():
                 if id(parameter) in moved:
                     yield module, name, moved[id(parameter)]

@@ -70,21 +70,13 @@ class PerLayerDistance(Distance):
         for h, h_prime, index in zip(clean, perturbed, token_index, strict=True):
             h, h_prime = _wide(rows(h, index=index)), _wide(rows(h_prime, index=index))
             # The empty sum keeps the graph, so that an empty mask gives zero gradients and not none.
-            value = self._layer(h, h_prime, reduction) if len(h) else h_prime.sum() + h.sum()
+            value = h_prime.sum() + h.sum()
+            if len(h):
+                value = self.layer(h, h_prime, reduction)
+                _check_loss(self._label, value, h, h_prime)
             values.append(value.to(clean[0].device))
         per_layer = torch.stack(values)
         return per_layer.mean(), per_layer.detach()
-
-    def _layer(self, clean: Tensor, perturbed: Tensor, reduction: Reduction) -> Tensor:
-        """`layer`, with what it returns checked; nothing is read from the device."""
-        value = self.layer(clean, perturbed, reduction)
-        if not _is_scalar(value):
-            hint = "; take the mean over tokens" if isinstance(value, Tensor) and value.dim() else ""
-            raise ValueError(
-                f"{self._label} returned {describe(value)}; it has to return a floating-point scalar tensor{hint}."
-            )
-        _check_gradient(self._label, value, clean, perturbed)
-        return value
 
 
 def measure(
@@ -100,22 +92,21 @@ def measure(
     if not isinstance(result, tuple) or len(result) != 2:
         raise ValueError(f"{name} returned {describe(result)}; it has to return a pair: (loss, distances per layer).")
     loss, per_layer = result
-    if not _is_scalar(loss):
-        raise ValueError(f"{name} returned {describe(loss)} as the loss; it has to be a floating-point scalar tensor.")
+    _check_loss(name, loss, *clean, *perturbed, what=" as the loss")
     if not isinstance(per_layer, Tensor) or per_layer.shape != (len(clean),):
         raise ValueError(
             f"{name} returned {describe(per_layer)} as distances per layer; they have to be one detached tensor of "
             f"shape [{len(clean)}], as there are {len(clean)} layers."
         )
-    _check_gradient(name, loss, *clean, *perturbed)
     return loss, per_layer
 
 
-def _is_scalar(value: object) -> bool:
-    return isinstance(value, Tensor) and value.dim() == 0 and value.is_floating_point()
-
-
-def _check_gradient(name: str, value: Tensor, *states: Tensor) -> None:
+def _check_loss(name: str, value: object, *states: Tensor, what: str = "") -> None:
+    if not isinstance(value, Tensor) or value.dim() > 0 or not value.is_floating_point():
+        raise ValueError(
+            f"{name} returned {describe(value)}{what}; it has to return a floating-point scalar tensor, the mean over "
+            "tokens."
+        )
     if not value.requires_grad and torch.is_grad_enabled() and any(state.requires_grad for state in states):
         raise ValueError(
             f"{name} returned a tensor without a gradient, so the consistency term would train nothing; it has to be "

@@ -11,7 +11,6 @@ from torch import nn
 
 from lfu_reg.distributed.ddp import wrappers_of
 from lfu_reg.distributed.fsdp2 import Shards, units_among
-from lfu_reg.model.walk import modules_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -51,7 +50,7 @@ def engine_of(model: nn.Module, attached: nn.Module, layers: Iterable[nn.Module]
         return Engine()
     everybody = dist.group.WORLD
     assert everybody is not None
-    modules = modules_of(model)  # one walk for all that follows: it is taken at every step
+    modules = list(model.modules())  # one walk for all that follows: it is taken at every step
     for module in modules:
         if type(module).__name__ == "FullyShardedDataParallel":
             return Engine("FSDP1", groups=(getattr(module, "process_group", everybody),), in_lockstep=True)

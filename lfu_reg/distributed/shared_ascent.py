@@ -18,17 +18,6 @@ from lfu_reg.distributed.tensor_parallel import is_distributed
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
-
-def all_agree(value: bool, groups: Sequence[ProcessGroup], device: torch.device) -> bool:
-    """Whether `value` is true on every rank; itself where there is no group."""
-    for group in groups:
-        flag = torch.tensor(int(value), dtype=torch.int32, device=device)
-        dist.all_reduce(flag, dist.ReduceOp.MIN, group=group)
-        value = bool(flag)
-    return value
 
 
 def summed(tensor: Tensor, groups: Sequence[ProcessGroup]) -> Tensor:
@@ -85,7 +74,7 @@ class SharedAscent:
     def __init__(self, process_group: ProcessGroup | None) -> None:
         self._given = process_group
         self._groups: Sequence[ProcessGroup] = ()
-        self._known: str | None = None
+        self._known: int | None = None
 
     def begin(self, engine_groups: Sequence[ProcessGroup], seed: int, device: torch.device) -> int:
         """Start a step; returns the seed that all ranks share, which is the first rank's."""
@@ -107,13 +96,14 @@ class SharedAscent:
         if parts := [name for name, gradient in gradients.items() if is_distributed(gradient)]:
             raise ValueError(IN_PARTS.format(name=parts[0]))
         # Different components are noticed on every rank at the first step, and later on those ranks where they changed.
-        here = hashlib.blake2b(
-            repr([(name, tuple(g.shape), g.dtype) for name, g in gradients.items()]).encode(), digest_size=7
-        ).hexdigest()
+        named = repr([(name, tuple(g.shape), g.dtype) for name, g in gradients.items()])
+        here = int(hashlib.blake2b(named.encode(), digest_size=7).hexdigest(), 16)
         if self._known is None:
             device = next((g.device for g in gradients.values()), torch.device("cpu"))
-            first = of_first_rank(int(here, 16), self._groups, device)
-            if not all_agree(first == int(here, 16), self._groups, device):
+            bounds = torch.tensor([here, -here], dtype=torch.int64, device=device)
+            for group in self._groups:
+                dist.all_reduce(bounds, dist.ReduceOp.MIN, group=group)
+            if bounds.tolist() != [here, -here]:
                 raise RuntimeError(_different(gradients, "on some ranks", "the first rank"))
             self._known = here
         if here != self._known:

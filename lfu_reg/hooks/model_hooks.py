@@ -7,9 +7,10 @@ new hooks. A pass is one object (`ForwardPass`) that is put in `ModelHooks.runni
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from lfu_reg.hooks.early_exit import Exits
 from lfu_reg.hooks.entries import Entries
 from lfu_reg.hooks.forward_pass import ForwardPass, State, WriteWatch
 from lfu_reg.hooks.gated_hook import Hook, Listener
-from lfu_reg.hooks.taps import LastGradient, LateRule, tap
+from lfu_reg.hooks.taps import Gate, tap
 from lfu_reg.model import outputs
 from lfu_reg.model.autocast import in_float16, without_autocast
 from lfu_reg.model.channel_axis import channels_first
@@ -49,7 +50,8 @@ class ModelHooks:
         self.listening = self._recording = False
         self.running: ForwardPass | None = None
         self.overwritten: set[str] | None = None  # layers whose outputs the model changes in place; None: not known yet
-        self.last_gradient: LastGradient | None = None  # gets the last captured state, and dl/dh there
+        # Gets which positions of the last captured state count, and dl/dh there, once.
+        self.look: Callable[[Tokens, Tensor], None] | None = None
         self.captured = {"": head} if head is not None else dict(layers)
         self._model, self._auxiliary, self._sites = model, auxiliary, set(sites)
         self._hooked = {**layers, **sites, **self.captured}
@@ -171,34 +173,29 @@ class ModelHooks:
             if fwd.apply:
                 return self._auxiliary.apply_at(call)
             if not self._recording:  # a checkpointed block that a backward repeats: its taps are in the graph
-                return tap(call.y, fwd.anchor, fwd.gate, _nothing)
-            rule = LateRule()
-            y = tap(call.y, fwd.anchor, fwd.gate, rule)
-            # Of the tap's result, whose version tells what keeps it for the backward whether the model writes to it.
-            rule.rule = self._auxiliary.observe(replace(call, y=y.detach())) or _nothing
+                return tap(call.y, fwd.anchor, fwd.gate)
+            y = tap(call.y, fwd.anchor, fwd.gate, lambda y: self._auxiliary.observe(replace(call, y=y)))
             if WriteWatch.can_watch(call.y):
                 fwd.record.watched.append(WriteWatch(call.name, call.y))
             return y
 
     def _keep(self, name: str, hidden: Tensor, tokens: Tokens, fwd: ForwardPass) -> Tensor:
         fwd.record.saves_elsewhere = fwd.record.saves_elsewhere or saves_elsewhere()
-        rule = LateRule()
-        wanted = self.last_gradient if not fwd.apply else None
-        if wanted is not None:
-            hidden = tap(hidden, fwd.anchor, fwd.gate, rule)
+        if self.look is not None and not fwd.apply and hidden.grad_fn is not None:
+            hidden.grad_fn.register_prehook(partial(self._arrived, tokens, hidden.output_nr, fwd.gate))
         kept = hidden.detach() if fwd.capture == "detached" else hidden
         watch = WriteWatch(name, hidden) if WriteWatch.can_watch(hidden) else None
         copy = fwd.capture == "cloned" or self.overwritten is None or name in self.overwritten or watch is None
         fwd.record.states.append(State(name, kept.clone() if copy else kept, tokens, watch, copy))
-        if wanted is not None:
-            rule.rule = wanted.rule_for(fwd.record.states[-1])
         return hidden
+
+    def _arrived(self, tokens: Tokens, number: int, gate: Gate, gradients: tuple[Tensor | None, ...]) -> None:
+        """What a backward calls at a captured state, at the last one first."""
+        if gate.is_open and self.look is not None and (gradient := gradients[number]) is not None:
+            look, self.look = self.look, None
+            look(tokens, gradient)
 
     def _tokens(self, name: str, y: Tensor, fwd: ForwardPass) -> Tokens:
         axis = 1 if self._channels_first[name](y) else -1
         mask, index = fwd.tokens.match(y, axis, encoder=name in self._encoder, decoder=name in self._decoder)
         return Tokens(mask, index, axis)
-
-
-def _nothing(gradient: Tensor) -> Sequence[Tensor | None]:
-    return ()

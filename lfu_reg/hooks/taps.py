@@ -11,6 +11,8 @@ from torch import Tensor
 
 from lfu_reg.model.graph import graph_of
 
+Rule = Callable[[Tensor], Sequence["Tensor | None"]]
+
 
 class Gate:
     """What a tap knows of its pass: a reference to the pass and its states would be a cycle through the graph."""
@@ -30,59 +32,33 @@ class Gate:
             self.is_open = False
 
 
-class LateRule:
-    """The rule of a tap that is known only when there is a result to keep."""
-
-    rule: Callable[[Tensor], Sequence[Tensor | None]]
-
-    def __call__(self, gradient: Tensor) -> Sequence[Tensor | None]:
-        """The rule's."""
-        return self.rule(gradient)
-
-
-class LastGradient:
-    """Hands on the gradient that arrives first in a backward, which is the last layer's, with what belongs to it."""
-
-    def __init__(self, receive: Callable[[Any, Tensor], None]) -> None:
-        self._receive: Callable[[Any, Tensor], None] | None = receive
-
-    def rule_for(self, state: Any) -> Callable[[Tensor], Sequence[Tensor | None]]:
-        """The rule of a tap on one layer's output."""
-
-        def rule(gradient: Tensor) -> Sequence[Tensor | None]:
-            nonlocal state
-            receive, self._receive = self._receive, None
-            arrived, state = state, None  # the graph may live on
-            if receive is not None:
-                receive(arrived, gradient)
-            return ()
-
-        return rule
-
-
-def tap(tensor: Tensor, anchor: Tensor, gate: Gate, rule: Callable[[Tensor], Sequence[Tensor | None]]) -> Tensor:
-    """The same values in the same memory, as a node of the graph of its own that `rule` is called from.
+def tap(tensor: Tensor, anchor: Tensor, gate: Gate, observe: Callable[[Tensor], Rule | None] | None = None) -> Tensor:
+    """The same values in the same memory, as a node of its own; calls the rule that `observe` makes of the result.
 
     A node, and not a hook on `tensor`: hooks that the model has put on the tensor come after it, and those that are put
     on the result come before, as they do for a component that is added here. The result is neither a leaf nor a view,
     so the model may change it in place. The anchor always receives zero: the result is part of a graph also below the
     first trained weight, and a backward that asks for the anchor's gradient passes here.
     """
-    result: Tensor = _Tap.apply(tensor, anchor, gate, rule)  # type: ignore[no-untyped-call]
+    rules: list[Rule] = []
+    result: Tensor = _Tap.apply(tensor, anchor, gate, rules)  # type: ignore[no-untyped-call]
+    # Of the result, whose version tells what keeps it for the backward whether the model writes to it.
+    if observe is not None and (rule := observe(result.detach())) is not None:
+        rules.append(rule)
     return result
 
 
 class _Tap(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, anchor: Tensor, gate: Gate, rule: Any) -> Tensor:
-        ctx.gate, ctx.rule, ctx.anchor_like = gate, rule, anchor.detach()
+    def forward(ctx: Any, tensor: Tensor, anchor: Tensor, gate: Gate, rules: list[Rule]) -> Tensor:
+        ctx.gate, ctx.rules, ctx.anchor_like = gate, rules, anchor.detach()
         return tensor.data
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None, None]:
         gate: Gate = ctx.gate
         if gate.is_open:
-            collected = ctx.rule(grad_output)
+            collected = [gradient for rule in ctx.rules for gradient in rule(grad_output)]
             if gate.finite is not None:
                 gate.finite += [torch.isfinite(c).all() for c in collected if c is not None]
         elif torch.is_grad_enabled():

@@ -16,8 +16,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from lfu_reg.model.walk import modules_of
-
 
 def _region_getter() -> Callable[[], Any]:
     # Private. torch 2.6 gives the answer away without counting the reference, and crashes after some calls.
@@ -45,7 +43,7 @@ DONATED = (
 
 def holds_compiled(model: nn.Module) -> bool:
     """Whether a module in `model` is compiled for itself."""
-    return any(unwrapped(m) is not m or vars(m).get("_compiled_call_impl") is not None for m in modules_of(model))
+    return any(unwrapped(m) is not m or vars(m).get("_compiled_call_impl") is not None for m in model.modules())
 
 
 def anything_is_compiled(model: nn.Module) -> bool:

@@ -14,9 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lfu_reg.model.patching import ABSENT
+from lfu_reg.model.patching import ABSENT, Patch, patched
 from lfu_reg.model.tables import CONTAINERS, DEEPEST, collect, copied, holds, put
-from lfu_reg.model.walk import modules_of
 
 # Attributes that every module has are no notes of its own, but for buffers and hooks.
 _EVERYBODYS = frozenset(vars(nn.Module()))
@@ -122,7 +121,7 @@ class ModuleState:
 
     def _list(self) -> None:
         """List the tables that a forward may change, and the places of tensors."""
-        self._modules = modules_of(self._model)
+        self._modules = list(self._model.modules())
         self._sizes = [len(module._modules) for module in self._modules]
         found: dict[int, tuple[Any, nn.Module]] = {}
         self._places = list(self._followers)
@@ -220,20 +219,15 @@ class Changes:
             for weight, now in kept:
                 weight.data = now
 
-    @contextmanager
-    def _standing_in(self, *, start: bool) -> Iterator[None]:
-        kept = [(place, place.table.get(place.key, ABSENT)) for place, _ in self._buffers]
-        try:
-            for (place, before), (_, now) in zip(self._buffers, kept, strict=True):
-                source = before if start and before is not None else now
-                if isinstance(source, Tensor) and not source.requires_grad:
-                    copy = source.detach().clone()
-                    # A frozen weight stays one: parametrisations ask for the class.
-                    place.table[place.key] = nn.Parameter(copy, False) if isinstance(source, nn.Parameter) else copy
-            yield
-        finally:
-            for place, tensor in kept:
-                if tensor is ABSENT:
-                    place.table.pop(place.key, None)
-                else:
-                    place.table[place.key] = tensor
+    def _standing_in(self, *, start: bool) -> AbstractContextManager[None]:
+        replaced: list[Patch] = []
+        for place, before in self._buffers:
+            now = place.table.get(place.key, ABSENT)
+            source = before if start and before is not None else now
+            if isinstance(source, Tensor) and not source.requires_grad:
+                source = source.detach().clone()
+                # A frozen weight stays one: parametrisations ask for the class.
+                source = nn.Parameter(source, False) if isinstance(now, nn.Parameter) else source
+            if source is not ABSENT:
+                replaced.append((place.table, place.key, source))
+        return patched(replaced)

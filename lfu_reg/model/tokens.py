@@ -15,8 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lfu_reg.model.walk import modules_of
-
 TokenMask = Tensor | Callable[[Any], Tensor]
 
 IGNORED_LABEL = -100
@@ -133,21 +131,19 @@ class TokenMasks:
         return None
 
 
-def ignored_but_counted(has_gradient: Tensor, mask: Tensor | None) -> tuple[int, int]:
-    """How many positions count although the loss has no gradient there, and how many count. Waits for the device."""
+def ignored_but_counted(has_gradient: Tensor) -> tuple[int, int]:
+    """How many positions the loss has no gradient at, and how many there are. Waits for the device."""
     # That holds for the hidden state of the last layer, where nothing behind it mixes tokens.
     used = has_gradient.clone()
     # A label at the position itself (labels are not shifted), or that of the next token, predicted from here.
     used[..., 1:] |= has_gradient[..., :-1]
-    counted = torch.ones_like(used) if mask is None else mask
-    ignored, number = torch.stack([(counted & ~used).sum(), counted.sum()]).tolist()
-    return int(ignored), int(number)
+    return int((~used).sum()), used.numel()
 
 
 def virtual_tokens(model: nn.Module) -> int:
     """How many virtual tokens PEFT may put in front of the batch's own (prompt tuning, P-tuning); 0 without PEFT."""
     # Those of prefix tuning are counted as well, but are keys and values: hidden states are no longer than the batch.
-    for module in modules_of(model):
+    for module in model.modules():
         if vars(module).get("_is_prompt_learning"):
             config: Any = getattr(module, "active_peft_config", None)
             return int(getattr(config, "num_virtual_tokens", 0) or 0)

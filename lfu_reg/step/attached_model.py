@@ -9,7 +9,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from lfu_reg.auxiliaries import Auxiliary
+from lfu_reg.auxiliaries import Auxiliary, Tokens
 from lfu_reg.auxiliaries.return_checks import checked_sites
 from lfu_reg.diagnostics import Diagnostics
 from lfu_reg.distances.base import Distance
@@ -17,9 +17,8 @@ from lfu_reg.distributed.ddp import Wrappers
 from lfu_reg.distributed.engine import Engine, engine_of
 from lfu_reg.distributed.tensor_parallel import differ_between_ranks
 from lfu_reg.hooks.coverage import Coverage, Targets
-from lfu_reg.hooks.forward_pass import ForwardPass, State
+from lfu_reg.hooks.forward_pass import ForwardPass
 from lfu_reg.hooks.model_hooks import ModelHooks
-from lfu_reg.hooks.taps import LastGradient
 from lfu_reg.model.compile import anything_is_compiled
 from lfu_reg.model.layers import LayerChoice, choose_layers, is_preset
 from lfu_reg.model.module_state import ModuleState
@@ -147,19 +146,18 @@ class AttachedModel:
 
     def compare_with_loss(self, turn: int, batch: Iterable[Tensor]) -> None:
         """Have the coming backward look, where that is due, whether the loss ignores positions that count."""
-        self.hooks.last_gradient = None
-        if self._on_logits or not self._diagnostics.is_due(turn):
+        self.hooks.look = None
+        if self._on_logits or not self._diagnostics.is_due(turn) or not (targets := checks.shapes_of_targets(batch)):
             return
-        targets = checks.shapes_of_targets(batch)
 
-        def look(state: State, gradient: Tensor) -> None:
-            positions = (gradient != 0).any(state.tokens.axis)
-            if state.tokens.index is None and tuple(positions.shape) in targets:
-                ignored, counted = ignored_but_counted(positions, None)
+        def look(tokens: Tokens, gradient: Tensor) -> None:
+            positions = (gradient != 0).any(tokens.axis)
+            if tokens.index is None and tuple(positions.shape) in targets:
+                ignored, counted = ignored_but_counted(positions)
                 if 0 < ignored < counted:
                     self._diagnostics.warn_once("no mask", COUNTED_BUT_IGNORED.format(ignored=ignored, counted=counted))
 
-        self.hooks.last_gradient = LastGradient(look) if targets else None
+        self.hooks.look = look
 
 
 def is_attached(model: nn.Module) -> bool:

@@ -34,8 +34,8 @@ WRITTEN = (
 )
 EVERY_POSITION_COUNTS = (
     "Every position counts in the consistency term, padding and prompts too: no mask of the batch fits the hidden "
-    "states (shapes {shapes}), {offered}. Give token_mask=..., a callable of the batch that returns a mask shaped like "
-    "the tokens that the layers see."
+    "states (shapes {shapes}), not its labels or attention_mask either. Give token_mask=..., a callable of the batch "
+    "that returns a mask shaped like the tokens that the layers see."
 )
 IN_PARTS = (
     "A chosen layer returned a DTensor, of which every rank holds a part; hidden states are compared as plain tensors, "
@@ -178,7 +178,7 @@ def masks_without_effect(tokens: TokenMasks, hidden_states: Sequence[Tensor]) ->
     if tokens.matched or not tokens.leave_something_out():
         return None
     shapes = ", ".join(dict.fromkeys(str(list(hidden.shape)) for hidden in hidden_states))
-    return EVERY_POSITION_COUNTS.format(shapes=shapes, offered="not its labels or attention_mask either")
+    return EVERY_POSITION_COUNTS.format(shapes=shapes)
 
 
 def shapes_of_targets(batch: Iterable[Tensor]) -> set[tuple[int, ...]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
@@ -23,32 +22,21 @@ def consistency(
     settings: Settings,
 ) -> tuple[Tensor, Tensor]:
     """l_cons over the tokens that count, averaged over layers, and detached per-layer distances [K]."""
-    # On a part of the batch this is an unbiased estimate: the part's sum is divided by the number of tokens that the
-    # part has on average, not by those it happens to have.
-    groups: dict[float, list[int]] = defaultdict(list)
-    h, h_prime, index = [], [], []
-    for number, (before, after) in enumerate(zip(clean, perturbed, strict=True)):
-        axis = after.tokens.axis
-        state = before.of(samples)
-        h.append(_hidden_last(state.detach() if settings.stop_gradient == "clean" else state, axis))
-        h_prime.append(
-            _hidden_last(after.hidden.detach() if settings.stop_gradient == "perturbed" else after.hidden, axis)
-        )
-        index.append(after.tokens.index)
-        groups[_share(before, after, axis)].append(number)
+    fixed, moved = settings.stop_gradient == "clean", settings.stop_gradient == "perturbed"
+    layers = list(zip(clean, perturbed, strict=True))
+    h = [_hidden_last(before.of(samples), after.tokens.axis, detached=fixed) for before, after in layers]
+    h_prime = [_hidden_last(after.hidden, after.tokens.axis, detached=moved) for _, after in layers]
+    index = [state.tokens.index for state in perturbed]
     with without_autocast(clean[0].hidden.device.type):
-        if list(groups) == [1.0]:
+        if samples is None:
             return measure(distance, h, h_prime, index, settings.reduction)
-        # Stacks of different lengths (encoder and decoder) have different shares of their tokens in the samples.
-        terms: list[Tensor] = []
-        distances = [torch.empty(())] * len(h)
-        for factor, members in groups.items():
-            states = [h[i] for i in members], [h_prime[i] for i in members], [index[i] for i in members]
-            loss, per_layer = measure(distance, *states, settings.reduction)
-            terms.append(loss * (factor * len(members) / len(h)))
-            for i, value in zip(members, per_layer, strict=True):
-                distances[i] = value * factor
-        return torch.stack(terms).sum(), torch.stack(distances)
+        # On a part of the batch this is an unbiased estimate: the part's sum is divided by the number of tokens that it
+        # has on average, not by those it happens to have. That is another share for encoder and decoder.
+        parts = zip(h, h_prime, index, strict=True)
+        found = [measure(distance, [one], [other], [where], settings.reduction) for one, other, where in parts]
+        shares = [_share(before, after) for before, after in layers]
+        terms = [loss.to(h[0].device) * share for (loss, _), share in zip(found, shares, strict=True)]
+        return torch.stack(terms).mean(), torch.stack(terms).detach()
 
 
 def displacement(clean: Sequence[State], perturbed: Sequence[State], samples: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -62,12 +50,6 @@ def displacement(clean: Sequence[State], perturbed: Sequence[State], samples: Te
     return torch.stack(moved).norm(), torch.stack(length).norm().clamp_min(torch.finfo(torch.float32).tiny)
 
 
-def relative_distance(clean: Sequence[State], perturbed: Sequence[State], samples: Tensor | None) -> Tensor:
-    """||h' - h|| / ||h||: how far the perturbation reached."""
-    moved, length = displacement(clean, perturbed, samples)
-    return moved / length
-
-
 def rounding(states: Sequence[State]) -> float:
     """Relative rounding of the coarsest dtype that hidden states have, or are computed in under autocast."""
     dtypes = {state.hidden.dtype for state in states}
@@ -76,18 +58,17 @@ def rounding(states: Sequence[State]) -> float:
     return max(torch.finfo(dtype).eps for dtype in dtypes)
 
 
-def _hidden_last(hidden: Tensor, axis: int) -> Tensor:
+def _hidden_last(hidden: Tensor, axis: int, *, detached: bool) -> Tensor:
+    hidden = hidden.detach() if detached else hidden
     return hidden if axis in (-1, hidden.dim() - 1) else rows(hidden, axis)
 
 
-def _share(clean: State, perturbed: State, axis: int) -> float:
+def _share(clean: State, perturbed: State) -> float:
     """Tokens in the samples, divided by the tokens that so many samples have on average."""
+    expected = _counted(clean) * len(perturbed.hidden) / max(len(clean.hidden), 1)
+    return _counted(perturbed) / expected if expected else 1.0
 
-    def positions(state: State) -> int:
-        return state.hidden.numel() // max(state.hidden.shape[axis], 1)
 
-    def counted(state: State) -> int:
-        return positions(state) if state.tokens.index is None else state.tokens.index.numel()
-
-    expected = counted(clean) * positions(perturbed) / max(positions(clean), 1)
-    return counted(perturbed) / expected if expected else 1.0
+def _counted(state: State) -> int:
+    index, positions = state.tokens.index, state.hidden.numel() // max(state.hidden.shape[state.tokens.axis], 1)
+    return positions if index is None else index.numel()

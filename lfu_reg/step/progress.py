@@ -12,12 +12,12 @@ where the batch and the weights are those of the call before.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
@@ -25,7 +25,6 @@ from torch.optim.optimizer import (
 
 from lfu_reg.auxiliaries.base import Generators
 from lfu_reg.model.rng import StepDraws
-from lfu_reg.model.walk import parameters_of
 from lfu_reg.step.checks import check_state
 from lfu_reg.step.float16 import LossScales
 from lfu_reg.step.one_backward import Direction
@@ -61,13 +60,13 @@ class SameStep:
         self._in_closure = current
         return again
 
-    def repeats(self, model: nn.Module, batch: Any) -> bool:
+    def repeats(self, trained: Sequence[Tensor], batch: Any) -> bool:
         """Whether the batch's tensors and the trained weights are those of the call before."""
         tensors = list(islice(tensors_in(batch), 8))
-        weights = [weight for weight in parameters_of(model) if weight.requires_grad and not weight.is_inference()]
-        version = sum(weight._version for weight in weights)  # counters, which only grow
-        last, self._last = self._last, (version, [weakref.ref(tensor) for tensor in tensors], id(model))
-        if last is None or not tensors or last[0] != version or last[2] != id(model) or len(last[1]) != len(tensors):
+        version = sum(weight._version for weight in trained if not weight.is_inference())  # counters, which only grow
+        of = id(trained[0]) if trained else 0
+        last, self._last = self._last, (version, [weakref.ref(tensor) for tensor in tensors], of)
+        if last is None or not tensors or last[0] != version or last[2] != of or len(last[1]) != len(tensors):
             return False
         return all(ref() is tensor for ref, tensor in zip(last[1], tensors, strict=True))
 
@@ -95,11 +94,11 @@ class Progress:
         self.same_step = SameStep()
         self._drawn_at, self._wait, self._resume_at = 0, 0, 0
 
-    def begin(self, model: nn.Module, batch: Any) -> int:
+    def begin(self, trained: Sequence[Tensor], batch: Any) -> int:
         """Start a step, or go on with the last one where an optimizer's closure is evaluated again."""
         again = self.same_step.is_in_closure() and self.step > 0
         number = self.step - again
-        if not (self.same_step.repeats(model, batch) or again):
+        if not (self.same_step.repeats(trained, batch) or again):
             self._drawn_at = number
         return number
 

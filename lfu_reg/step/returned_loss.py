@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lfu_reg.model.multi_tensor import multiplied, portions
-
 
 def returned_loss(value: Tensor, gradients: Iterable[tuple[Tensor, Tensor | None]], scale: float = 1.0) -> Tensor:
     """Scalar equal to `value` with d(result)/d(leaf) = gradient / scale for every pair."""
@@ -56,13 +54,13 @@ def _handed_over(
     """Each gradient times `grad_output` / `scale`, in its leaf's dtype; takes them out of the list as it goes."""
     factors: dict[tuple[torch.device, torch.dtype], Tensor] = {}
     handed: list[Tensor | None] = [None] * len(gradients)
-    for numbers in portions(gradients):
+    for i, gradient in enumerate(gradients):
+        if gradient is None:
+            continue
         # In at least float32: the caller's scale and the own one may each be too much for float16, and meet here. In
         # bfloat16 a divisor such as 1/3 would be off by 0.2 % for all gradients alike.
-        taken = [gradient for i in numbers if (gradient := gradients[i]) is not None]
-        kind = taken[0].device, torch.promote_types(taken[0].dtype, torch.float32)
+        kind = gradient.device, torch.promote_types(gradient.dtype, torch.float32)
         if kind not in factors:
             factors[kind] = grad_output.to(*kind) / scale
-        for i, gradient in zip(numbers, multiplied([g.to(kind[1]) for g in taken], factors[kind]), strict=True):
-            handed[i], gradients[i] = gradient.to(dtypes[i]), None
+        handed[i], gradients[i] = (gradient.to(kind[1]) * factors[kind]).to(dtypes[i]), None
     return handed

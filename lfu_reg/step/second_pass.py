@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -20,10 +19,9 @@ from lfu_reg.model.graph import grad_set_aside
 from lfu_reg.model.module_state import Changes
 from lfu_reg.model.patching import Patch
 from lfu_reg.model.rng import random_state_kept
-from lfu_reg.model.walk import parameters_of
 from lfu_reg.step import checks
 from lfu_reg.step.attached_model import AttachedModel
-from lfu_reg.step.consistency import relative_distance
+from lfu_reg.step.consistency import displacement
 from lfu_reg.step.one_backward import OneBackward, nothing_saved
 from lfu_reg.step.progress import Progress
 from lfu_reg.step.settings import Settings
@@ -53,6 +51,7 @@ class SecondPass:
         attached: AttachedModel,
         auxiliary: Auxiliary,
         sft: SFTLoss,
+        trained: Sequence[Tensor],
         settings: Settings,
         strength: StepStrength,
         progress: Progress,
@@ -60,9 +59,8 @@ class SecondPass:
     ) -> None:
         self._attached, self._auxiliary, self._sft, self._settings = attached, auxiliary, sft, settings
         self._strength, self._progress, self._diagnostics = strength, progress, diagnostics
-        self.batch, self.engine = sft.batch, strength.engine
-        self._trained = [p for p in parameters_of(sft.model) if p.requires_grad]
-        self._strategy = choose_strategy(settings, self.engine, auxiliary, progress.scales, self._trained)
+        self.batch, self.engine, self._trained = sft.batch, strength.engine, trained
+        self._strategy = choose_strategy(settings, self.engine, auxiliary, progress.scales, trained)
 
     def total(self) -> Tensor:
         """l_SFT + lam * l_cons, differentiable: put together once, as ranks do that side by side."""
@@ -93,26 +91,12 @@ class SecondPass:
         alpha, h, self._tries = self._strength.alpha, self.clean.record.states, True
         for _ in range(0 if self.engine.in_lockstep else TRIES):
             with self.second(samples) as h_prime:
-                moved = float(relative_distance(h, h_prime, samples))
-            factor = self._strength.factor(moved)
-            if (moved == 0 and self._strength.searches) or 1 / CLOSE < factor < CLOSE:
-                break
-            if not self._auxiliary.rescale(factor):
+                moved, length = displacement(h, h_prime, samples)
+            factor = self._strength.factor(float(moved / length))
+            if moved == 0 or 1 / CLOSE < factor < CLOSE or not self._auxiliary.rescale(factor):
                 break
             alpha *= factor
         self._tries = False
-        return alpha
-
-    def sensible_alpha(self, samples: Tensor | None) -> float:
-        """The same once the step is done, which leaves theta_aux where the step had it; NaN where that cannot be."""
-        strength = self._strength
-        if self.engine.in_lockstep:
-            return strength.alpha * strength.factor(float(strength.figures["relative_distance"]))
-        try:
-            alpha = self.find_alpha(samples)
-        except PlainSFT:
-            return math.nan
-        self._auxiliary.rescale(strength.alpha / alpha)
         return alpha
 
     @contextmanager

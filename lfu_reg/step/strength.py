@@ -10,7 +10,7 @@ Two figures that carry over are set instead:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -116,10 +116,10 @@ class StepStrength:
         """What was measured last."""
         return self._strength.figures
 
-    def look(self, *, tokens_count: bool, sensible_alpha: Callable[[], float]) -> Look:
+    def look(self, *, tokens_count: bool) -> Look:
         """What the diagnostics look at."""
         figures = self.figures if self.is_due else {}
-        return Look(figures, self.alpha, self.lam, self._rho, self.eps, tokens_count, sensible_alpha)
+        return Look(figures, self.alpha, self.lam, self._rho, self.eps, tokens_count)
 
     def factor(self, relative_distance: float, eps: float | None = None) -> float:
         """What alpha has to be multiplied by for the displacement that is aimed at, a hundredfold at most."""

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from lfu_reg import LfURegularizer
 from lfu_reg.auxiliaries.ascent import ascend, gradient_norm
-from lfu_reg.model import multi_tensor
 
 DTYPES = {torch.complex64: 1e-5, torch.complex128: 1e-10}
 
@@ -97,7 +96,7 @@ def states(model: nn.Module, x: Tensor, moved: dict[str, Tensor]) -> list[Tensor
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_norm_counts_both_parts(dtype: torch.dtype) -> None:
-    """Of several tensors of a kind (one call), mixed with real ones, and conjugated ones."""
+    """Of several tensors of a kind, mixed with real ones, and conjugated ones."""
     real = torch.float64 if dtype is torch.complex128 else torch.float32
     gradients = [torch.full((2,), 3 + 4j, dtype=dtype), torch.full((1,), 5j, dtype=dtype).conj()]
     gradients += [torch.full((3,), 5.0, dtype=real), torch.tensor(5.0, dtype=torch.float16)]
@@ -124,11 +123,3 @@ def test_no_step_without_a_direction(wrong: complex) -> None:
     for step in ascend(gradients, 1.0):
         assert step.dtype == torch.complex128
         assert torch.equal(step, torch.zeros(2, dtype=torch.complex128))
-
-
-def test_complex_weights_in_portions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(multi_tensor, "PORTION", 5)
-    gradients = [torch.randn(3, dtype=torch.complex128) for _ in range(4)]
-    want = torch.linalg.vector_norm(torch.cat(gradients))
-    torch.testing.assert_close(gradient_norm(gradients), want)
-    torch.testing.assert_close(torch.cat(ascend(gradients, 1.0)), torch.cat(gradients) / want)

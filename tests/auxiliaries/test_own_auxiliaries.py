@@ -45,7 +45,7 @@ STARTS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "a tensor": (lambda y: y.new_zeros(8), ("tensor of shape [8]", "a tuple", "(c,)")),
     "a list": (lambda y: [y.new_zeros(8)], ("a list", "a tuple")),
     "None": (lambda y: None, ("None", "a tuple")),
-    "nothing": (lambda y: (), ("empty tuple",)),
+    "nothing": (lambda y: (), ("a tuple with 0 entries",)),
     "a number": (lambda y: (0.0,), ("a float", "floating-point tensors")),
     "integers": (lambda y: (torch.zeros(8, dtype=torch.int64),), ("int64", "master_dtype")),
     "another device": (lambda y: (torch.zeros(8, device="meta"),), ("on meta", "on cpu")),

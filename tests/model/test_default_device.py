@@ -90,4 +90,4 @@ def test_what_the_library_makes(name: str, kind: str) -> None:
 def test_counted_positions(kind: str) -> None:
     has_gradient = torch.tensor([True, False, False])
     with default(kind):
-        assert ignored_but_counted(has_gradient, None) == (1, 3)
+        assert ignored_but_counted(has_gradient) == (1, 3)

@@ -317,32 +317,25 @@ def test_the_lam_that_is_proposed_has_the_strength_one() -> None:
 
 
 @pytest.mark.parametrize("name", ["lora", "steering", "weights"])
-def test_collapse_is_told_a_sensible_alpha(name: str) -> None:
-    """One that moves the hidden states by about a hundredth of their length; theta_aux stays where the step had it."""
+def test_collapse_is_told_with_a_cure(name: str) -> None:
     model = TINY.make()
     with LfURegularizer(model, name, alpha=1e6, seed=1) as reg:
         (message,) = told_of_strength(reg, model, steps=1)
-        moved = [
-            t for value in reg.perturbation.values() for t in (value[1:] if isinstance(value, tuple) else (value,))
-        ]
-        assert float(torch.cat([t.flatten() for t in moved]).norm()) == pytest.approx(1e6, rel=1e-6)
     assert "collapses the model" in message
-    assert "alpha=1e+06 is too large" in message
-    alpha = float(message.split("try alpha=")[1].split(",")[0])
-    with LfURegularizer(model, name, alpha=alpha, seed=1) as reg:
+    assert "alpha=1e+06 is too large for this model. Give strength and leave alpha out" in message
+    with LfURegularizer(model, name, strength=1.0, seed=1) as reg:
         assert told_of_strength(reg, model, steps=1) == []
         assert 1e-2 / 3 < float(reg.metrics["relative_distance"]) < 3e-2
 
 
 @pytest.mark.parametrize("name", ["lora", "steering", "weights"])
-def test_rounding_noise_is_told_an_alpha_above_it(name: str) -> None:
+def test_rounding_noise_is_told_with_a_cure(name: str) -> None:
     model = LLAMA.make().bfloat16()
     with LfURegularizer(model, name, alpha=1e-5, seed=1) as reg:
         told = told_of_strength(reg, model, steps=1, case=LLAMA)
     (message,) = (m for m in told if "measures rounding" in m)
-    assert "rounds by 7.8e-03" in message
-    alpha = float(message.split("Try alpha=")[1].split()[0])
-    with LfURegularizer(model, name, alpha=alpha, seed=1) as reg:
+    assert "rounds by 7.8e-03: alpha=1e-05 is too small for this model. Give strength and leave alpha out" in message
+    with LfURegularizer(model, name, strength=1.0, seed=1) as reg:
         assert told_of_strength(reg, model, steps=1, case=LLAMA) == []
         assert 0.0625 / 3 < float(reg.metrics["relative_distance"]) < 3 * 0.0625
 
@@ -371,24 +364,3 @@ def test_a_ratio_that_grows_is_told_when_it_is_measured_again() -> None:
     assert told_of_strength(reg, model, steps=16) == []
     (message,) = told_of_strength(reg, model, steps=6)
     assert "outweighs" in message
-
-
-def test_a_loss_that_does_not_repeat_while_alpha_is_sought() -> None:
-    """Nothing is proposed, and the step is what it was."""
-    model, twin = TINY.make(), TINY.make()
-    calls: list[int] = []
-
-    def loss(m: Any, batch: Any) -> torch.Tensor:
-        calls.append(1)
-        return TINY.loss(m, {**batch, "input_ids": batch["input_ids"].roll(int(len(calls) > 2), 1)})
-
-    with LfURegularizer(model, "steering", alpha=1e6) as reg, warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        reg(model, TINY.batch(), loss).backward()
-    told = [str(w.message) for w in caught if issubclass(w.category, LfUWarning)]
-    assert any("collapses the model" in message for message in told)
-    with LfURegularizer(twin, "steering", alpha=1e6) as reg, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        reg(twin, TINY.batch(), TINY.loss).backward()
-    for one, other in zip(model.parameters(), twin.parameters(), strict=True):
-        assert torch.equal(one.grad, other.grad)

@@ -29,17 +29,18 @@ def test_the_wait_is_bounded() -> None:
 
 def test_the_same_batch_and_weights_draw_the_same() -> None:
     model, steps = nn.Linear(2, 2), SameStep()
+    weights = list(model.parameters())
     batch, other = {"x": torch.zeros(2)}, {"x": torch.zeros(2)}
-    assert not steps.repeats(model, batch)
-    assert steps.repeats(model, batch)
-    assert not steps.repeats(model, other)
-    assert steps.repeats(model, other)
+    assert not steps.repeats(weights, batch)
+    assert steps.repeats(weights, batch)
+    assert not steps.repeats(weights, other)
+    assert steps.repeats(weights, other)
     with torch.no_grad():
         model.weight.add_(1)
-    assert not steps.repeats(model, other)
-    assert not steps.repeats(nn.Linear(2, 2), other)
-    assert not steps.repeats(model, {"x": 1})
-    assert not steps.repeats(model, {"x": 1}), "nothing tells whether it is the same"
+    assert not steps.repeats(weights, other)
+    assert not steps.repeats(list(nn.Linear(2, 2).parameters()), other)
+    assert not steps.repeats(weights, {"x": 1})
+    assert not steps.repeats(weights, {"x": 1}), "nothing tells whether it is the same"
 
 
 def test_nothing_counts_for_one_that_is_gone() -> None:
@@ -56,7 +57,7 @@ def test_a_step_that_is_repeated_draws_the_same() -> None:
     """Also where it is counted as a step of its own, outside of an optimizer's closure."""
     model, batch, progress, drawn = nn.Linear(2, 2), {"x": torch.zeros(2)}, Progress(0, SETTINGS), []
     for given in (batch, batch, {"x": torch.zeros(2)}):
-        progress.step = progress.begin(model, given)
+        progress.step = progress.begin(list(model.parameters()), given)
         drawn.append(progress.samples(1000, 0.5))
         progress.step += 1
     assert torch.equal(drawn[0], drawn[1])
