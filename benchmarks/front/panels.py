@@ -12,7 +12,6 @@ from evidence.paired import estimate
 from evidence.store import Rows
 from study.analysis import Judged
 from study.cells import chosen
-from study.tables import tuned_sft
 from study.tasks import HEADLINE
 
 SFT, OTHER, LFU = "sft", "other", "lfu"
@@ -117,7 +116,7 @@ def studied(rows: Rows) -> Panel | None:
     if "SFT" not in chosen(rows, HEADLINE):
         return None
     judged = Judged.of(rows, HEADLINE)
-    found = {label: tuned_sft(rows, HEADLINE) if label == "SFT" else judged.first(label) for label in STUDIED}
+    found = {label: judged.tuned(label) for label in STUDIED}
     by_seed = {label: {row["seed"]: row for row in cell} for label, cell in found.items()}
     seeds = sorted(set.intersection(*map(set, by_seed.values())))
     if len(seeds) < ENOUGH_SEEDS:

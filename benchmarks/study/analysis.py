@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from evidence.paired import Estimate, estimate
 from evidence.store import Rows, spec_of
 
 from lfu_reg.cli.compare.curves import Point, between, least_forgotten, place, sft_curve
-from study.cells import CONTROLS, base_of_rows
+from study.cells import CONTROLS, MAIN, base_of_rows, chosen
 from study.tasks import HEADLINE, LARGE
 
 WRONG = "study/gsm8k-64-wrong"
@@ -24,10 +24,12 @@ class Judged:
     Attributes:
         rows: of all methods.
         start: the base model's scores.
+        rates: that tuning chose, by method.
     """
 
     rows: Rows
     start: dict[str, Any]
+    rates: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, rows: Rows, task: str) -> Judged:
@@ -36,7 +38,8 @@ class Judged:
         sft = {(row["seed"], row["lr"]) for row in mine if row["method"] == "sft"}
         rates = {rate for _, rate in sft}
         whole = [row for row in mine if all((row["seed"], rate) in sft for rate in rates)]
-        return cls(whole, base_of_rows(rows, task, "test"))
+        rates_of = {label: spec.lr for label, spec in chosen(rows, task).items()}
+        return cls(whole, base_of_rows(rows, task, "test"), rates_of)
 
     @property
     def sft(self) -> Rows:
@@ -52,9 +55,14 @@ class Judged:
         return [row for row in self.rows if _cell(row) == cell]
 
     def first(self, label: str) -> Rows:
-        """The rows of a method's first cell, which is the one that tuning chose."""
+        """The rows of a method's first cell: the one that tuning chose, on 135 M the one at SFT's rate."""
         found = [cell for cell in self.cells() if cell[0] == label]
         return self.of_cell(found[0]) if found else []
+
+    def tuned(self, label: str) -> Rows:
+        """The rows of a method at the strength of its first cell and the rate that tuning chose for it."""
+        mine = self.first(label)
+        return self.of_cell((*_cell(mine[0])[:2], self.rates.get(label, mine[0]["lr"]))) if mine else []
 
     @property
     def origin(self) -> Point:
@@ -140,6 +148,7 @@ def answers(rows: Rows) -> list[Answer]:
                 Answer("2", f"{ours} beyond SFT's rates", task, _known(list(rates.values()))),
                 Answer("3", f"{ours} at least KL to base", task, _known(minus(gaps, kl))),
             ]
+    listed += _at_own_rates(Judged.of(rows, LARGE))
     judged = Judged.of(rows, HEADLINE)
     steering = judged.gaps(judged.first("LfU steering"))
     for label in CONTROLS:
@@ -158,6 +167,20 @@ def answers(rows: Rows) -> list[Answer]:
         ):
             listed.append(Answer("6", f"{ours} {claim}", HEADLINE, _known(at_its_rate(judged, ours, of))))
     return listed
+
+
+def _at_own_rates(large: Judged) -> list[Answer]:
+    """What was asked of 135 M again when every method had a rate of its own."""
+    gaps = {label: large.gaps(large.tuned(label)) for label in MAIN}
+    first = [
+        Answer("1", f"{label}, own rate, beyond SFT's rates and scales", LARGE, _known(list(gaps[label].values())))
+        for label in MAIN
+    ]
+    kl = gaps["KL to base"]
+    return first + [
+        Answer("3", f"{label}, own rate, at least KL to base at its own", LARGE, _known(minus(gaps[label], kl)))
+        for label in MAIN[:2]
+    ]
 
 
 def at_its_rate(judged: Judged, label: str, value: Callable[[dict[str, Any]], float]) -> list[float]:

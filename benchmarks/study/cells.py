@@ -10,6 +10,7 @@ from demo.skills import Split
 from evidence import store
 from evidence.finetune import Spec
 from evidence.grids import LRS, Entry
+from evidence.run import missing
 from evidence.store import Rows, spec_of
 from methods import GRIDS
 
@@ -23,6 +24,7 @@ SFT_RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 LARGE_RATES = (1e-3, 2e-3, 4e-3)
 MAIN = ("LfU LoRA", "LfU steering", "KL to base")
 LARGE_MAIN = ("LfU LoRA", "KL to base", "LfU steering")  # in the order of the runs
+LARGE_RIVALS = ("L2-SP", "DFT", "EAFT", "TALR", "STM", "FLOW", "ASFT")
 
 
 def _lfu(flavour: str) -> tuple[dict[str, object], ...]:
@@ -152,6 +154,22 @@ def large(rows: Rows) -> list[Spec]:
     return specs
 
 
+def large_tuned(rows: Rows) -> list[Spec]:
+    """135 M: a rate for every method by SFT's rule and budget, then seeds; what `large` ran is not run again."""
+    specs = [
+        replace(cell, experiment="tune", task=LARGE, split="validation", seed=TUNING_SEED, lr=rate)
+        for label in (*LARGE_MAIN, *LARGE_RIVALS)
+        for cell, rate in zip(cells(label), LARGE_RATES, strict=True)
+    ]
+    if missing(specs, rows):
+        return specs
+    best = chosen(rows, LARGE)
+    for seed in range(SEEDS):
+        labels = (*LARGE_MAIN, *LARGE_RIVALS) if seed < FEW else LARGE_MAIN
+        specs += [replace(best[label], experiment="135M", split="test", seed=seed) for label in labels]
+    return specs
+
+
 def _neighbours(rate: float) -> tuple[float, float]:
     """A rate of the large model and the next higher one, or the next lower one if there is none."""
     place = min(LARGE_RATES.index(rate), len(LARGE_RATES) - 2)
@@ -162,6 +180,7 @@ STAGES: dict[str, Callable[[Rows], list[Spec]]] = {
     "tune": tune,
     "headline": headline,
     "large": large,
+    "large-tuned": large_tuned,
     "others": others,
 }
 

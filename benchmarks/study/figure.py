@@ -50,7 +50,8 @@ def _panel(axis: Any, judged: Judged, title: str) -> None:
         if label in MAIN:
             color = COLORS[MAIN.index(label)]
             axis.plot(*zip(*sorted(places), strict=True), "-", color=color, linewidth=1.2)
-            axis.plot(*places[0], "o", color=color, markersize=8, label=label, zorder=4)
+            judged_here = judged.means(judged.tuned(label) or judged.first(label))
+            axis.plot(*judged_here, "o", color=color, markersize=8, label=label, zorder=4)
             axis.plot(*zip(*places, strict=True), ".", color=color)
         else:
             mark = MARKS[others.index(label) % len(MARKS)]
@@ -60,7 +61,7 @@ def _panel(axis: Any, judged: Judged, title: str) -> None:
     axis.set_xlabel("loss in the domain, held out (nats per token)")
     axis.set_ylabel("forgotten: rise of the losses elsewhere (nats)")
     axis.axhline(0, color="0.85", linewidth=0.8, zorder=0)
-    axis.legend(fontsize=7, frameon=False, loc="upper right")
+    axis.legend(fontsize=7, frameon=False, loc="upper right", ncols=2)
     axis.spines[["top", "right"]].set_visible(False)
 
 

@@ -15,6 +15,7 @@ PAGES = {name: ROOT / name for name in ("README.md", "docs/evidence.md", "docs/s
 FIGURE = ROOT / "docs" / "figures" / "study.png"
 TABLES = {
     "study: summary": tables.summary,
+    "study: large": tables.large,
     "study: hypotheses": tables.hypotheses,
     "study: places": tables.places,
     "study: parts": tables.parts,

@@ -11,7 +11,7 @@ from strength.page import table
 
 from lfu_reg.cli.compare.curves import place
 from study.analysis import Judged, answers
-from study.cells import base_of_rows, chosen
+from study.cells import base_of_rows
 from study.tasks import HEADLINE, LARGE, OTHERS
 
 NAMES = {HEADLINE: "2.2 M, GSM8K, 64 examples", LARGE: "135 M, SVAMP, 64 examples"}
@@ -38,38 +38,37 @@ def gap(judged: Judged, rows: Rows, **how: float | bool) -> Estimate | None:
     return estimate(values) if values else None
 
 
-def tuned_sft(rows: Rows, task: str) -> Rows:
-    """SFT at the rate that tuning chose."""
-    rate = chosen(rows, task)["SFT"].lr
-    return [row for row in Judged.of(rows, task).sft if row["lr"] == rate]
-
-
 def summary(rows: Rows) -> str:
-    """Every method at the cell that tuning chose, lowest domain loss + forgotten first, on both models."""
-    small, large = Judged.of(rows, HEADLINE), Judged.of(rows, LARGE)
-    labels = [label for label in dict.fromkeys(cell[0] for cell in small.cells()) if label != "SFT"]
-    cells = {"SFT": (tuned_sft(rows, HEADLINE), tuned_sft(rows, LARGE))}
-    cells |= {label: (small.first(label), large.first(label)) for label in labels}
+    """2.2 M: every method at the cell that tuning chose, lowest domain loss + forgotten first."""
+    small = Judged.of(rows, HEADLINE)
+    lines = [[*line, _if_run(gap(small, mine, scale=0.75))] for mine, line in _lines(small)]
+    return table([*_HEAD, "the same, scaled by .75"], lines)
+
+
+def large(rows: Rows) -> str:
+    """The same of 135 M, with the rates, which are each method's own."""
+    lines = [[*line, f"{mine[0]['lr']:g}"] for mine, line in _lines(Judged.of(rows, LARGE))]
+    return table([*_HEAD, "rate"], lines)
+
+
+_HEAD = ["method", "time", "domain loss", "forgotten", "gap to SFT's rates", "gap to rates and scales"]
+
+
+def _lines(judged: Judged) -> list[tuple[Rows, list[str]]]:
+    """The rows of each method where tuning chose it, and how it did; lowest domain loss + forgotten first."""
+    labels = dict.fromkeys(cell[0] for cell in judged.cells())
+    cells = {label: mine for label in labels if (mine := judged.tuned(label))}
     lines = []
-    for label, (mine, theirs) in sorted(cells.items(), key=lambda item: sum(small.means(item[1][0]))):
-        lines.append(
-            [
-                f"**{label}**" if label.startswith(("LfU", "SFT")) else label,
-                f"{_seconds(mine) / _seconds(small.sft):.1f}",
-                *(f"{value:.3f}" for value in small.means(mine)),
-                "" if label == "SFT" else shown(gap(small, mine, by_scale=False)),
-                shown(gap(small, mine)),
-                _if_run(gap(small, mine, scale=0.75)),
-                _if_run(gap(large, theirs)),
-            ]
-        )
-    gaps = [
-        "gap to SFT's rates",
-        "gap to rates and scales",
-        "the same, scaled by .75",
-        "135 M: gap to rates and scales",
-    ]
-    return table(["method", "time", "domain loss", "forgotten", *gaps], lines)
+    for label, mine in sorted(cells.items(), key=lambda item: sum(judged.means(item[1]))):
+        line = [
+            f"**{label}**" if label.startswith(("LfU", "SFT")) else label,
+            f"{_seconds(mine) / _seconds(judged.sft):.1f}",
+            *(f"{value:.3f}" for value in judged.means(mine)),
+            "" if label == "SFT" else shown(gap(judged, mine, by_scale=False)),
+            shown(gap(judged, mine)),
+        ]
+        lines.append((mine, line))
+    return lines
 
 
 def _seconds(rows: Rows) -> float:

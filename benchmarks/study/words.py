@@ -10,7 +10,7 @@ from evidence.store import Rows
 
 from study.analysis import Judged
 from study.cells import MAIN, STAGES, chosen
-from study.tables import gap, name_of, shown, tuned_sft
+from study.tables import gap, name_of, shown
 from study.tasks import HEADLINE, LARGE, OTHERS
 
 
@@ -28,7 +28,7 @@ def _against(found: Estimate | None) -> str:
 def _regime(rows: Rows, task: str) -> tuple[float, float]:
     """What SFT gains in the domain at the rate that tuning chose, and what it forgets."""
     judged = Judged.of(rows, task)
-    loss, forgot = judged.means(tuned_sft(rows, task))
+    loss, forgot = judged.means(judged.tuned("SFT"))
     return judged.means([{"points": [judged.start]}], 0.0)[0] - loss, forgot
 
 
@@ -47,7 +47,7 @@ def short(rows: Rows) -> str:
 def readme(rows: Rows) -> str:
     """A few lines."""
     small, large = Judged.of(rows, HEADLINE), Judged.of(rows, LARGE)
-    big, kl = gap(large, large.first("LfU LoRA")), gap(small, small.first("KL to base"))
+    big, kl = gap(large, large.tuned("LfU LoRA")), gap(small, small.first("KL to base"))
     sentence = short(rows)
     words = (
         f"{sentence[0].upper()}{sentence[1:]} A KL penalty to the base model forgets {_against(kl)} than that. On "

@@ -19,7 +19,7 @@ from evidence.paired import estimate
 from study import __main__ as program
 from study import cells, page, runs
 from study.analysis import Answer, Judged, answers
-from study.tasks import HEADLINE, Battery
+from study.tasks import HEADLINE, LARGE, Battery
 
 from lfu_reg.cli.compare.encoding import Tokens
 
@@ -102,6 +102,34 @@ def test_the_lowest_sum_is_chosen_and_then_judged_on_test_data() -> None:
     assert [spec.seed for spec in specs] == sorted(spec.seed for spec in specs)
     assert {spec.split for spec in specs} == {"test"}
     assert {spec.label for spec in specs if spec.seed == 9} == {"SFT", *cells.MAIN}
+
+
+def test_on_the_large_model_every_method_is_judged_at_a_rate_of_its_own() -> None:
+    tuning = cells.large_tuned([])
+    assert {(spec.experiment, spec.split, spec.seed) for spec in tuning} == {("tune", "validation", cells.TUNING_SEED)}
+    labels = {*cells.LARGE_MAIN, *cells.LARGE_RIVALS}
+    assert {(spec.label, spec.lr) for spec in tuning} == {
+        (label, rate) for label in labels for rate in cells.LARGE_RATES
+    }
+    bases = [base(LARGE) | {"split": split} for split in ("validation", "test")]
+    sft = [asdict(replace(cells.cells("SFT")[0], experiment="tune", task=LARGE, split="validation", seed=100))]
+    suits = {spec.label: 1e-3 if spec.label == "KL to base" else 2e-3 for spec in tuning}
+    rows = bases + [
+        row("", "", [(1.0, 1.0 if found["lr"] == suits.get(found["label"], 1e-3) else 1.5, 1.1)]) | found
+        for found in [*sft, *map(asdict, tuning)]
+    ]
+    assert cells.large_tuned(rows[:-1]) == tuning
+    tests = [spec for spec in cells.large_tuned(rows) if spec not in tuning]
+    assert {(spec.label, spec.lr) for spec in tests} == set(suits.items())
+    assert [spec.seed for spec in tests] == sorted(spec.seed for spec in tests)
+    assert {spec.label for spec in tests if spec.seed == cells.SEEDS - 1} == set(cells.LARGE_MAIN)
+    # What ran at SFT's rate is judged again where that is a method's own, and is not run again.
+    assert {spec.label for spec in tests if spec in cells.large(rows)} == {"KL to base"}
+    rows += [row("", "", [(1.0, 1.2, 1.1)]) | asdict(spec) for spec in [*cells.large(rows), *tests]]
+    judged = Judged.of(rows, LARGE)
+    assert {r["lr"] for r in judged.first("LfU LoRA")} == {1e-3}
+    assert {r["lr"] for r in judged.tuned("LfU LoRA")} == {2e-3}
+    assert judged.tuned("SAM") == []
 
 
 def test_what_has_run_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
