@@ -80,6 +80,21 @@ def strengths() -> str:
     return table([*titles, "lambda at 1", "alpha * lambda at 1", "seeds"], lines)
 
 
+def fixed() -> str:
+    """Score with the lambda that strength 1 came to held fixed, with a third and with three times of it."""
+    groups: dict[tuple[str, str, str], Rows] = defaultdict(list)
+    for row in _by_size(store.rows("training")):
+        if row["seed"] == "0":
+            groups[row["size"], row["task"], row["auxiliary"]].append(row)
+    lines = []
+    for setting, rows in groups.items():
+        at_one = [_score(r) for r in rows if (r["setting"], r["value"]) == ("strength", "1")]
+        lams = sorted((float(r["value"]), _score(r)) for r in rows if r["setting"].startswith("lam at"))
+        if lams:
+            lines.append([*setting, f"{at_one[0]:.3f}", *(f"{score:.3f} ({lam:.2g})" for lam, score in lams)])
+    return table(["model", "task", "auxiliary", "strength 1", "lambda / 3", "lambda", "lambda * 3"], lines)
+
+
 def losses() -> str:
     """Both losses of the 2.2 M model over strengths, beside SFT's learning rates."""
     rows = [row for row in store.rows("training") if row["size"] == "2.2M" and row["task"] == SIZES["2.2M"].task]
@@ -124,16 +139,16 @@ def price() -> str:
 
 
 def directions() -> str:
-    """Cosines with the exact gradient, a column an auxiliary and setting."""
+    """Cosines with the exact gradient, a row an auxiliary and setting."""
     rows = store.rows("directions")
-    settings = list(dict.fromkeys((r["auxiliary"], r["batch"], r["step"]) for r in rows))
-    lines = []
-    for name in dict.fromkeys(r["direction"] for r in rows):
-        cells = {
-            (r["auxiliary"], r["batch"], r["step"]): f"{float(r['cosine']):.2f}" for r in rows if r["direction"] == name
-        }
-        lines.append([name, *(cells.get(setting, "") for setting in settings)])
-    return table(["direction", *(f"{a}, batch {b}, step {s}" for a, b, s in settings)], lines)
+    names = list(dict.fromkeys(r["direction"] for r in rows))
+    lines: dict[tuple[str, ...], dict[str, str]] = {}
+    for r in rows:
+        lines.setdefault((r["auxiliary"], r["batch"], r["step"]), {})[r["direction"]] = f"{float(r['cosine']):.2f}"
+    return table(
+        ["auxiliary", "batch", "step", *names],
+        [[*setting, *(cells.get(name, "") for name in names)] for setting, cells in lines.items()],
+    )
 
 
 def one_backward() -> str:
@@ -177,6 +192,7 @@ def pushes() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "strengths": strengths,
+    "fixed": fixed,
     "losses": losses,
     "ratios": ratios,
     "rounding": rounding,
