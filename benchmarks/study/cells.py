@@ -15,7 +15,7 @@ from evidence.store import Rows, spec_of
 from methods import GRIDS
 
 from lfu_reg.cli.compare.curves import place
-from study.tasks import HEADLINE, LARGE, OTHERS
+from study.tasks import HEADLINE, LARGE, LARGE_OTHERS, OTHERS
 
 RESULTS = store.RESULTS.with_name("study.jsonl")
 TUNING_SEED, SEEDS, FEW = 100, 10, 3
@@ -23,6 +23,8 @@ SCALES, OWN_SCALES = (0.25, 0.5, 0.75, 1.0), (0.75, 1.0)
 SFT_RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 LARGE_RATES = (1e-3, 2e-3, 4e-3)
 MAIN = ("LfU LoRA", "LfU steering", "KL to base")
+LARGE_MORE_RATES = (5e-4, 4e-3)  # of SFT, on test data
+ACCURACY = "135M accuracy"
 LARGE_MAIN = ("LfU LoRA", "KL to base", "LfU steering")  # in the order of the runs
 LARGE_RIVALS = ("L2-SP", "DFT", "EAFT", "TALR", "STM", "FLOW", "ASFT")
 
@@ -170,6 +172,55 @@ def large_tuned(rows: Rows) -> list[Spec]:
     return specs
 
 
+def large_rates(rows: Rows) -> list[Spec]:
+    """135 M: two more rates of SFT, so that its curve has four, as on the small model."""
+    sft = replace(cells("SFT")[0], experiment="135M", task=LARGE, split="test")
+    return [replace(sft, lr=rate, seed=seed) for seed in range(SEEDS) for rate in LARGE_MORE_RATES]
+
+
+def large_strengths(rows: Rows) -> list[Spec]:
+    """135 M: the other strengths of the main methods, each at the rate that was chosen at its middle one."""
+    best = chosen(rows, LARGE)
+    grid = {label: dict.fromkeys(cell.settings for cell in cells(label, middle=False)) for label in LARGE_MAIN}
+    return [
+        replace(best[label], experiment="135M", split="test", seed=seed, settings=settings)
+        for seed in range(FEW)
+        for label in LARGE_MAIN
+        for settings in grid[label]
+    ]
+
+
+def large_accuracy(rows: Rows) -> list[Spec]:
+    """135 M: SFT and the main methods at their rates once more, and PIQA and WinoGrande."""
+    best = chosen(rows, LARGE)
+    start = replace(base(LARGE, "test"), experiment=ACCURACY)
+    return [start] + [
+        replace(best[label], experiment=ACCURACY, split="test", seed=seed)
+        for seed in range(FEW)
+        for label in ("SFT", *LARGE_MAIN)
+    ]
+
+
+def large_others(rows: Rows) -> list[Spec]:
+    """135 M: SFT and the main methods on other tasks, their rates tuned there; a task at a time."""
+    specs: list[Spec] = []
+    for task in LARGE_OTHERS:
+        specs += [base(task, "validation"), base(task, "test")]
+        tuning = [
+            replace(cells(label)[0], experiment="tune", task=task, split="validation", seed=TUNING_SEED, lr=rate)
+            for rate in LARGE_RATES
+            for label in ("SFT", *LARGE_MAIN)
+        ]
+        specs += tuning
+        if missing(tuning, rows):
+            continue
+        own = chosen(rows, task)
+        for seed in range(FEW):
+            listed = [*(replace(own["SFT"], lr=rate) for rate in LARGE_RATES), *(own[label] for label in LARGE_MAIN)]
+            specs += [replace(cell, experiment="135M others", split="test", seed=seed) for cell in listed]
+    return specs
+
+
 def _neighbours(rate: float) -> tuple[float, float]:
     """A rate of the large model and the next higher one, or the next lower one if there is none."""
     place = min(LARGE_RATES.index(rate), len(LARGE_RATES) - 2)
@@ -181,6 +232,10 @@ STAGES: dict[str, Callable[[Rows], list[Spec]]] = {
     "headline": headline,
     "large": large,
     "large-tuned": large_tuned,
+    "large-rates": large_rates,
+    "large-accuracy": large_accuracy,
+    "large-strengths": large_strengths,
+    "large-others": large_others,
     "others": others,
 }
 
@@ -188,5 +243,5 @@ STAGES: dict[str, Callable[[Rows], list[Spec]]] = {
 def scales(spec: Spec) -> tuple[float, ...]:
     """At which the adapter is scored, after training."""
     if spec.method == "sft" and spec.experiment != "tune":
-        return SCALES[1:] if spec.task == LARGE else SCALES
+        return (1.0,) if spec.experiment == ACCURACY else SCALES[1:] if "135M" in spec.experiment else SCALES
     return OWN_SCALES if spec.experiment in ("headline", "others") and spec.label in MAIN else (1.0,)

@@ -25,6 +25,8 @@ OTHERS = (
     "study/dolly-256",
     "study/boolq-256",
 )
+# On the large model: two kinds of answers, and four times the examples and the steps.
+LARGE_OTHERS = ("study/135m-gsm8k-64", "study/135m-svamp-256", "study/135m-dolly-64")
 CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -48,15 +50,22 @@ def _equation(equation: str, answer: float) -> str:
     return " ".join([*(w.removesuffix(".0") for w in words), "=", f"{answer:g}"])
 
 
-def _svamp_task(key: str) -> Task:
+def _svamp_task(key: str, size: int, steps: int) -> Task:
     def train(seed: int) -> list[Example]:
-        return random.Random(f"train {seed}").sample(_svamp()[0], 64)
+        return random.Random(f"train {seed}").sample(_svamp()[0], size)
 
     def held_out(split: Split) -> tuple[list[Example], list[list[Example]]]:
         rows = _svamp()[1]
         return (rows[:100] if split == "validation" else rows[100:]), []
 
-    return Task(key, "smollm2", train, held_out, exact=False, steps=12, batch_size=4, max_length=96)
+    return Task(key, "smollm2", train, held_out, exact=False, steps=steps, batch_size=4, max_length=96)
+
+
+def _large(key: str) -> Task:
+    name, size = key.removeprefix("study/135m-").split("-")
+    if name == "svamp":
+        return _svamp_task(key, int(size), 48)
+    return replace(text_task(name, int(size)), key=key, base="smollm2", steps=12, max_length=96)
 
 
 def _made(key: str) -> Task:
@@ -64,7 +73,8 @@ def _made(key: str) -> Task:
     return _short(key, text_task(name, int(size), wrong=0.3 if wrong else 0.0))
 
 
-tasks.TASKS.update({key: _made(key) for key in (HEADLINE, *OTHERS)} | {LARGE: _svamp_task(LARGE)})
+tasks.TASKS.update({key: _made(key) for key in (HEADLINE, *OTHERS)})
+tasks.TASKS.update({key: _large(key) for key in LARGE_OTHERS} | {LARGE: _svamp_task(LARGE, 64, 12)})
 
 
 @dataclass(frozen=True)
