@@ -10,8 +10,8 @@ from evidence.paired import Estimate, estimate
 from evidence.store import Rows, spec_of
 
 from lfu_reg.cli.compare.curves import Point, between, least_forgotten, place, sft_curve
-from study.cells import CONTROLS, MAIN, base_of_rows, chosen
-from study.tasks import HEADLINE, LARGE
+from study.cells import ACCURACY, CONTROLS, MAIN, base_of_rows, chosen
+from study.tasks import HEADLINE, LARGE, LARGE_OTHERS
 
 WRONG = "study/gsm8k-64-wrong"
 Gaps = dict[int, float]
@@ -34,7 +34,9 @@ class Judged:
     @classmethod
     def of(cls, rows: Rows, task: str) -> Judged:
         """Of one task: the seeds of which all of SFT's rates have run."""
-        mine = [row for row in rows if (row["task"], row["split"]) == (task, "test") and row["method"] != "base"]
+        on_test = [row for row in rows if (row["task"], row["split"]) == (task, "test")]
+        # The runs for accuracies repeat others.
+        mine = [row for row in on_test if row["method"] != "base" and row["experiment"] != ACCURACY]
         sft = {(row["seed"], row["lr"]) for row in mine if row["method"] == "sft"}
         rates = {rate for _, rate in sft}
         whole = [row for row in mine if all((row["seed"], rate) in sft for rate in rates)]
@@ -149,6 +151,14 @@ def answers(rows: Rows) -> list[Answer]:
                 Answer("3", f"{ours} at least KL to base", task, _known(minus(gaps, kl))),
             ]
     listed += _at_own_rates(Judged.of(rows, LARGE))
+    for task in LARGE_OTHERS:
+        if any(row["task"] == task and row["experiment"] == "135M others" for row in rows):
+            judged = Judged.of(rows, task)
+            listed += [
+                Answer("7", f"{label} beyond SFT's rates and scales", task, _known(list(found.values())))
+                for label in MAIN
+                if (found := judged.gaps(judged.first(label)))
+            ]
     judged = Judged.of(rows, HEADLINE)
     steering = judged.gaps(judged.first("LfU steering"))
     for label in CONTROLS:

@@ -49,7 +49,9 @@ def _panel(axis: Any, judged: Judged, title: str) -> None:
         places = [judged.means(judged.of_cell(cell)) for cell in cells]
         if label in MAIN:
             color = COLORS[MAIN.index(label)]
-            axis.plot(*zip(*sorted(places), strict=True), "-", color=color, linewidth=1.2)
+            rate = judged.rates.get(label, cells[0][2])
+            strengths = [place for place, cell in zip(places, cells, strict=True) if cell[2] == rate]
+            axis.plot(*zip(*sorted(strengths), strict=True), "-", color=color, linewidth=1.2)
             judged_here = judged.means(judged.tuned(label) or judged.first(label))
             axis.plot(*judged_here, "o", color=color, markersize=8, label=label, zorder=4)
             axis.plot(*zip(*places, strict=True), ".", color=color)

@@ -16,6 +16,7 @@ FIGURE = ROOT / "docs" / "figures" / "study.png"
 TABLES = {
     "study: summary": tables.summary,
     "study: large": tables.large,
+    "study: accuracy": tables.accuracy,
     "study: hypotheses": tables.hypotheses,
     "study: places": tables.places,
     "study: parts": tables.parts,

@@ -11,10 +11,15 @@ from strength.page import table
 
 from lfu_reg.cli.compare.curves import place
 from study.analysis import Judged, answers
-from study.cells import base_of_rows
-from study.tasks import HEADLINE, LARGE, OTHERS
+from study.cells import ACCURACY, base_of_rows
+from study.tasks import HEADLINE, LARGE, LARGE_OTHERS, OTHERS
 
 NAMES = {HEADLINE: "2.2 M, GSM8K, 64 examples", LARGE: "135 M, SVAMP, 64 examples"}
+NAMES |= {
+    task: f"135 M, {name}, {size} examples"
+    for task, name, size in zip(LARGE_OTHERS, ("GSM8K", "SVAMP", "Dolly"), (64, 256, 64), strict=True)
+}
+QUESTIONS = {"piqa": "PIQA", "winogrande": "WinoGrande"}
 
 
 def name_of(task: str) -> str:
@@ -71,6 +76,17 @@ def _lines(judged: Judged) -> list[tuple[Rows, list[str]]]:
     return lines
 
 
+def accuracy(rows: Rows) -> str:
+    """135 M: shares of right answers, and how much they differ from the base model's, seed by seed."""
+    mine = [row for row in rows if row["experiment"] == ACCURACY]
+    start = next(row["ranked"] for row in mine if row["method"] == "base")
+    lines = [["base model", *(f"{start[name]:.3f}" for name in QUESTIONS)]]
+    for label in dict.fromkeys(row["label"] for row in mine if row["method"] != "base"):
+        found = [row["ranked"] for row in mine if row["label"] == label]
+        lines.append([label, *(shown(estimate([one[name] - start[name] for one in found])) for name in QUESTIONS)])
+    return table(["", *QUESTIONS.values()], lines)
+
+
 def _seconds(rows: Rows) -> float:
     return median(row["train_seconds"] for row in rows)
 
@@ -90,7 +106,7 @@ def hypotheses(rows: Rows) -> str:
 def places(rows: Rows) -> str:
     """Every cell that ran on test data: where it is, by task."""
     lines = []
-    for task in (HEADLINE, LARGE, *OTHERS):
+    for task in (HEADLINE, LARGE, *LARGE_OTHERS, *OTHERS):
         if not any(row["task"] == task and row["split"] == "test" and row["method"] != "base" for row in rows):
             continue
         judged = Judged.of(rows, task)

@@ -11,7 +11,7 @@ from evidence.store import Rows
 from study.analysis import Judged
 from study.cells import MAIN, STAGES, chosen
 from study.tables import gap, name_of, shown
-from study.tasks import HEADLINE, LARGE, OTHERS
+from study.tasks import HEADLINE, LARGE, LARGE_OTHERS, OTHERS
 
 
 def _against(found: Estimate | None) -> str:
@@ -72,8 +72,8 @@ def regimes(rows: Rows) -> str:
 def others(rows: Rows) -> str:
     """The gaps on the other tasks, as far as they were reached."""
     lines = []
-    for task in OTHERS:
-        if any(row["task"] == task and row["experiment"] == "others" for row in rows):
+    for task in (*LARGE_OTHERS, *OTHERS):
+        if any(row["task"] == task and row["experiment"].endswith("others") for row in rows):
             judged = Judged.of(rows, task)
             found = {label: gap(judged, judged.first(label)) for label in MAIN}
             gaps = ", ".join(f"{label} {shown(value)}" for label, value in found.items() if value)
