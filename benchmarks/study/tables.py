@@ -33,7 +33,7 @@ def shown(found: Estimate | None) -> str:
         return "not run"
     if found.count < 2:
         return f"{found.mean:+.3f} (1)"
-    digits = 3 if found.half_width >= 0.001 else 5
+    digits = 5 if 0 < found.half_width < 0.001 else 3
     return f"{found.mean:+.{digits}f} ± {found.half_width:.{digits}f} ({found.count})"
 
 

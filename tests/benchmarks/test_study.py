@@ -17,9 +17,9 @@ from evidence import store, tasks
 from evidence.finetune import Spec
 from evidence.paired import estimate
 from study import __main__ as program
-from study import cells, page, runs
+from study import cells, page, runs, tables
 from study.analysis import Answer, Judged, answers
-from study.tasks import HEADLINE, LARGE, Battery
+from study.tasks import HEADLINE, LARGE, LARGE_OTHERS, Battery
 
 from lfu_reg.cli.compare.encoding import Tokens
 
@@ -130,6 +130,39 @@ def test_on_the_large_model_every_method_is_judged_at_a_rate_of_its_own() -> Non
     assert {r["lr"] for r in judged.first("LfU LoRA")} == {1e-3}
     assert {r["lr"] for r in judged.tuned("LfU LoRA")} == {2e-3}
     assert judged.tuned("SAM") == []
+
+
+def tuned_rows(specs: Sequence[Spec], best: float) -> list[dict[str, Any]]:
+    """What a run of each would have left behind, with the lowest loss at one rate."""
+    return [row("", "", [(1.0, 1.0 if spec.lr == best else 1.5, 1.1)]) | asdict(spec) for spec in specs]
+
+
+def test_other_tasks_of_the_large_model_are_judged_once_their_rates_are_tuned() -> None:
+    tuning = cells.large_others([])
+    assert {spec.task for spec in tuning} == set(LARGE_OTHERS)
+    assert {spec.split for spec in tuning if spec.method != "base"} == {"validation"}
+    first = [spec for spec in tuning if spec.task == LARGE_OTHERS[0]]
+    rows = [base(LARGE_OTHERS[0]) | {"split": split} for split in ("validation", "test")]
+    rows += tuned_rows([spec for spec in first if spec.method != "base"], 2e-3)
+    assert cells.large_others(rows[:-1]) == tuning
+    tests = [spec for spec in cells.large_others(rows) if spec not in tuning]
+    assert {(spec.task, spec.split) for spec in tests} == {(LARGE_OTHERS[0], "test")}
+    assert {spec.lr for spec in tests if spec.label != "SFT"} == {2e-3}
+    assert {spec.lr for spec in tests if spec.label == "SFT"} == set(cells.LARGE_RATES)
+    assert all(len(cells.scales(spec)) == (3 if spec.label == "SFT" else 1) for spec in tests)
+
+
+def test_runs_for_accuracies_do_not_count_twice() -> None:
+    rows = [base(LARGE) | {"split": split} for split in ("validation", "test")]
+    sft = replace(cells.cells("SFT")[0], experiment="tune", task=LARGE, split="validation", seed=100)
+    rows += tuned_rows([*cells.large_tuned([]), sft], 1e-3)
+    before = Judged.of(rows, LARGE)
+    again = cells.large_accuracy(rows)
+    assert {spec.label for spec in again} == {"base model", "SFT", *cells.LARGE_MAIN}
+    assert all(cells.scales(spec) == (1.0,) for spec in again if spec.method == "sft")
+    assert Judged.of(rows + tuned_rows(again, 1e-3), LARGE).rows == before.rows
+    ran = [one | {"ranked": {"piqa": 0.5 + 0.1 * one["seed"], "winogrande": 0.5}} for one in tuned_rows(again, 1e-3)]
+    assert "| SFT | +0.100 ± 0.248 (3) | +0.000 ± 0.000 (3) |" in tables.accuracy(ran)
 
 
 def test_what_has_run_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
