@@ -10,7 +10,7 @@ return   l_SFT + lam * l_cons                    (Eq. 6), with these gradients
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -33,9 +33,6 @@ from lfu_reg.step.progress import Progress
 from lfu_reg.step.settings import Schedule, Settings, StopGradient, StrategyName
 from lfu_reg.step.sft_loss import LossFunction, PlainSFT, SFTLoss
 from lfu_reg.step.strength import StepStrength
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 
 class LfURegularizer(Controls):
@@ -112,7 +109,7 @@ class LfURegularizer(Controls):
         leave_early: Literal["auto"] | bool = "auto",
         seed: int | None = None,
         sync_perturbation: bool = False,
-        process_group: ProcessGroup | None = None,
+        process_group: torch.distributed.ProcessGroup | None = None,
     ) -> None:
         made, self.distance, self._diagnostics = make_auxiliary(auxiliary), make_distance(distance), Diagnostics()
         checks.check_model(model := unwrapped(model))

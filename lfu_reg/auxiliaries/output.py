@@ -153,19 +153,18 @@ class OutputAuxiliary(Auxiliary):
 
     def ascend(self, alpha: float) -> Tensor:
         """Eq. 2 over all components that got a gradient."""
-        moving = [(name, i) for name, gs in self._gradients.items() for i, g in enumerate(gs) if g is not None]
-        found = [g for gs in self._gradients.values() for g in gs if g is not None]
+        found = {(name, i): g for name, gs in self._gradients.items() for i, g in enumerate(gs) if g is not None}
         self._gradients = {}
         if not found:
-            return torch.zeros((), dtype=torch.float32, device="cpu")
-        gradients = self.direction(found)
-        return_checks.check_direction(self._label, gradients, found)
-        names = list(dict.fromkeys(name for name, _ in moving))
+            return gradient_norm(())
+        gradients = self.direction(list(found.values()))
+        return_checks.check_direction(self._label, gradients, list(found.values()))
+        names = list(dict.fromkeys(name for name, _ in found))
         groups = self.groups(names)
         return_checks.check_groups(self._label, groups, names)
-        per_group = None if groups is None else [groups[names.index(name)] for name, _ in moving]
-        norm = gradient_norm(gradients)
-        for (name, i), step in zip(moving, ascend(gradients, alpha, per_group=per_group, norm=norm), strict=True):
+        per_group = None if groups is None else [groups[names.index(name)] for name, _ in found]
+        norm, steps = ascend(gradients, alpha, per_group)
+        for (name, i), step in zip(found, steps, strict=True):
             components = list(self._components[name])
             self._starts.setdefault(name, self._components[name])
             components[i] = components[i].detach() + step

@@ -44,18 +44,13 @@ class Exits:
     """Raises `EarlyExit` at the end of the layer whose hidden state was the last one wanted."""
 
     def __init__(self) -> None:
-        self.listening = False  # whether the running pass may be left early
-        self._fwd: ForwardPass | None = None
-
-    def follow(self, fwd: ForwardPass | None) -> None:
-        """Leave this pass, or none."""
-        self._fwd = fwd
-        self.listening = fwd is not None and fwd.leave_after > 0
+        self.listening = False
+        self.fwd: ForwardPass | None = None  # the pass whose forward is running; `ModelHooks` sets both
 
     def on_call(self, name: str, compiled: bool, module: nn.Module, *call: Any) -> None:
         """What the hook on layer `name` does."""
-        fwd = self._fwd
-        if fwd is None or len(fwd.record.states) < fwd.leave_after or fwd.record.compiled:
+        fwd = self.fwd
+        if fwd is None or not fwd.leave_after or len(fwd.record.states) < fwd.leave_after or fwd.record.compiled:
             return
         is_last = type(next(reversed(module._forward_hooks.values()))) is Hook
         if fwd.leave and is_last and way_is_clear(whoever=fwd.leave is True):

@@ -6,7 +6,6 @@ consistency term would measure that. So the first layer of every stack, and the 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -35,21 +34,15 @@ class Entries:
         firsts = {stack[0] for stack in find_stacks(model)} | {next(iter(layers), MODEL)}
         self.modules = {MODEL: model, **{name: model.get_submodule(name) for name in sorted(firsts)}}
         self.listening = False
-        self._fwd: ForwardPass | None = None
-        self._calls: Counter[str] = Counter()
-
-    def follow(self, fwd: ForwardPass | None) -> None:
-        """Note down for this pass, or for none."""
-        if fwd is not self._fwd:
-            self._calls = Counter()
-        self._fwd, self.listening = fwd, fwd is not None
+        self.fwd: ForwardPass | None = None  # the pass whose forward is running; `ModelHooks` sets both
 
     def on_call(self, name: str, compiled: bool, module: nn.Module, args: Any, kwargs: Any) -> None:
         """What the hook on `name` does before the module runs."""
-        fwd = self._fwd
+        fwd = self.fwd
         if fwd is None:
             return
-        call, self._calls[name] = self._calls[name], self._calls[name] + 1
+        call = fwd.record.calls[name]
+        fwd.record.calls[name] += 1
         if not torch.is_grad_enabled():
             return
         given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and not value.is_meta]

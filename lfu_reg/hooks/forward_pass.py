@@ -77,6 +77,7 @@ class Record:
 
     states: list[State] = field(default_factory=list)
     entries: list[Entry] = field(default_factory=list)
+    calls: Counter[str] = field(default_factory=Counter)  # how often the modules were called that `entries` are of
     fired: Counter[str] = field(default_factory=Counter)  # how often each hooked module ran with gradients
     compiled: bool = False  # whether any of them ran in a region of torch.compile
     float16: bool = False
