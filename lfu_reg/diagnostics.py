@@ -107,14 +107,7 @@ class Diagnostics:
         # Not `(turn + 1) % LOOK_EVERY == 0`: the regularizer may be off (lam = 0) at that very step.
         return self._period != (turn + 1) // LOOK_EVERY
 
-    def watch(
-        self,
-        turn: int,
-        sft_loss: Tensor,
-        l_cons: Tensor,
-        gradient_norm: Tensor,
-        look: Look,
-    ) -> None:
+    def watch(self, turn: int, sft_loss: Tensor, l_cons: Tensor, gradient_norm: Tensor, look: Look) -> None:
         """Take note of one step, and look at the last ones when it is due."""
         self._window.append((sft_loss, look.lam * l_cons, gradient_norm))
         if look.figures and look.tokens_count and look.alpha:

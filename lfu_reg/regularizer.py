@@ -176,10 +176,10 @@ class LfURegularizer(Controls):
             # Pass 1. theta_aux is at "no change", so the SFT forward is the auxiliary forward, too (Eq. 1, 3), and one
             # backward gives d l_SFT / d theta and g = d l_SFT / d theta_aux.
             sft_loss, h = passes.first(observe=undesirable is None)
+            samples = passes.samples()
             # Ascent: theta_aux <- theta_aux + alpha * g / ||g|| (Eq. 2).
             gradient_norm = self._ascent(strength.alpha, passes, undesirable)
             # Pass 2: the hidden states of the undesirable self (Eq. 4), and their distance to the clean ones (Eq. 5).
-            samples = progress.samples(passes.clean.record.batch_size, settings.batch_fraction)
             if strength.searches:
                 strength.alpha = passes.find_alpha(samples)
             with passes.second(samples) as h_prime:

@@ -11,6 +11,7 @@ import dis
 import functools
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import _GeneratorContextManager, contextmanager
 from types import CodeType, FrameType
 from typing import Any
 
@@ -64,6 +65,18 @@ def call_loss_function(function: Callable[[Any, Any], Tensor], model: Any, batch
     return function(model, batch)
 
 
+@contextmanager
+def generators_end() -> Iterator[None]:
+    """Contexts made of generators end in the block as if nothing was raised: what is after a `yield` has to run."""
+    own: Any = _GeneratorContextManager.__exit__
+    ended: Any = lambda me, kind, *error: own(me, *((None,) * 3 if kind is EarlyExit else (kind, *error)))  # noqa: E731
+    _GeneratorContextManager.__exit__ = ended  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        _GeneratorContextManager.__exit__ = own  # type: ignore[method-assign]
+
+
 def way_is_clear(*, whoever: bool) -> bool:
     """Whether the frames up to the call of the loss function may be left, by `whoever` also if they would go on."""
     if torch_module._global_forward_hooks:
@@ -98,6 +111,9 @@ def _frames_to_leave() -> Iterator[FrameType]:
 @functools.lru_cache(maxsize=1024)
 def only_returns(code: CodeType, last: int) -> bool:
     """Whether what is left of a function after instruction `last` calls and stores nothing, but for locals."""
+    names = [i.opname for i in dis.get_instructions(code)]  # an `except` would take the exit for a failure
+    if "SETUP_FINALLY" in names or names.count("PUSH_EXC_INFO") > names.count("WITH_EXCEPT_START"):
+        return False
     # The end of a `with` block is a call as well, which an exception makes, too.
     instructions = [i for i in dis.get_instructions(code) if i.offset > last and i.opname not in ("CACHE", "PRECALL")]
     for number, instruction in enumerate(instructions):

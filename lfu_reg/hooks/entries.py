@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from lfu_reg.auxiliaries.base import Auxiliary
 from lfu_reg.hooks.forward_pass import Entry, ForwardPass
@@ -22,8 +23,6 @@ FROM_EARLIER = (
     " (as it does where it is made of an earlier call's output or gradient, which the perturbation moves: an "
     "adversarial example, say, which is to be made before and put in the batch)"
 )
-# Enough to tell batches apart: ids, embeddings, pixels.
-_MOST = 4
 
 
 class Entries:
@@ -45,11 +44,8 @@ class Entries:
         fwd.record.calls[name] += 1
         if not torch.is_grad_enabled():
             return
-        given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and not value.is_meta]
-        if name == MODEL:
-            kept = given[:_MOST]
-        else:
-            kept = [value for value in given if value.is_floating_point()][:1] or given[:1]
+        given = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor) and not value.is_meta]
+        kept = given if name == MODEL else [value for value in given if value.is_floating_point()][:1] or given[:1]
         if not any(self._is_reached(value, fwd) for value in kept):
             fwd.record.entries.append(Entry(name, call, tuple(value.detach().clone() for value in kept)))
 

@@ -65,7 +65,8 @@ def graph_of(loss: Tensor, since: int = 0, stop: tuple[Any, int] | None = None) 
             continue
         if name == "CheckpointFunctionBackward":
             raise RuntimeError(REENTRANT)
-        outside = outside or node._sequence_nr() < since
+        # Autocast keeps the casts of weights until its context ends; they hold nothing that a backward would free.
+        outside = outside or (node._sequence_nr() < since and name != "ToCopyBackward0")
         for edge in node.next_functions:
             below = edge[0]
             if below is None or below in seen or (below is stop_node and edge == stop):

@@ -20,6 +20,7 @@ from lfu_reg.model.tables import CONTAINERS, DEEPEST, collect, copied, holds, pu
 # Attributes that every module has are no notes of its own, but for buffers and hooks.
 _EVERYBODYS = frozenset(vars(nn.Module()))
 _TABLES = ("_buffers", "_forward_hooks", "_forward_pre_hooks")
+_ENGINES = ("torch.nn.parallel", "torch.distributed", "torch._dynamo", "accelerate", "deepspeed", "lightning.fabric")
 _PACKED = 2**24  # entries; larger buffers of whole numbers are packed weights
 
 
@@ -39,7 +40,7 @@ class ModuleState:
     """Watches the forwards of a model."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = model
+        self._model = self._whole = model
         self._modules: list[nn.Module] = []
         self._sizes: list[int] = []
         self._followers: list[Place] = []  # frozen weights that forwards write to
@@ -47,9 +48,10 @@ class ModuleState:
         self._written: set[tuple[int, Any]] | None = None  # to which forwards are known to write
         self._rewritten: list[Tensor] = []  # trained weights that forwards write to
 
-    def begin(self, *, attributes: bool = True) -> None:
-        """A forward is about to run; only tensors are watched where engines keep notes of it in `attributes`."""
-        if not self._modules or self._sizes != [len(module._modules) for module in self._modules]:
+    def begin(self, whole: nn.Module | None = None, *, attributes: bool = True) -> None:
+        """A forward is about to run, of `whole`; only tensors are watched where engines keep notes in `attributes`."""
+        self._whole = self._model if whole is None else whole
+        if self._sizes != [id(self._whole), *(len(module._modules) for module in self._modules)]:
             self._list()
         tables = self._tables if attributes else []
         self._start = [(table, copied(table), owner) for table, owner in tables if table]
@@ -82,7 +84,7 @@ class ModuleState:
         pairs = zip(self._weights, self._versions, strict=True)
         weights = {id(w): w for w, v in pairs if w.requires_grad and w._version != v and type(w) is nn.Parameter}
         if new := {key: weight for key, weight in weights.items() if key not in self._copies}:
-            late += [name for name, weight in self._model.named_parameters() if id(weight) in new]
+            late += [name for name, weight in self._whole.named_parameters() if id(weight) in new]
             self._rewritten += new.values()
         grown = [(table, type(table)(), owner) for table, owner in self._empty if table]
         result = Changes(
@@ -121,8 +123,9 @@ class ModuleState:
 
     def _list(self) -> None:
         """List the tables that a forward may change, and the places of tensors."""
-        self._modules = list(self._model.modules())
-        self._sizes = [len(module._modules) for module in self._modules]
+        around = (m for m in self._whole.modules() if not type(m).__module__.startswith(_ENGINES))
+        self._modules = list(dict.fromkeys([*self._model.modules(), *around]))
+        self._sizes = [id(self._whole), *(len(module._modules) for module in self._modules)]
         found: dict[int, tuple[Any, nn.Module]] = {}
         self._places = list(self._followers)
         for module in self._modules:

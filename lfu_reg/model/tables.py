@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import operator
+import random
 import sys
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-CONTAINERS = (list, dict, OrderedDict, set, deque)
+CONTAINERS = (list, dict, OrderedDict, defaultdict, Counter, set, deque)
 DEEPEST = 3  # containers in containers
 _LARGEST = 1024  # entries; larger containers are data
 _FOREIGN = ("torch", "accelerate", "deepspeed", "builtins", "threading", "_thread")
@@ -25,50 +29,55 @@ def collect(value: Any, owner: nn.Module, found: dict[int, tuple[Any, nn.Module]
             found[id(value)] = value, owner
             for entry in value.values() if isinstance(value, dict) else value:
                 collect(entry, owner, found, depth - 1)
-    elif isinstance(value, torch.Generator) or _is_numpy_generator(value):
+    elif _is_generator(value):
         found[id(value)] = value, owner
-    elif not callable(value) and not type(value).__module__.startswith(_FOREIGN):
+    elif not type(value).__module__.startswith(_FOREIGN):  # functions are of "builtins"
         attributes = getattr(value, "__dict__", None)
         if type(attributes) is dict:
             collect(attributes, owner, found, depth)
 
 
-def _is_numpy_generator(value: Any) -> bool:
+def _is_generator(value: Any) -> bool:
     numpy = sys.modules.get("numpy")
-    return numpy is not None and isinstance(value, numpy.random.Generator)
+    kinds = () if numpy is None else (numpy.random.Generator, numpy.random.RandomState)
+    return isinstance(value, (torch.Generator, random.Random, *kinds))
 
 
 def copied(table: Any) -> Any:
     """What is in a table now."""
-    if type(table) in CONTAINERS:
-        return type(table)(table)
-    return table.get_state() if isinstance(table, torch.Generator) else table.bit_generator.state
+    return copy.copy(table) if type(table) in CONTAINERS else _access(table)[0]()
 
 
-def holds(table: Any, copy: Any) -> bool:
+def _access(generator: Any) -> tuple[Callable[[], Any], Callable[[Any], None]]:
+    """How a generator gives its state and takes one."""
+    if isinstance(generator, random.Random):
+        return generator.getstate, generator.setstate
+    if hasattr(generator, "get_state"):
+        return generator.get_state, generator.set_state
+    return lambda: generator.bit_generator.state, partial(setattr, generator.bit_generator, "state")
+
+
+def holds(table: Any, before: Any) -> bool:
     """Whether a table holds the same objects as a copy of it, or a generator is where it was."""
-    kind = type(table)
-    if kind is dict or kind is OrderedDict:
-        return len(table) == len(copy) and all(map(operator.is_, table.values(), copy.values())) and [*table] == [*copy]
-    if kind in CONTAINERS:
-        return len(table) == len(copy) and (table == copy if kind is set else all(map(operator.is_, table, copy)))
-    if isinstance(table, torch.Generator):
-        return torch.equal(table.get_state(), copy)
-    return repr(table.bit_generator.state) == repr(copy)
+    if isinstance(table, dict):
+        return [*table] == [*before] and all(map(operator.is_, table.values(), before.values()))
+    if type(table) in CONTAINERS:
+        same = table == before if type(table) is set else all(map(operator.is_, table, before))
+        return len(table) == len(before) and same
+    now = copied(table)
+    return torch.equal(now, before) if isinstance(now, Tensor) else repr(now) == repr(before)
 
 
-def put(table: Any, copy: Any) -> None:
+def put(table: Any, before: Any) -> None:
     """Give a table the content that it had, in place: others may hold on to it."""
-    if holds(table, copy):
+    if holds(table, before):
         return
     if type(table) is dict:
-        for name in [name for name in table if name not in copy]:
+        for name in [name for name in table if name not in before]:
             del table[name]
-        table.update(copy)
+        table.update(before)
     elif type(table) in CONTAINERS:
         table.clear()  # to have the order that it had
-        (table.update if isinstance(table, (set, dict)) else table.extend)(copy)
-    elif isinstance(table, torch.Generator):
-        table.set_state(copy)
+        (table.update if isinstance(table, (set, dict)) else table.extend)(before)
     else:
-        table.bit_generator.state = copy
+        _access(table)[1](before)

@@ -54,7 +54,7 @@ class Passes(SecondPass):
         reuse = not self._strategy.keeps_graph and not self.engine.in_lockstep
         attached.compare_with_loss(self._turn, tensors_in(sft.batch) if self._settings.token_mask is None else ())
         attributes = not self.engine.is_sharded or self.engine.shards is not None
-        attached.state.begin(attributes=attributes)
+        attached.state.begin(sft.model, attributes=attributes)
         since = now()
         with (
             checkpoints.noted() as noted,

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from lfu_reg.hooks.early_exit import EarlyExit, call_loss_function
+from lfu_reg.hooks.early_exit import EarlyExit, call_loss_function, generators_end
 from lfu_reg.model.rng import RandomState
 from lfu_reg.model.tokens import TokenMask, TokenMasks
 from lfu_reg.step import loss_checks
@@ -84,7 +84,8 @@ class SFTLoss:
         with repeating(), torch.enable_grad():  # which puts back what the pass may switch off
             self._random_start.restore()
             try:
-                call_loss_function(self._function, self.model, batch)
+                with generators_end():
+                    call_loss_function(self._function, self.model, batch)
             except EarlyExit as early:  # its frames hold activations, and some of them the exception
                 traceback.clear_frames(early.__traceback__)
 
