@@ -122,8 +122,8 @@ class ReusedBlocks:
         return None if self._sees_a_cache and not cut.requires_grad else cut
 
     def answers(self, start: Tensor, samples: Tensor | None) -> list[Patch]:
-        """Forward methods for pass 2: no block runs, and the last one returns `start`."""
-        last = list(self.blocks)[-1]
+        """Forward methods for pass 2: no block runs, and the last one returns `start`; none after `refuse()`."""
+        last = next(reversed(self.blocks), None)
         return [
             (block, "forward", _Answering(block.forward, self._answers[name], start if name == last else None, samples))
             for name, block in self.blocks.items()
