@@ -10,6 +10,7 @@ from __future__ import annotations
 import dis
 import functools
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from types import CodeType, FrameType
 from typing import Any
@@ -49,13 +50,14 @@ class Exits:
 
     def follow(self, fwd: ForwardPass | None) -> None:
         """Leave this pass, or none."""
-        self._fwd = fwd
+        self._fwd, self._thread = fwd, threading.get_ident()
         self.listening = fwd is not None and fwd.leave_after > 0
 
     def on_call(self, name: str, compiled: bool, module: nn.Module, *call: Any) -> None:
         """What the hook on layer `name` does."""
         fwd = self._fwd
-        if fwd is None or len(fwd.record.states) < fwd.leave_after or fwd.record.compiled:
+        elsewhere = threading.get_ident() != self._thread  # a worker's thread would keep what is switched off
+        if fwd is None or elsewhere or len(fwd.record.states) < fwd.leave_after or fwd.record.compiled:
             return
         is_last = type(next(reversed(module._forward_hooks.values()))) is Hook
         if fwd.leave and is_last and way_is_clear(whoever=fwd.leave is True):

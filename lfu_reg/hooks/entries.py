@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from itertools import islice
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from lfu_reg.auxiliaries.base import Auxiliary
 from lfu_reg.hooks.forward_pass import Entry, ForwardPass
 from lfu_reg.hooks.taps import depends_on_a_tap
 from lfu_reg.model.layers import find_stacks
+from lfu_reg.model.tables import tensors_in
 
 MODEL = ""
 FROM_EARLIER = (
@@ -24,7 +26,7 @@ FROM_EARLIER = (
     "adversarial example, say, which is to be made before and put in the batch)"
 )
 # Enough to tell batches apart: ids, embeddings, pixels.
-_MOST = 4
+_MOST = 8
 
 
 class Entries:
@@ -52,10 +54,13 @@ class Entries:
         call, self._calls[name] = self._calls[name], self._calls[name] + 1
         if not torch.is_grad_enabled():
             return
-        given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and not value.is_meta]
+        values = (*args, *kwargs.values())
         if name == MODEL:
-            kept = given[:_MOST]
+            numbers = [float(value) for value in values if isinstance(value, (int, float))]
+            kept = [value for value in islice(tensors_in(values), _MOST) if not value.is_meta]
+            kept += [torch.tensor(numbers, dtype=torch.float64, device="cpu")] if numbers else []
         else:
+            given = [value for value in values if isinstance(value, Tensor) and not value.is_meta]
             kept = [value for value in given if value.is_floating_point()][:1] or given[:1]
         if not any(self._is_reached(value, fwd) for value in kept):
             fwd.record.entries.append(Entry(name, call, tuple(value.detach().clone() for value in kept)))

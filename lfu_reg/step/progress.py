@@ -25,11 +25,11 @@ from torch.optim.optimizer import (
 
 from lfu_reg.auxiliaries.base import Generators
 from lfu_reg.model.rng import StepDraws
+from lfu_reg.model.tables import tensors_in
 from lfu_reg.step.checks import check_state
 from lfu_reg.step.float16 import LossScales
 from lfu_reg.step.one_backward import Direction
 from lfu_reg.step.settings import Settings
-from lfu_reg.step.sft_loss import tensors_in
 from lfu_reg.step.strength import Strength
 
 

@@ -178,7 +178,8 @@ def _is_plain(value: Any) -> bool:
         return all(map(_is_plain, value))
     return (
         value is None
-        or isinstance(value, (Tensor, bool, int, float, str, torch.dtype, torch.device))
+        or (isinstance(value, Tensor) and not vars(value))
+        or isinstance(value, (bool, int, float, str, torch.dtype, torch.device))
         or outputs.is_cache(value)
     )
 
