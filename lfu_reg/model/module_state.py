@@ -89,14 +89,14 @@ class ModuleState:
         frozen = {i for i in touched if i in self._rewritten and not touched[i].requires_grad and self._begun > _LOOKS}
         self._unchanged |= {i for i in frozen if torch.equal(touched[i], self._copies[i])}
         found = {i: w for i, w in (self._rewritten | touched).items() if i not in self._unchanged}
-        if lost := {i for i, w in found.items() if i not in self._copies and (w.requires_grad or i in self._in_lists)}:
-            names = {id(weight): name for name, weight in self._model.named_parameters()}
-            late += [names.get(key, "a tensor in a list") for key in lost]
+        if lost := [i for i in found if i not in self._copies]:
+            names = {id(weight): name for name, weight in self._model.named_parameters() if weight.requires_grad}
+            late += [names.get(i, "a tensor in a list") for i in lost if i in names or i in self._in_lists]
         self._rewritten = found
         rewritten = [(weight, self._copies.get(key)) for key, weight in self._rewritten.items()]
         grown: list[Any] = [(table, {}, owner) for table, owner in self._empty if table]
         result = Changes([*self._start, *grown], buffers, late, rewritten)
-        if result.brought_new_objects:  # these have contents of their own
+        if any(is_new_in(new, old) for _, old, new, _ in result.found):  # these have contents of their own
             self._tree = [None]
         self._last = result.end
         return result
@@ -166,22 +166,17 @@ class Changes:
         self._buffers = buffers
         self.end = [(table, before if holds(table, before) else copied(table)) for table, before, _ in start]
         pairs = zip(start, self.end, strict=True)
-        self._changed = [(table, old, new, owner) for (table, old, owner), (_, new) in pairs if old is not new]
-
-    @property
-    def brought_new_objects(self) -> bool:
-        """Whether a tensor or a container is now where another value was."""
-        return any(is_new_in(after, before) for _, before, after, _ in self._changed)
+        self.found = [(table, old, new, owner) for (table, old, owner), (_, new) in pairs if old is not new]
 
     def in_containers_of(self, modules: Collection[nn.Module]) -> bool:
         """Whether the pass changed what is in a list or a mapping of one of the modules."""
-        return any(owner in modules and table is not vars(owner) for table, _, _, owner in self._changed)
+        return any(owner in modules and table is not vars(owner) for table, _, _, owner in self.found)
 
     @contextmanager
     def from_the_start(self, but: Collection[nn.Module] = ()) -> Iterator[None]:
         """Let the model be as before pass 1 in the block, `but` for modules that do not run again; then as after it."""
         try:
-            for table, before, _, owner in self._changed:
+            for table, before, _, owner in self.found:
                 if owner not in but:
                     put(table, before)
             with self._standing_in(start=True), self._in_other_memory(start=True):

@@ -212,7 +212,7 @@ def test_nothing_changes() -> None:
     watch = watched(still)
     still()
     changes = watch.changes()
-    assert (changes.late, changes.weights, changes.brought_new_objects) == ([], [], False)
+    assert (changes.late, changes.weights, changes.found) == ([], [], [])
     assert not changes.in_containers_of([still])
 
 

@@ -276,3 +276,23 @@ def test_a_gradient_behind_the_last_layer_at_the_first_step() -> None:
         for step in range(2):
             reg(ours.model, ours.batch(step), ours.loss)
             assert reg.metrics["gradient_ratio"] > 0
+
+
+def test_an_optimizer_in_the_loss_is_refused() -> None:
+    """Where it would step twice; the first call is plain training's."""
+    critic = nn.Linear(4, 1).double()
+    optimizer = torch.optim.Adam(critic.parameters())
+
+    def loss(model: Any, batch: Any) -> Tensor:
+        out = model(batch["x"])
+        if not reg.is_second_pass or batch["always"]:
+            critic(out.detach()).mean().backward()
+            optimizer.step()
+        return (out - batch["y"]).square().mean()
+
+    ours = World()
+    with LfURegularizer(ours.model, "steering", alpha=0.1, lam=1.0) as reg:
+        reg(ours.model, {**ours.batch(0), "always": False}, loss)
+        assert [int(state["step"]) for state in optimizer.state.values()] == [1, 1]
+        with pytest.raises(RuntimeError, match="is_second_pass"):
+            reg(ours.model, {**ours.batch(1), "always": True}, loss)
