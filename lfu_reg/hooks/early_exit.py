@@ -10,6 +10,7 @@ from __future__ import annotations
 import dis
 import functools
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import _GeneratorContextManager, contextmanager
 from types import CodeType, FrameType
@@ -52,6 +53,8 @@ class Exits:
         """What the hook on layer `name` does."""
         fwd = self.fwd
         if fwd is None or not fwd.leave_after or len(fwd.record.states) < fwd.leave_after or fwd.record.compiled:
+            return
+        if fwd.thread != threading.get_ident():  # a worker's thread would keep what is switched off
             return
         is_last = type(next(reversed(module._forward_hooks.values()))) is Hook
         if fwd.leave and is_last and way_is_clear(whoever=fwd.leave is True):

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from lfu_reg.auxiliaries.base import Auxiliary
 from lfu_reg.hooks.forward_pass import Entry, ForwardPass
 from lfu_reg.hooks.taps import depends_on_a_tap
 from lfu_reg.model.layers import find_stacks
+from lfu_reg.model.tables import tensors_in
 
 MODEL = ""
 FROM_EARLIER = (
@@ -44,8 +44,12 @@ class Entries:
         fwd.record.calls[name] += 1
         if not torch.is_grad_enabled():
             return
-        given = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor) and not value.is_meta]
-        kept = given if name == MODEL else [value for value in given if value.is_floating_point()][:1] or given[:1]
+        given = [value for value in tensors_in((*args, *kwargs.values())) if not value.is_meta]
+        if name == MODEL:
+            numbers = [float(value) for value in (*args, *kwargs.values()) if isinstance(value, (int, float))]
+            kept = given + ([torch.tensor(numbers, dtype=torch.float64, device="cpu")] if numbers else [])
+        else:
+            kept = [value for value in given if value.is_floating_point()][:1] or given[:1]
         if not any(self._is_reached(value, fwd) for value in kept):
             fwd.record.entries.append(Entry(name, call, tuple(value.detach().clone() for value in kept)))
 

@@ -170,7 +170,7 @@ class SecondPass:
             random_state_kept(attached.devices()),
             self._changes.from_the_start(inside),
             not_synchronising(self._sft.model, attached.model),
-            grad_set_aside(self._trained),  # the loss function may call `backward()`, which counts once
+            grad_set_aside([*self._trained, *attached.state.trained]),  # a `backward()` in the loss counts once
         ):
             yield
 

@@ -184,10 +184,10 @@ def with_own_counter() -> Callable[[Any, Batch], Tensor]:
 
 
 def with_own_generator() -> Callable[[Any, Batch], Tensor]:
-    own = torch.Generator().manual_seed(3)
+    own = {"noise": torch.Generator().manual_seed(3)}  # in a container, which nobody looks into
 
     def loss(m: Any, batch: Batch) -> Tensor:
-        order = torch.randperm(7, generator=own)
+        order = torch.randperm(7, generator=own["noise"])
         return TINY.loss(m, {**batch, "input_ids": batch["input_ids"][:, order]})
 
     return loss
