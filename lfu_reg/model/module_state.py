@@ -14,11 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lfu_reg.model.patching import ABSENT, Patch, patched
+from lfu_reg.model.patching import ABSENT, EVERYBODYS, Patch, patched
 from lfu_reg.model.tables import CONTAINERS, DEEPEST, collect, copied, holds, put
 
-# Attributes that every module has are no notes of its own, but for buffers and hooks.
-_EVERYBODYS = frozenset(vars(nn.Module()))
+# Of the attributes that every module has, those that a forward may write to.
 _TABLES = ("_buffers", "_forward_hooks", "_forward_pre_hooks")
 _PACKED = 2**24  # entries; larger buffers of whole numbers are packed weights
 
@@ -130,7 +129,7 @@ class ModuleState:
             for table in (inside, *(inside[name] for name in _TABLES)):
                 found[id(table)] = table, module
             for name, value in inside.items():
-                if name not in _EVERYBODYS:
+                if name not in EVERYBODYS:
                     collect(value, module, found, DEEPEST)
         self._tables = list(found.values())
         for table, _ in self._tables:
@@ -167,13 +166,10 @@ class Changes:
         weights: list[tuple[Tensor, Tensor | None]],  # trained ones that were written to, and copies to begin from
     ) -> None:
         self.late, self.weights = late, weights
-        self._buffers, self._start = buffers, start
-        self._end = [(table, before if holds(table, before) else copied(table)) for table, before, _ in start]
-        self._changed = [
-            (table, before, after, owner)
-            for (table, before, owner), (_, after) in zip(start, self._end, strict=True)
-            if before is not after
-        ]
+        self._buffers = buffers
+        # With what is in them now, which is the same object where nothing has changed.
+        self._tables = [(t, before, before if holds(t, before) else copied(t), owner) for t, before, owner in start]
+        self._changed = [entry for entry in self._tables if entry[1] is not entry[2]]
 
     @property
     def brought_new_objects(self) -> bool:
@@ -199,7 +195,7 @@ class Changes:
             with self._standing_in(start=True), self._weights_from_the_start():
                 yield
         finally:
-            for table, after in self._end:
+            for table, _, after, _ in self._tables:
                 put(table, after)
 
     def on_copies(self) -> AbstractContextManager[None]:
