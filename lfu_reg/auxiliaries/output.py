@@ -118,7 +118,9 @@ class OutputAuxiliary(Auxiliary):
 
     def apply_at(self, call: Call) -> Tensor:
         """`apply` with the components of the call's site."""
-        return _laid_out_like(call.y, self._applied(self._at(call), call))
+        y, changed = call.y, self._applied(self._at(call), call)
+        # With the strides of y: dropout draws in the order of memory, so pass 2 would draw another mask.
+        return changed if changed.stride() == y.stride() else torch.empty_like(y).copy_(changed)
 
     def leaves(self) -> list[Tensor]:
         """The components."""
@@ -208,8 +210,3 @@ class OutputAuxiliary(Auxiliary):
             new if old is None else old if new is None else old + new
             for old, new in zip(collected, gradients, strict=True)
         ]
-
-
-def _laid_out_like(y: Tensor, changed: Tensor) -> Tensor:
-    """`changed` with the strides of `y`: dropout draws in the order of memory, so pass 2 would draw another mask."""
-    return changed if changed.stride() == y.stride() else torch.empty_like(y).copy_(changed)

@@ -85,15 +85,10 @@ def reenters(loss: Tensor) -> bool:
     return False
 
 
-def leaves_of(loss: Tensor) -> list[Tensor]:
-    """Leaf tensors that `loss` depends on, each once."""
-    return graph_of(loss).leaves
-
-
 def leaves_above_and_below(loss: Tensor, cut: Tensor) -> tuple[list[Tensor], list[Tensor]] | None:
     """The leaves of `loss` other than through `cut`, and those of `cut`; None where something flows around the cut."""
     if not cut.requires_grad:
-        return leaves_of(loss), []
+        return graph_of(loss).leaves, []
     if cut.grad_fn is None or loss.grad_fn is None:
         return None
     below = graph_of(cut)

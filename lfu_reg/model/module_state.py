@@ -14,11 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lfu_reg.model.patching import patched
+from lfu_reg.model.patching import EVERYBODYS, patched
 from lfu_reg.model.tables import DEEPEST, collect, copied, holds, is_new_in, put
 
-# Attributes that every module has are no notes of its own, but for buffers and hooks.
-_EVERYBODYS = frozenset(vars(nn.Module()))
+# Of the attributes that every module has, those that a forward may write to.
 _TABLES = ("_buffers", "_forward_hooks", "_forward_pre_hooks")
 _ENGINES = ("torch.nn.parallel", "torch.distributed", "torch._dynamo", "accelerate", "deepspeed", "lightning.fabric")
 _SMALL = 2**20  # entries; larger frozen weights are not copied before it is known that they are written to
@@ -124,7 +123,7 @@ class ModuleState:
             for table in (inside, *(inside[name] for name in _TABLES)):
                 found[id(table)] = table, module
             for name, value in inside.items():
-                if name not in _EVERYBODYS and not isinstance(value, Tensor):
+                if name not in EVERYBODYS and not isinstance(value, Tensor):
                     collect(value, module, found, DEEPEST)
         for value in held:
             collect(value, self._model, found, DEEPEST)
