@@ -1245,4 +1245,12 @@ MUTANTS = (
         ")",
         "tests/model/test_checkpointing.py::test_micro_batches_in_one_autocast_context",
     ),
+    Mutant(
+        9,
+        "a repeated call of compute_loss logs nothing",
+        "integrations/trainer.py",
+        '        attributes["log"] = lambda *args, **kwargs: None\n',
+        "",
+        "tests/integrations/test_trainer.py::test_what_a_subclass_logs_and_collects_counts_once",
+    ),
 )
