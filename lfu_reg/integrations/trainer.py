@@ -136,7 +136,7 @@ class LfUTrainerMixin:
         for name, value in attributes.items():
             if not name.startswith(("lfu", "_lfu")):  # the regularizer keeps its own notes of the call
                 collect(value, this, found, DEEPEST)
-        before = [(table, copied(table)) for table, _ in found.values()]
+        before = [(table, copied(table)) for table, _ in found.values() if not isinstance(table, Tensor)]
         metrics = copy.deepcopy(attributes.get("_metrics"))  # TRL's, however long its lists are
         attributes["log"] = lambda *args, **kwargs: None
         try:
