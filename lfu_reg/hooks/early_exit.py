@@ -10,8 +10,8 @@ from __future__ import annotations
 import dis
 import functools
 import sys
-import threading
 from collections.abc import Callable, Iterator
+from threading import get_ident
 from types import CodeType, FrameType
 from typing import Any
 
@@ -33,6 +33,7 @@ _LIBRARIES = (
     "accelerate.utils.operations.",
 )
 _STORES = ("STORE_ATTR", "STORE_SUBSCR", "STORE_GLOBAL", "STORE_NAME", "STORE_DEREF", "STORE_SLICE", "DELETE_")
+_CONTEXTS = frozenset(("autocast", "enable_grad", "no_sync"))  # whose blocks may be left by an exception
 _DOES_SOMETHING = (*_STORES, "YIELD", "IMPORT", "FOR_ITER", "SEND", "PRINT")
 _NEVER = ("torch._dynamo", "torch.distributed.fsdp", "torch.distributed._composable", "torch.fx", "torch.jit")
 
@@ -50,14 +51,13 @@ class Exits:
 
     def follow(self, fwd: ForwardPass | None) -> None:
         """Leave this pass, or none."""
-        self._fwd, self._thread = fwd, threading.get_ident()
+        self._fwd, self._at = fwd, get_ident()  # a worker's thread would keep what is switched off
         self.listening = fwd is not None and fwd.leave_after > 0
 
     def on_call(self, name: str, compiled: bool, module: nn.Module, *call: Any) -> None:
         """What the hook on layer `name` does."""
         fwd = self._fwd
-        elsewhere = threading.get_ident() != self._thread  # a worker's thread would keep what is switched off
-        if fwd is None or elsewhere or len(fwd.record.states) < fwd.leave_after or fwd.record.compiled:
+        if fwd is None or len(fwd.record.states) < fwd.leave_after or fwd.record.compiled or get_ident() != self._at:
             return
         is_last = type(next(reversed(module._forward_hooks.values()))) is Hook
         if fwd.leave and is_last and way_is_clear(whoever=fwd.leave is True):
@@ -105,12 +105,12 @@ def _frames_to_leave() -> Iterator[FrameType]:
 @functools.lru_cache(maxsize=1024)
 def only_returns(code: CodeType, last: int) -> bool:
     """Whether what is left of a function after instruction `last` calls and stores nothing, but for locals."""
-    # The end of a `with` block is a call as well, which an exception makes, too.
+    # The end of a `with` block is a call as well. An exception makes it, too, but a generator's may have no `finally`.
     instructions = [i for i in dis.get_instructions(code) if i.offset > last and i.opname not in ("CACHE", "PRECALL")]
     for number, instruction in enumerate(instructions):
         name = instruction.opname
         if name.startswith("CALL") and not name.startswith("CALL_INTRINSIC"):
-            three = instructions[max(number - 3, 0) : number]
+            three = [] if _CONTEXTS.isdisjoint(code.co_names) else instructions[max(number - 3, 0) : number]
             if len(three) == 3 and all(i.opname.startswith("LOAD_CONST") and i.argval is None for i in three):
                 continue
             return False

@@ -7,7 +7,7 @@ import pickle
 import random
 import sys
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from functools import partial
 from types import CellType
 from typing import Any
@@ -82,7 +82,7 @@ def put(table: Any, copy: Any) -> None:
     elif isinstance(table, dict):
         for name in [*(table.keys() - copy.keys())]:
             del table[name]
-        dict.update(table, copy)
+        MutableMapping.update(table, copy)  # Counter's own adds
     else:
         table.clear()  # to have the order that it had
         (table.update if isinstance(table, set) else table.extend)(copy)

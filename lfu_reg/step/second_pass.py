@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lfu_reg.auxiliaries import Auxiliary
 from lfu_reg.diagnostics import UNREPEATABLE, WRITTEN_FIRST, Diagnostics
@@ -122,7 +122,8 @@ class SecondPass:
             self._progress.unrepeatable_steps += 1
             self._diagnostics.warn_once("for the first time", WRITTEN_FIRST.format(self._failure))
             raise PlainSFT(self.total())
-        if samples is not None and self._sft.has_drawn():  # a smaller batch draws others: dropout would be compared
+        mixing = (isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in self._attached.model.modules())
+        if samples is not None and (self._sft.has_drawn() or any(mixing)):  # other masks and means would be compared
             raise ValueError(checks.CANNOT_DIVIDE.format(number=len(samples)))
         start = self._start if self._shared is None else self._shared.start
         answers = [] if start is None else attached.reused.answers(start, samples)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
@@ -41,6 +42,21 @@ def arithmetic(model: Any, batch: Any) -> Any:
 
 def in_a_with_block(model: Any, batch: Any) -> Any:
     with torch.enable_grad():
+        return model(batch)
+
+
+@contextmanager
+def task() -> Iterator[None]:
+    """Without `finally`."""
+    yield
+    TASKS.clear()
+
+
+TASKS: list[int] = []
+
+
+def in_a_context(model: Any, batch: Any) -> Any:
+    with task():
         return model(batch)
 
 
@@ -122,6 +138,7 @@ RETURNS: dict[Any, bool] = {
     local: True,
     arithmetic: True,
     in_a_with_block: True,
+    in_a_context: False,
     after_a_conditional: True,
     calls: False,
     method: False,
