@@ -8,6 +8,7 @@ STYLE = """
   :root {
     --text: #e6edf3; --quiet: #9198a1; --page: #0d1117; --box: #161b22; --line: #30363d; --accent: #56b4e9;
   }
+  img { filter: invert(.93) hue-rotate(180deg); }  /* white paper becomes dark, and colours keep their hues */
 }
 * { box-sizing: border-box; }
 body {

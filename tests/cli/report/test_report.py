@@ -115,6 +115,7 @@ def test_light_dark_and_phones(tmp_path: Path) -> None:
     report(run)
     page = (run / "report.html").read_text()
     assert "prefers-color-scheme: dark" in page
+    assert "img { filter: invert" in page
     assert 'name="viewport"' in page
     assert page.count('<div class="wide"') == page.count("<table>") == 1
 
