@@ -10,9 +10,8 @@ from __future__ import annotations
 import dis
 import functools
 import sys
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import _GeneratorContextManager, contextmanager
+from threading import get_ident
 from types import CodeType, FrameType
 from typing import Any
 
@@ -34,6 +33,7 @@ _LIBRARIES = (
     "accelerate.utils.operations.",
 )
 _STORES = ("STORE_ATTR", "STORE_SUBSCR", "STORE_GLOBAL", "STORE_NAME", "STORE_DEREF", "STORE_SLICE", "DELETE_")
+_CONTEXTS = frozenset(("autocast", "enable_grad", "no_sync"))  # whose blocks may be left by an exception
 _DOES_SOMETHING = (*_STORES, "YIELD", "IMPORT", "FOR_ITER", "SEND", "PRINT")
 _NEVER = ("torch._dynamo", "torch.distributed.fsdp", "torch.distributed._composable", "torch.fx", "torch.jit")
 
@@ -54,7 +54,7 @@ class Exits:
         fwd = self.fwd
         if fwd is None or not fwd.leave_after or len(fwd.record.states) < fwd.leave_after or fwd.record.compiled:
             return
-        if fwd.thread != threading.get_ident():  # a worker's thread would keep what is switched off
+        if fwd.thread != get_ident():  # a worker's thread would keep what is switched off
             return
         is_last = type(next(reversed(module._forward_hooks.values()))) is Hook
         if fwd.leave and is_last and way_is_clear(whoever=fwd.leave is True):
@@ -66,18 +66,6 @@ class Exits:
 def call_loss_function(function: Callable[[Any, Any], Tensor], model: Any, batch: Any) -> Tensor:
     """Call it from a frame that is found again when its forward is to be left."""
     return function(model, batch)
-
-
-@contextmanager
-def generators_end() -> Iterator[None]:
-    """Contexts made of generators end in the block as if nothing was raised: what is after a `yield` has to run."""
-    own: Any = _GeneratorContextManager.__exit__
-    ended: Any = lambda me, kind, *error: own(me, *((None,) * 3 if kind is EarlyExit else (kind, *error)))  # noqa: E731
-    _GeneratorContextManager.__exit__ = ended  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        _GeneratorContextManager.__exit__ = own  # type: ignore[method-assign]
 
 
 def way_is_clear(*, whoever: bool) -> bool:
@@ -117,12 +105,12 @@ def only_returns(code: CodeType, last: int) -> bool:
     names = [i.opname for i in dis.get_instructions(code)]  # an `except` would take the exit for a failure
     if "SETUP_FINALLY" in names or names.count("PUSH_EXC_INFO") > names.count("WITH_EXCEPT_START"):
         return False
-    # The end of a `with` block is a call as well, which an exception makes, too.
+    # The end of a `with` block is a call as well. An exception makes it, too, but a generator's may have no `finally`.
     instructions = [i for i in dis.get_instructions(code) if i.offset > last and i.opname not in ("CACHE", "PRECALL")]
     for number, instruction in enumerate(instructions):
         name = instruction.opname
         if name.startswith("CALL") and not name.startswith("CALL_INTRINSIC"):
-            three = instructions[max(number - 3, 0) : number]
+            three = [] if _CONTEXTS.isdisjoint(code.co_names) else instructions[max(number - 3, 0) : number]
             if len(three) == 3 and all(i.opname.startswith("LOAD_CONST") and i.argval is None for i in three):
                 continue
             return False

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from lfu_reg.hooks.early_exit import EarlyExit, call_loss_function, generators_end
+from lfu_reg.hooks.early_exit import EarlyExit, call_loss_function
 from lfu_reg.model.rng import RandomState
 from lfu_reg.model.tables import tensors_in
 from lfu_reg.model.tokens import TokenMask, TokenMasks
@@ -85,8 +85,7 @@ class SFTLoss:
         with repeating(), torch.enable_grad():  # which puts back what the pass may switch off
             self._random_start.restore()
             try:
-                with generators_end():
-                    call_loss_function(self.function, self.model, batch)
+                call_loss_function(self.function, self.model, batch)
             except EarlyExit as early:  # its frames hold activations, and some of them the exception
                 traceback.clear_frames(early.__traceback__)
 

@@ -45,6 +45,21 @@ def in_a_with_block(model: Any, batch: Any) -> Any:
         return model(batch)
 
 
+@contextmanager
+def task() -> Iterator[None]:
+    """Without `finally`."""
+    yield
+    TASKS.clear()
+
+
+TASKS: list[int] = []
+
+
+def in_a_context(model: Any, batch: Any) -> Any:
+    with task():
+        return model(batch)
+
+
 def calls(model: Any, batch: Any) -> Any:
     return next(iter(model(batch)))
 
@@ -131,6 +146,7 @@ RETURNS: dict[Any, bool] = {
     local: True,
     arithmetic: True,
     in_a_with_block: True,
+    in_a_context: False,
     after_a_conditional: True,
     calls: False,
     method: False,

@@ -296,3 +296,14 @@ def test_an_optimizer_in_the_loss_is_refused() -> None:
         assert [int(state["step"]) for state in optimizer.state.values()] == [1, 1]
         with pytest.raises(RuntimeError, match="is_second_pass"):
             reg(ours.model, {**ours.batch(1), "always": True}, loss)
+
+
+def test_a_part_of_the_batch_and_batch_norm() -> None:
+    """Its means of the part are others than those of the whole; in eval mode it mixes nothing."""
+    ours = World()
+    ours.model.layers[1].a = nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 6)).double()
+    with LfURegularizer(ours.model, "steering", alpha=0.1, lam=1.0, batch_fraction=0.5) as reg:
+        with pytest.raises(ValueError, match="batch norm"):
+            reg(ours.model, ours.batch(0), ours.loss)
+        ours.model.layers[1].a[0].eval()
+        reg(ours.model, ours.batch(0), ours.loss)
