@@ -28,7 +28,6 @@ _LIBRARIES = (
     "transformers.",
     "peft.",
     "lfu_reg.",
-    "contextlib.",
     "functools.",
     "accelerate.utils.operations.",
 )

@@ -242,7 +242,7 @@ def test_a_flag_that_the_loss_function_resets(name: str) -> None:
 
 
 @pytest.mark.parametrize("way", ["with", "decorator"])
-def test_a_context_without_a_finally_ends(way: str) -> None:
+def test_a_context_without_a_finally_is_not_left(way: str) -> None:
     model, flags = LLAMA.make(), {"task": 0}
 
     @contextmanager
@@ -256,7 +256,7 @@ def test_a_context_without_a_finally_ends(way: str) -> None:
             return m(**batch).loss
 
     loss = within if way == "with" else task(1)(lambda m, batch: m(**batch).loss)
-    assert norms_of(model, loss) == 1
+    assert norms_of(model, loss) == 2
     assert flags["task"] == 0
 
 
