@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,8 +15,12 @@ def no_autocast() -> Iterator[None]:
     """No autocast for any device in the block."""
     # The step backpropagates inside of the caller's `with autocast():`, where a plain loop does so outside of it: the
     # backward of parts that ran in full precision would be cast, too.
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    with without_autocast("cpu"), without_autocast("cuda" if accelerator is None else accelerator.type):
+    types = ["cpu", "cuda"]
+    if torch.accelerator.is_available() and (device := torch.accelerator.current_accelerator()) is not None:
+        types.append(device.type)
+    with ExitStack() as off:
+        for device_type in dict.fromkeys(types):
+            off.enter_context(without_autocast(device_type))
         yield
 
 

@@ -105,7 +105,7 @@ class ModuleState:
     def _mark(self, tensor: Tensor) -> Any:
         """What is another one after a write to the tensor."""
         plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and not tensor.is_meta
-        if self._begun > _LOOKS or not plain:
+        if self._begun > _LOOKS or not plain or not tensor.untyped_storage().nbytes():  # as FSDP1 frees it
             return tensor._version
         few = tensor.detach().reshape(-1)[:: tensor.numel() // 4 + 1].tolist()
         return tensor._version, tensor.data_ptr(), str(few)

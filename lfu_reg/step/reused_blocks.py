@@ -180,7 +180,7 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, tuple):
         return all(map(_is_plain, value))
     return (
-        (isinstance(value, Tensor) and not vars(value))
+        (isinstance(value, Tensor) and not (type(value) is Tensor and vars(value)))
         or isinstance(value, (type(None), bool, int, float, str, torch.dtype, torch.device))
         or outputs.is_cache(value)
     )
