@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from statistics import fmean, pstdev
+from statistics import correlation, fmean, pstdev
 
 import torch
 from torch import Tensor
@@ -107,14 +107,7 @@ class Diagnostics:
         # Not `(turn + 1) % LOOK_EVERY == 0`: the regularizer may be off (lam = 0) at that very step.
         return self._period != (turn + 1) // LOOK_EVERY
 
-    def watch(
-        self,
-        turn: int,
-        sft_loss: Tensor,
-        l_cons: Tensor,
-        gradient_norm: Tensor,
-        look: Look,
-    ) -> None:
+    def watch(self, turn: int, sft_loss: Tensor, l_cons: Tensor, gradient_norm: Tensor, look: Look) -> None:
         """Take note of one step, and look at the last ones when it is due."""
         self._window.append((sft_loss, look.lam * l_cons, gradient_norm))
         if look.figures and look.tokens_count and look.alpha:
@@ -195,8 +188,7 @@ class Diagnostics:
         spreads = pstdev(sft), pstdev(consistency)
         if min(means) <= 0 or spreads[0] < SWING * means[0] or spreads[1] < SWING * means[1]:
             return
-        together = fmean((s - means[0]) * (c - means[1]) for s, c in zip(sft, consistency, strict=True))
-        if together / (spreads[0] * spreads[1]) < OPPOSED:
+        if correlation(sft, consistency) < OPPOSED:
             self.warn_once(
                 "oscillation",
                 "The SFT loss and lam * l_cons swing against each other: each step towards one undoes the other. "

@@ -10,7 +10,7 @@ return   l_SFT + lam * l_cons                    (Eq. 6), with these gradients
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -33,9 +33,6 @@ from lfu_reg.step.progress import Progress
 from lfu_reg.step.settings import Schedule, Settings, StopGradient, StrategyName
 from lfu_reg.step.sft_loss import LossFunction, PlainSFT, SFTLoss
 from lfu_reg.step.strength import StepStrength
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 
 class LfURegularizer(Controls):
@@ -112,7 +109,7 @@ class LfURegularizer(Controls):
         leave_early: Literal["auto"] | bool = "auto",
         seed: int | None = None,
         sync_perturbation: bool = False,
-        process_group: ProcessGroup | None = None,
+        process_group: torch.distributed.ProcessGroup | None = None,
     ) -> None:
         made, self.distance, self._diagnostics = make_auxiliary(auxiliary), make_distance(distance), Diagnostics()
         checks.check_model(model := unwrapped(model))
@@ -179,10 +176,10 @@ class LfURegularizer(Controls):
             # Pass 1. theta_aux is at "no change", so the SFT forward is the auxiliary forward, too (Eq. 1, 3), and one
             # backward gives d l_SFT / d theta and g = d l_SFT / d theta_aux.
             sft_loss, h = passes.first(observe=undesirable is None)
+            samples = passes.samples()
             # Ascent: theta_aux <- theta_aux + alpha * g / ||g|| (Eq. 2).
             gradient_norm = self._ascent(strength.alpha, passes, undesirable)
             # Pass 2: the hidden states of the undesirable self (Eq. 4), and their distance to the clean ones (Eq. 5).
-            samples = progress.samples(passes.clean.record.batch_size, settings.batch_fraction)
             if strength.searches:
                 strength.alpha = passes.find_alpha(samples)
             with passes.second(samples) as h_prime:

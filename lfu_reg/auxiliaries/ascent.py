@@ -14,8 +14,10 @@ from torch import Tensor
 
 def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
     """||g||_2 over all tensors together, a real scalar in at least float32, without a device synchronisation."""
+    if not gradients:
+        return torch.zeros((), dtype=torch.float32, device="cpu")
     device = gradients[0].device
-    norms: list[Any] = [_norm(_real(gradient)) for gradient in gradients]
+    norms: list[Any] = [_norm(as_real(gradient)) for gradient in gradients]
     # The norm of sharded gradients is the root of a sum over ranks, which one all-reduce takes for all of them.
     if sharded := [norm for norm in norms if hasattr(norm, "full_tensor")]:
         together: Any = _norm(torch.stack(sharded))
@@ -24,18 +26,19 @@ def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
 
 
 def ascend(
-    gradients: Sequence[Tensor], alpha: float, *, per_group: Sequence[int] | None = None, norm: Tensor | None = None
-) -> list[Tensor]:
-    """The step alpha * g / ||g||_2, of all gradients or of each group; zero where the norm is zero or not finite."""
+    gradients: Sequence[Tensor], alpha: float, per_group: Sequence[int] | None = None
+) -> tuple[Tensor, list[Tensor]]:
+    """||g||_2, and the step alpha * g / ||g||_2, of all or of each group; zero where the norm is zero or not finite."""
+    norm = gradient_norm(gradients)
     if per_group is None:
-        return _normalised(gradients, alpha, gradient_norm(gradients) if norm is None else norm)
-    step: list[Tensor] = [gradients[0]] * len(gradients)
-    for group in dict.fromkeys(per_group):
+        return norm, _normalised(gradients, alpha, norm)
+    step = list(gradients)
+    for group in set(per_group):
         members = [i for i, g in enumerate(per_group) if g == group]
         mine = [gradients[i] for i in members]
         for i, moved in zip(members, _normalised(mine, alpha, gradient_norm(mine)), strict=True):
             step[i] = moved
-    return step
+    return norm, step
 
 
 def _normalised(gradients: Sequence[Tensor], alpha: float, norm: Tensor) -> list[Tensor]:
@@ -44,7 +47,7 @@ def _normalised(gradients: Sequence[Tensor], alpha: float, norm: Tensor) -> list
     factor = torch.where(usable, alpha / norm, torch.zeros_like(norm))
 
     def moved(gradient: Tensor) -> Tensor:
-        real = _real(gradient)
+        real = as_real(gradient)
         # In at least float32, as the norm: alpha / ||g|| of a small gradient is infinite in float16.
         step = real.to(norm.dtype) * factor.to(real.device)
         # Zero times infinity is NaN.
@@ -54,8 +57,9 @@ def _normalised(gradients: Sequence[Tensor], alpha: float, norm: Tensor) -> list
     return [moved(gradient) for gradient in gradients]
 
 
-def _real(gradient: Tensor) -> Tensor:
-    """A complex gradient as its real and imaginary parts, [..., 2], which is all that Eq. 2 has to do with it."""
+def as_real(gradient: Tensor) -> Tensor:
+    """A sparse gradient as a dense one, and a complex one as its real and imaginary parts, [..., 2]."""
+    gradient = gradient.to_dense() if gradient.is_sparse else gradient
     return torch.view_as_real(gradient.resolve_conj()) if gradient.is_complex() else gradient
 
 

@@ -118,7 +118,9 @@ class OutputAuxiliary(Auxiliary):
 
     def apply_at(self, call: Call) -> Tensor:
         """`apply` with the components of the call's site."""
-        return _laid_out_like(call.y, self._applied(self._at(call), call))
+        y, changed = call.y, self._applied(self._at(call), call)
+        # With the strides of y: dropout draws in the order of memory, so pass 2 would draw another mask.
+        return changed if changed.stride() == y.stride() else torch.empty_like(y).copy_(changed)
 
     def leaves(self) -> list[Tensor]:
         """The components."""
@@ -153,19 +155,18 @@ class OutputAuxiliary(Auxiliary):
 
     def ascend(self, alpha: float) -> Tensor:
         """Eq. 2 over all components that got a gradient."""
-        moving = [(name, i) for name, gs in self._gradients.items() for i, g in enumerate(gs) if g is not None]
-        found = [g for gs in self._gradients.values() for g in gs if g is not None]
+        found = {(name, i): g for name, gs in self._gradients.items() for i, g in enumerate(gs) if g is not None}
         self._gradients = {}
         if not found:
-            return torch.zeros((), dtype=torch.float32, device="cpu")
-        gradients = self.direction(found)
-        return_checks.check_direction(self._label, gradients, found)
-        names = list(dict.fromkeys(name for name, _ in moving))
+            return gradient_norm(())
+        gradients = self.direction(list(found.values()))
+        return_checks.check_direction(self._label, gradients, list(found.values()))
+        names = list(dict.fromkeys(name for name, _ in found))
         groups = self.groups(names)
         return_checks.check_groups(self._label, groups, names)
-        per_group = None if groups is None else [groups[names.index(name)] for name, _ in moving]
-        norm = gradient_norm(gradients)
-        for (name, i), step in zip(moving, ascend(gradients, alpha, per_group=per_group, norm=norm), strict=True):
+        per_group = None if groups is None else [groups[names.index(name)] for name, _ in found]
+        norm, steps = ascend(gradients, alpha, per_group)
+        for (name, i), step in zip(found, steps, strict=True):
             components = list(self._components[name])
             self._starts.setdefault(name, self._components[name])
             components[i] = components[i].detach() + step
@@ -209,8 +210,3 @@ class OutputAuxiliary(Auxiliary):
             new if old is None else old if new is None else old + new
             for old, new in zip(collected, gradients, strict=True)
         ]
-
-
-def _laid_out_like(y: Tensor, changed: Tensor) -> Tensor:
-    """`changed` with the strides of `y`: dropout draws in the order of memory, so pass 2 would draw another mask."""
-    return changed if changed.stride() == y.stride() else torch.empty_like(y).copy_(changed)

@@ -59,7 +59,9 @@ class SteeringVectors(OutputAuxiliary):
     def apply(self, components: Components, call: Call) -> Tensor:
         """h'_l, at the tokens that count."""
         y, tokens = call.y, call.tokens
-        d = _along(components[0].to(y.dtype), y, tokens.axis)  # [..., hidden, ...]
+        shape = [1] * y.dim()
+        shape[tokens.axis] = -1
+        d = components[0].to(y.dtype).reshape(shape)  # [..., hidden, ...]
         mask = None if self.tokens == "all" or tokens.mask is None else tokens.mask.unsqueeze(tokens.axis)
         if not self.relative:
             return y + d if mask is None else torch.addcmul(y, mask.to(y.dtype), d)
@@ -95,13 +97,6 @@ class SteeringVectors(OutputAuxiliary):
 
     def __repr__(self) -> str:
         return f"SteeringVectors(relative={self.relative}, norm={self.norm!r}, tokens={self.tokens!r})"
-
-
-def _along(vector: Tensor, like: Tensor, axis: int) -> Tensor:
-    """`vector` shaped to broadcast along `axis` of `like`."""
-    shape = [1] * like.dim()
-    shape[axis] = -1
-    return vector.reshape(shape)
 
 
 def _positive(length: Tensor) -> Tensor:

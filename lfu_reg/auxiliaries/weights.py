@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lfu_reg.auxiliaries.ascent import ascend, gradient_norm
+from lfu_reg.auxiliaries.ascent import ascend
 from lfu_reg.auxiliaries.base import Auxiliary, Generators
 from lfu_reg.model.patching import Patch, references_to
 
@@ -93,12 +93,8 @@ class WeightDeltas(Auxiliary):
 
     def ascend(self, alpha: float) -> Tensor:
         """Eq. 2 over all trainable parameters that got a gradient."""
-        names = list(self._gradients)
-        if not names:
-            return torch.zeros((), dtype=torch.float32, device="cpu")
-        gradients = [self._gradients[name] for name in names]
-        norm = gradient_norm(gradients)
-        for name, step in zip(names, ascend(gradients, alpha, norm=norm), strict=True):
+        norm, steps = ascend(list(self._gradients.values()), alpha)
+        for name, step in zip(self._gradients, steps, strict=True):
             self._deltas[name] = self._deltas[name] + step if name in self._deltas else step
         self._gradients = {}
         return norm

@@ -45,6 +45,9 @@ class Distance(ABC):
             The scalar loss, float32 or wider, and the detached per-layer distances [K].
         """
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
 
 class PerLayerDistance(Distance):
     """A distance that looks at one layer at a time."""

@@ -14,6 +14,3 @@ class Cosine(PerLayerDistance):
     def layer(self, clean: Tensor, perturbed: Tensor, reduction: Reduction) -> Tensor:
         """1 - cos, mean over tokens."""
         return (1 - torch.cosine_similarity(clean, perturbed, dim=-1)).mean()
-
-    def __repr__(self) -> str:
-        return "Cosine()"

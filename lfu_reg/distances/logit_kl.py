@@ -20,6 +20,3 @@ class LogitKL(PerLayerDistance):
         return torch.nn.functional.kl_div(
             perturbed.log_softmax(-1), clean.log_softmax(-1), reduction="batchmean", log_target=True
         )
-
-    def __repr__(self) -> str:
-        return "LogitKL()"

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch.distributed as dist
 from torch import nn
 
 from lfu_reg.distributed.ddp import wrappers_of
-from lfu_reg.distributed.fsdp2 import Shards, units_among
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+from lfu_reg.distributed.fsdp2 import Shards
 
 # DTensors that FSDP2 has not made: they are leaves of the loss's graph.
 TENSOR_PARALLEL = "tensor parallelism"
@@ -29,7 +26,7 @@ class Engine:
 
     name: str = "none"  # or "FSDP2", "FSDP1", "ZeRO-3", "tensor parallelism", "DDP"
     shards: Shards | None = None  # of FSDP2
-    groups: tuple[ProcessGroup, ...] = ()  # the ranks that batches are spread over, one per dimension of the mesh
+    groups: tuple[dist.ProcessGroup, ...] = ()  # the ranks that batches are spread over, one per dimension of the mesh
     in_lockstep: bool = False  # forward passes communicate, so every rank has to run the same number of them
     may_run_out: bool = False  # of batches, under DDP's `join`: then it takes no part in collectives of ours
 
@@ -48,13 +45,15 @@ def engine_of(model: nn.Module, attached: nn.Module, layers: Iterable[nn.Module]
             break
     if not (dist.is_available() and dist.is_initialized()):
         return Engine()
+    from torch.distributed.fsdp import FSDPModule
+
     everybody = dist.group.WORLD
     assert everybody is not None
     modules = list(model.modules())  # one walk for all that follows: it is taken at every step
     for module in modules:
         if type(module).__name__ == "FullyShardedDataParallel":
             return Engine("FSDP1", groups=(getattr(module, "process_group", everybody),), in_lockstep=True)
-    if units := units_among(modules):
+    if units := [module for module in modules if isinstance(module, FSDPModule)]:
         shards = Shards(units, layers)
         return Engine("FSDP2", shards, shards.process_groups(), in_lockstep=True)
     for parameter in (p for module in modules for p in module._parameters.values()):

@@ -20,15 +20,6 @@ from lfu_reg.model.graph import grad_set_aside, hooks_quiet
 from lfu_reg.model.patching import patched
 
 
-def units_among(modules: Iterable[nn.Module]) -> list[Any]:
-    """Those of the modules that `fully_shard` was applied to."""
-    if not torch.distributed.is_available():
-        return []
-    from torch.distributed.fsdp import FSDPModule
-
-    return [module for module in modules if isinstance(module, FSDPModule)]
-
-
 class Shards:
     """The sharded parameters in FSDP units; losses may be computed from the outputs of `layers` inside of them."""
 
@@ -80,18 +71,16 @@ class Shards:
     @contextmanager
     def moved(self, deltas: Sequence[tuple[Any, Any]]) -> Iterator[None]:
         """Shards moved by deltas (pairs of DTensors) for the block, and put back to the last bit whatever happens."""
-        with torch.no_grad():
-            kept = [(shard.to_local(), shard.to_local().clone()) for shard, _ in deltas]
+        shards = [shard.detach().to_local() for shard, _ in deltas]  # the same memory
+        kept = [shard.clone() for shard in shards]
         try:
-            with torch.no_grad():
-                for (local, _), (_, delta) in zip(kept, deltas, strict=True):
-                    local.add_(delta.to_local())
+            for shard, (_, delta) in zip(shards, deltas, strict=True):
+                shard.add_(delta.to_local())
             self.reshard()
             yield
         finally:
-            with torch.no_grad():
-                for local, before in kept:
-                    local.copy_(before)
+            for shard, before in zip(shards, kept, strict=True):
+                shard.copy_(before)
             self.reshard()
 
     def reshard(self) -> None:

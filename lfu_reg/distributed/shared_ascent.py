@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -16,18 +15,15 @@ from torch import Tensor
 
 from lfu_reg.distributed.tensor_parallel import is_distributed
 
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
-
-def summed(tensor: Tensor, groups: Sequence[ProcessGroup]) -> Tensor:
+def summed(tensor: Tensor, groups: Sequence[dist.ProcessGroup]) -> Tensor:
     """The sum over ranks, written into the tensor."""
     for group in groups:
         dist.all_reduce(tensor, group=group)
     return tensor
 
 
-def averaged(tensors: Mapping[str, Tensor], groups: Sequence[ProcessGroup]) -> dict[str, Tensor]:
+def averaged(tensors: Mapping[str, Tensor], groups: Sequence[dist.ProcessGroup]) -> dict[str, Tensor]:
     """The mean over ranks of every tensor, by one all-reduce per group, device and dtype."""
     kinds: dict[tuple[torch.device, torch.dtype], list[str]] = {}
     for name, tensor in tensors.items():
@@ -43,7 +39,7 @@ def averaged(tensors: Mapping[str, Tensor], groups: Sequence[ProcessGroup]) -> d
     return result
 
 
-def of_first_rank(number: int, groups: Sequence[ProcessGroup], device: torch.device) -> int:
+def of_first_rank(number: int, groups: Sequence[dist.ProcessGroup], device: torch.device) -> int:
     """The first rank's value of an integer."""
     for group in reversed(groups):
         value = torch.tensor(number, dtype=torch.int64, device=device)
@@ -71,12 +67,12 @@ IN_PARTS = (
 class SharedAscent:
     """Averages g over the given ranks; where None are, over those of the engine (DDP, FSDP), else over all."""
 
-    def __init__(self, process_group: ProcessGroup | None) -> None:
+    def __init__(self, process_group: dist.ProcessGroup | None) -> None:
         self._given = process_group
-        self._groups: Sequence[ProcessGroup] = ()
+        self._groups: Sequence[dist.ProcessGroup] = ()
         self._known: int | None = None
 
-    def begin(self, engine_groups: Sequence[ProcessGroup], seed: int, device: torch.device) -> int:
+    def begin(self, engine_groups: Sequence[dist.ProcessGroup], seed: int, device: torch.device) -> int:
         """Start a step; returns the seed that all ranks share, which is the first rank's."""
         if not (dist.is_available() and dist.is_initialized()):
             raise RuntimeError(NOT_INITIALISED)
@@ -98,20 +94,15 @@ class SharedAscent:
         # Different components are noticed on every rank at the first step, and later on those ranks where they changed.
         named = repr([(name, tuple(g.shape), g.dtype) for name, g in gradients.items()])
         here = int(hashlib.blake2b(named.encode(), digest_size=7).hexdigest(), 16)
+        where, others, same = "on this rank", "the first step", here == self._known
         if self._known is None:
             device = next((g.device for g in gradients.values()), torch.device("cpu"))
             bounds = torch.tensor([here, -here], dtype=torch.int64, device=device)
             for group in self._groups:
                 dist.all_reduce(bounds, dist.ReduceOp.MIN, group=group)
-            if bounds.tolist() != [here, -here]:
-                raise RuntimeError(_different(gradients, "on some ranks", "the first rank"))
-            self._known = here
-        if here != self._known:
-            raise RuntimeError(_different(gradients, "on this rank", "the first step"))
+            where, others, same = "on some ranks", "the first rank", bounds.tolist() == [here, -here]
+        if not same:
+            first = next(iter(gradients), "none")
+            raise RuntimeError(DIFFERENT_SITES.format(where=where, others=others, number=len(gradients), first=first))
+        self._known = here
         return averaged({name: g / scale for name, g in gradients.items()}, self._groups)
-
-
-def _different(gradients: Mapping[str, Tensor], where: str, others: str) -> str:
-    return DIFFERENT_SITES.format(
-        where=where, others=others, number=len(gradients), first=next(iter(gradients), "none")
-    )

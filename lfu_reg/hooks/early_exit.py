@@ -11,6 +11,7 @@ import dis
 import functools
 import sys
 from collections.abc import Callable, Iterator
+from threading import get_ident
 from types import CodeType, FrameType
 from typing import Any
 
@@ -27,11 +28,11 @@ _LIBRARIES = (
     "transformers.",
     "peft.",
     "lfu_reg.",
-    "contextlib.",
     "functools.",
     "accelerate.utils.operations.",
 )
 _STORES = ("STORE_ATTR", "STORE_SUBSCR", "STORE_GLOBAL", "STORE_NAME", "STORE_DEREF", "STORE_SLICE", "DELETE_")
+_CONTEXTS = frozenset(("autocast", "enable_grad", "no_sync"))  # whose blocks may be left by an exception
 _DOES_SOMETHING = (*_STORES, "YIELD", "IMPORT", "FOR_ITER", "SEND", "PRINT")
 _NEVER = ("torch._dynamo", "torch.distributed.fsdp", "torch.distributed._composable", "torch.fx", "torch.jit")
 
@@ -44,18 +45,15 @@ class Exits:
     """Raises `EarlyExit` at the end of the layer whose hidden state was the last one wanted."""
 
     def __init__(self) -> None:
-        self.listening = False  # whether the running pass may be left early
-        self._fwd: ForwardPass | None = None
-
-    def follow(self, fwd: ForwardPass | None) -> None:
-        """Leave this pass, or none."""
-        self._fwd = fwd
-        self.listening = fwd is not None and fwd.leave_after > 0
+        self.listening = False
+        self.fwd: ForwardPass | None = None  # the pass whose forward is running; `ModelHooks` sets both
 
     def on_call(self, name: str, compiled: bool, module: nn.Module, *call: Any) -> None:
         """What the hook on layer `name` does."""
-        fwd = self._fwd
-        if fwd is None or len(fwd.record.states) < fwd.leave_after or fwd.record.compiled:
+        fwd = self.fwd
+        if fwd is None or not fwd.leave_after or len(fwd.record.states) < fwd.leave_after or fwd.record.compiled:
+            return
+        if fwd.thread != get_ident():  # a worker's thread would keep what is switched off
             return
         is_last = type(next(reversed(module._forward_hooks.values()))) is Hook
         if fwd.leave and is_last and way_is_clear(whoever=fwd.leave is True):
@@ -103,12 +101,15 @@ def _frames_to_leave() -> Iterator[FrameType]:
 @functools.lru_cache(maxsize=1024)
 def only_returns(code: CodeType, last: int) -> bool:
     """Whether what is left of a function after instruction `last` calls and stores nothing, but for locals."""
-    # The end of a `with` block is a call as well, which an exception makes, too.
+    names = [i.opname for i in dis.get_instructions(code)]  # an `except` would take the exit for a failure
+    if "SETUP_FINALLY" in names or names.count("PUSH_EXC_INFO") > names.count("WITH_EXCEPT_START"):
+        return False
+    # The end of a `with` block is a call as well. An exception makes it, too, but a generator's may have no `finally`.
     instructions = [i for i in dis.get_instructions(code) if i.offset > last and i.opname not in ("CACHE", "PRECALL")]
     for number, instruction in enumerate(instructions):
         name = instruction.opname
         if name.startswith("CALL") and not name.startswith("CALL_INTRINSIC"):
-            three = instructions[max(number - 3, 0) : number]
+            three = [] if _CONTEXTS.isdisjoint(code.co_names) else instructions[max(number - 3, 0) : number]
             if len(three) == 3 and all(i.opname.startswith("LOAD_CONST") and i.argval is None for i in three):
                 continue
             return False

@@ -6,7 +6,6 @@ consistency term would measure that. So the first layer of every stack, and the 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -17,14 +16,13 @@ from lfu_reg.auxiliaries.base import Auxiliary
 from lfu_reg.hooks.forward_pass import Entry, ForwardPass
 from lfu_reg.hooks.taps import depends_on_a_tap
 from lfu_reg.model.layers import find_stacks
+from lfu_reg.model.tables import tensors_in
 
 MODEL = ""
 FROM_EARLIER = (
     " (as it does where it is made of an earlier call's output or gradient, which the perturbation moves: an "
     "adversarial example, say, which is to be made before and put in the batch)"
 )
-# Enough to tell batches apart: ids, embeddings, pixels.
-_MOST = 4
 
 
 class Entries:
@@ -35,26 +33,21 @@ class Entries:
         firsts = {stack[0] for stack in find_stacks(model)} | {next(iter(layers), MODEL)}
         self.modules = {MODEL: model, **{name: model.get_submodule(name) for name in sorted(firsts)}}
         self.listening = False
-        self._fwd: ForwardPass | None = None
-        self._calls: Counter[str] = Counter()
-
-    def follow(self, fwd: ForwardPass | None) -> None:
-        """Note down for this pass, or for none."""
-        if fwd is not self._fwd:
-            self._calls = Counter()
-        self._fwd, self.listening = fwd, fwd is not None
+        self.fwd: ForwardPass | None = None  # the pass whose forward is running; `ModelHooks` sets both
 
     def on_call(self, name: str, compiled: bool, module: nn.Module, args: Any, kwargs: Any) -> None:
         """What the hook on `name` does before the module runs."""
-        fwd = self._fwd
+        fwd = self.fwd
         if fwd is None:
             return
-        call, self._calls[name] = self._calls[name], self._calls[name] + 1
+        call = fwd.record.calls[name]
+        fwd.record.calls[name] += 1
         if not torch.is_grad_enabled():
             return
-        given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and not value.is_meta]
+        given = [value for value in tensors_in((*args, *kwargs.values())) if not value.is_meta]
         if name == MODEL:
-            kept = given[:_MOST]
+            numbers = [float(value) for value in (*args, *kwargs.values()) if isinstance(value, (int, float))]
+            kept = given + ([torch.tensor(numbers, dtype=torch.float64, device="cpu")] if numbers else [])
         else:
             kept = [value for value in given if value.is_floating_point()][:1] or given[:1]
         if not any(self._is_reached(value, fwd) for value in kept):

@@ -7,6 +7,7 @@ place into that output's base, another view of it, or the output itself under an
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -77,6 +78,7 @@ class Record:
 
     states: list[State] = field(default_factory=list)
     entries: list[Entry] = field(default_factory=list)
+    calls: Counter[str] = field(default_factory=Counter)  # how often the modules were called that `entries` are of
     fired: Counter[str] = field(default_factory=Counter)  # how often each hooked module ran with gradients
     compiled: bool = False  # whether any of them ran in a region of torch.compile
     float16: bool = False
@@ -113,3 +115,4 @@ class ForwardPass:
         default_factory=lambda: torch.zeros((), dtype=torch.float32, device="cpu", requires_grad=True)
     )
     record: Record = field(default_factory=Record)
+    thread: int = field(default_factory=threading.get_ident)  # that calls the loss function

@@ -132,9 +132,9 @@ class ModelHooks:
 
     def _look(self) -> None:
         self.listening = self.running is not None
-        recorded = self.running if self._recording else None
-        self._exits.follow(recorded)
-        self._entries.follow(recorded)
+        for listener in (self._exits, self._entries):
+            listener.fwd = self.running if self._recording else None
+            listener.listening = listener.fwd is not None
 
     def on_call(self, name: str, compiled: bool, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """What the hook on `name` does; None leaves the output alone."""

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lfu_reg.auxiliaries.base import GradientRule
 from lfu_reg.model.graph import graph_of
-
-Rule = Callable[[Tensor], Sequence["Tensor | None"]]
 
 
 class Gate:
@@ -32,7 +31,9 @@ class Gate:
             self.is_open = False
 
 
-def tap(tensor: Tensor, anchor: Tensor, gate: Gate, observe: Callable[[Tensor], Rule | None] | None = None) -> Tensor:
+def tap(
+    tensor: Tensor, anchor: Tensor, gate: Gate, observe: Callable[[Tensor], GradientRule | None] | None = None
+) -> Tensor:
     """The same values in the same memory, as a node of its own; calls the rule that `observe` makes of the result.
 
     A node, and not a hook on `tensor`: hooks that the model has put on the tensor come after it, and those that are put
@@ -40,7 +41,7 @@ def tap(tensor: Tensor, anchor: Tensor, gate: Gate, observe: Callable[[Tensor], 
     so the model may change it in place. The anchor always receives zero: the result is part of a graph also below the
     first trained weight, and a backward that asks for the anchor's gradient passes here.
     """
-    rules: list[Rule] = []
+    rules: list[GradientRule] = []
     result: Tensor = _Tap.apply(tensor, anchor, gate, rules)  # type: ignore[no-untyped-call]
     # Of the result, whose version tells what keeps it for the backward whether the model writes to it.
     if observe is not None and (rule := observe(result.detach())) is not None:
@@ -50,7 +51,7 @@ def tap(tensor: Tensor, anchor: Tensor, gate: Gate, observe: Callable[[Tensor], 
 
 class _Tap(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, anchor: Tensor, gate: Gate, rules: list[Rule]) -> Tensor:
+    def forward(ctx: Any, tensor: Tensor, anchor: Tensor, gate: Gate, rules: list[GradientRule]) -> Tensor:
         ctx.gate, ctx.rules, ctx.anchor_like = gate, rules, anchor.detach()
         return tensor.data
 

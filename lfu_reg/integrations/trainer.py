@@ -24,6 +24,7 @@ from torch import Tensor
 from lfu_reg.diagnostics import LfUWarning
 from lfu_reg.integrations.averages import Averages
 from lfu_reg.integrations.settings import checked_settings, try_on
+from lfu_reg.model.tables import DEEPEST, collect, copied, put
 from lfu_reg.regularizer import LfURegularizer
 from lfu_reg.step.checks import NO_REPLICAS
 
@@ -128,14 +129,23 @@ class LfUTrainerMixin:
 
     @contextmanager
     def _lfu_uncounted(self) -> Iterator[None]:
-        """TRL counts tokens and collects figures in `compute_loss`: a repeated call counts nothing twice."""
-        before: dict[str, Any] = {
-            name: copy.deepcopy(vars(self)[name]) for name in ("_metrics", "_total_train_tokens") if name in vars(self)
-        }
+        """A repeated call logs nothing, and what it counts and collects in attributes of the Trainer is put back."""
+        attributes: dict[str, Any] = vars(self)
+        this: Any = self
+        found = {id(attributes): (attributes, this)}
+        for name, value in attributes.items():
+            if not name.startswith(("lfu", "_lfu")):  # the regularizer keeps its own notes of the call
+                collect(value, this, found, DEEPEST)
+        before = [(table, copied(table)) for table, _ in found.values() if not isinstance(table, Tensor)]
+        metrics = copy.deepcopy(attributes.get("_metrics"))  # TRL's, however long its lists are
+        attributes["log"] = lambda *args, **kwargs: None
         try:
             yield
         finally:
-            vars(self).update(before)
+            for table, was in before:
+                put(table, was)
+            if metrics is not None:
+                attributes["_metrics"] = metrics
 
     # ------------------------------------------------------------------ attaching and removing
 

@@ -38,7 +38,7 @@ def channels_first(layer: nn.Module) -> Callable[[Tensor], bool]:
 
     def decide(output: Tensor) -> bool:
         shape, fitting = tuple(output.shape), channels.get(output.dim())
-        if not fitting:
+        if fitting is None:
             return False
         first, last = shape[1] in fitting, shape[-1] in linear
         # Channels may be last around a convolution, too, whose input and output are transposed.

@@ -33,7 +33,7 @@ OFFLOADED = (
 _innermost_hooks: Callable[[bool], Any] | None = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
 _changing = threading.Lock()
-_noting: dict[int, list[str]] = {}  # by thread
+_noting: dict[int, tuple[int, list[str]]] = {}  # threads and their lists, by the list's id
 _replaced: list[tuple[Any, Any]] = []  # what stands behind the watch
 
 
@@ -56,22 +56,16 @@ def repeats_stop_early() -> bool:
 @contextmanager
 def noted() -> Iterator[list[str]]:
     """A list of what this thread does in the block: enter a "checkpoint", put a "hook" on a tensor."""
-    thread = threading.get_ident()
     found: list[str] = []
     with _changing:
         if not _noting:
             _watch()
-        outer = _noting.get(thread)
-        _noting[thread] = found
+        _noting[id(found)] = threading.get_ident(), found
     try:
         yield found
     finally:
         with _changing:
-            if outer is None:
-                del _noting[thread]
-            else:
-                outer += found
-                _noting[thread] = outer
+            del _noting[id(found)]
             if not _noting:
                 torch.autograd.graph.saved_tensors_hooks.__enter__, torch.Tensor.register_hook = _replaced.pop()  # type: ignore[method-assign]
 
@@ -95,5 +89,6 @@ def _watch() -> None:
 
 
 def _note(what: str) -> None:
-    if (found := _noting.get(threading.get_ident())) is not None:
-        found.append(what)
+    for thread, found in list(_noting.values()):
+        if thread == threading.get_ident():
+            found.append(what)

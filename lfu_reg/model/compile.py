@@ -16,18 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
-
-def _region_getter() -> Callable[[], Any]:
-    # Private. torch 2.6 gives the answer away without counting the reference, and crashes after some calls.
-    found = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", None)
-    if found is None or tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7):
-        return lambda: None
-    getter: Callable[[], Any] = found
-    return getter
-
-
-# What torch.compile runs the frames of this thread with: None or False outside of its regions.
-region = _region_getter()
+# What torch.compile runs the frames of this thread with: None or False outside of its regions. Private, and torch 2.6
+# gives it away without counting the reference, and crashes after some calls.
+region: Callable[[], Any] = bool
+if torch.__version__ >= "2.7":
+    region = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", bool)
 
 FULLGRAPH = (
     "The model is compiled with fullgraph=True, which a step of LfURegularizer cannot keep: its hooks break the graph "

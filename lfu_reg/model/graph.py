@@ -65,7 +65,8 @@ def graph_of(loss: Tensor, since: int = 0, stop: tuple[Any, int] | None = None) 
             continue
         if name == "CheckpointFunctionBackward":
             raise RuntimeError(REENTRANT)
-        outside = outside or node._sequence_nr() < since
+        # Autocast keeps the casts of weights until its context ends; they hold nothing that a backward would free.
+        outside = outside or (node._sequence_nr() < since and name != "ToCopyBackward0")
         for edge in node.next_functions:
             below = edge[0]
             if below is None or below in seen or (below is stop_node and edge == stop):
@@ -84,15 +85,10 @@ def reenters(loss: Tensor) -> bool:
     return False
 
 
-def leaves_of(loss: Tensor) -> list[Tensor]:
-    """Leaf tensors that `loss` depends on, each once."""
-    return graph_of(loss).leaves
-
-
 def leaves_above_and_below(loss: Tensor, cut: Tensor) -> tuple[list[Tensor], list[Tensor]] | None:
     """The leaves of `loss` other than through `cut`, and those of `cut`; None where something flows around the cut."""
     if not cut.requires_grad:
-        return leaves_of(loss), []
+        return graph_of(loss).leaves, []
     if cut.grad_fn is None or loss.grad_fn is None:
         return None
     below = graph_of(cut)

@@ -156,7 +156,7 @@ def _by_position(choice: object, stacks: list[list[str]], model: nn.Module) -> l
         if not chosen:
             raise ValueError(f"layers={choice} selects nothing: {type(model).__name__} has {len(blocks)} blocks.")
         return chosen
-    indices = [choice] if isinstance(choice, int) and not isinstance(choice, bool) else choice
+    indices = [choice] if isinstance(choice, int) else choice
     if not isinstance(indices, list) or not indices or any(type(i) is not int for i in indices):
         raise TypeError(f"layers={shown(choice)} is not a choice of layers. {ALLOWED}")
     wrong = [i for i in indices if not -len(blocks) <= i < len(blocks)]

@@ -7,19 +7,21 @@ forward that changes nothing costs little more than a copy of some small tables.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lfu_reg.model.patching import ABSENT, Patch, patched
-from lfu_reg.model.tables import CONTAINERS, DEEPEST, collect, copied, holds, put
+from lfu_reg.model.patching import EVERYBODYS, patched
+from lfu_reg.model.tables import DEEPEST, collect, copied, holds, is_new_in, put
 
-# Attributes that every module has are no notes of its own, but for buffers and hooks.
-_EVERYBODYS = frozenset(vars(nn.Module()))
+# Of the attributes that every module has, those that a forward may write to.
 _TABLES = ("_buffers", "_forward_hooks", "_forward_pre_hooks")
+_ENGINES = ("torch.nn.parallel", "torch.distributed", "torch._dynamo", "accelerate", "deepspeed", "lightning.fabric")
+_SMALL = 2**20  # entries; larger frozen weights are not copied before it is known that they are written to
+_LOOKS = 5  # forwards of which values are compared as well, since versions do not tell of writes to `.data`
 _PACKED = 2**24  # entries; larger buffers of whole numbers are packed weights
 
 
@@ -39,28 +41,32 @@ class ModuleState:
     """Watches the forwards of a model."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = model
+        self._model = self._whole = model
         self._modules: list[nn.Module] = []
-        self._sizes: list[int] = []
-        self._followers: list[Place] = []  # frozen weights that forwards write to
-        self._unchanged: set[tuple[int, Any]] = set()  # those that have their values afterwards
+        self._tree: list[Any] = [None]  # what is watched, with the children of each module
+        self._last: list[tuple[Any, Any]] = []  # tables as the last forward left them
+        self._begun = 0  # how many forwards there have been
         self._written: set[tuple[int, Any]] | None = None  # to which forwards are known to write
-        self._rewritten: list[Tensor] = []  # trained weights that forwards write to
+        self._rewritten: dict[int, Tensor] = {}  # weights, and tensors in lists, that forwards write to
+        self._unchanged: set[int] = set()  # which of them have their values afterwards
 
-    def begin(self, *, attributes: bool = True) -> None:
-        """A forward is about to run; only tensors are watched where engines keep notes of it in `attributes`."""
-        if not self._modules or self._sizes != [len(module._modules) for module in self._modules]:
-            self._list()
-        tables = self._tables if attributes else []
-        self._start = [(table, copied(table), owner) for table, owner in tables if table]
-        self._empty = [(table, owner) for table, owner in tables if not table]
-        self._versions = [weight._version for weight in self._weights]
-        self._copies = {id(weight): weight.detach().clone() for weight in self._rewritten}
-        self._before: dict[tuple[int, Any], tuple[Tensor, int, Tensor | None]] = {}
+    def begin(self, whole: nn.Module | None = None, *, attributes: bool = True, held: Sequence[Any] = ()) -> None:
+        """A forward is about to run, of `whole` and what is `held` beside it; engines keep notes in `attributes`."""
+        self._whole = self._model if whole is None else whole
+        tree = [*map(id, (self._whole, *held)), *([*module._modules.values()] for module in self._modules)]
+        if tree != self._tree or any(is_new_in(table, old) for table, old in self._last):
+            self._list(held)
+        tables, self._begun = self._tables if attributes else [], self._begun + 1
+        self._start = [(table, copied(table), owner) for table, owner in tables if not isinstance(table, dict) or table]
+        self._empty = [(table, owner) for table, owner in tables if isinstance(table, dict) and not table]
+        self._marks = [self._mark(weight) for weight in self._weights]
+        small = [w for w in self._weights if self._begun == 1 and w.numel() <= _SMALL and not w.requires_grad]
+        self._copies = {id(weight): weight.detach().clone() for weight in [*self._rewritten.values(), *small]}
+        self._before: dict[tuple[int, Any], tuple[Tensor, Any, Tensor | None]] = {}
         for place in self._places:
             tensor = place.table.get(place.key)
             if isinstance(tensor, Tensor) and not tensor.is_inference():
-                self._before[place.identity] = tensor, tensor._version, self._kept(place, tensor)
+                self._before[place.identity] = tensor, self._mark(tensor), self._kept(place, tensor)
 
     def changes(self) -> Changes:
         """What the forward has changed since `begin`."""
@@ -77,68 +83,59 @@ class ModuleState:
                 in_place = place.identity in written and old is tensor
                 if in_place and copy is None and old is not None and not old.requires_grad:
                     late.append(str(place.key))
-        buffers += self._written_weights()
         self._written = (self._written or set()) | {place.identity for place, _ in buffers}
-        pairs = zip(self._weights, self._versions, strict=True)
-        weights = {id(w): w for w, v in pairs if w.requires_grad and w._version != v and type(w) is nn.Parameter}
-        if new := {key: weight for key, weight in weights.items() if key not in self._copies}:
-            late += [name for name, weight in self._model.named_parameters() if id(weight) in new]
-            self._rewritten += new.values()
-        grown = [(table, type(table)(), owner) for table, owner in self._empty if table]
-        result = Changes(
-            [*self._start, *grown], buffers, late, [(weight, self._copies.get(key)) for key, weight in weights.items()]
-        )
-        if result.brought_new_objects:  # these have contents of their own
-            self._modules = []
+        pairs = zip(self._weights, self._marks, strict=True)
+        touched = {id(w): w for w, mark in pairs if self._mark(w) != mark and type(w) in (nn.Parameter, Tensor)}
+        # Some are only replaced and put back (PEFT's adapters of single parameters), which a copy shows.
+        frozen = {i for i in touched if i in self._rewritten and not touched[i].requires_grad and self._begun > _LOOKS}
+        self._unchanged |= {i for i in frozen if torch.equal(touched[i], self._copies[i])}
+        found = {i: w for i, w in (self._rewritten | touched).items() if i not in self._unchanged}
+        if lost := [i for i in found if i not in self._copies]:
+            names = {id(weight): name for name, weight in self._whole.named_parameters() if weight.requires_grad}
+            late += [names.get(i, "a tensor in a list") for i in lost if i in names or i in self._in_lists]
+        self._rewritten = found
+        rewritten = [(weight, self._copies.get(key)) for key, weight in self._rewritten.items()]
+        grown: list[Any] = [(table, {}, owner) for table, owner in self._empty if table]
+        result = Changes([*self._start, *grown], buffers, late, rewritten)
+        if any(is_new_in(new, old) for _, old, new, _ in result.found):  # these have contents of their own
+            self._tree = [None]
+        self._last = result.end
         return result
 
-    def _written_weights(self) -> list[tuple[Place, Tensor | None]]:
-        """Frozen weights that were written to, as a teacher's are, and are copied from the next forward on."""
-        # Some are only replaced and put back (PEFT's adapters of single parameters), which a copy shows.
-        for place in [place for place in self._followers if self._is_as_it_was(place)]:
-            self._followers.remove(place)
-            self._places.remove(place)
-            self._unchanged.add(place.identity)
-        if self._versions == [weight._version for weight in self._weights]:
-            return []
-        pairs = zip(self._weights, self._versions, strict=True)
-        frozen = {id(w) for w, version in pairs if not w.requires_grad and w._version != version}
-        known = {place.identity for place in self._places} | self._unchanged
-        found: list[tuple[Place, Tensor | None]] = []
-        for module in self._modules:
-            for name, weight in module._parameters.items():
-                place = Place(module._parameters, name)
-                if id(weight) in frozen and place.identity not in known:
-                    found.append((place, None))
-        self._places += [place for place, _ in found]
-        self._followers += [place for place, _ in found]
-        return found
+    def _mark(self, tensor: Tensor) -> Any:
+        """What is another one after a write to the tensor."""
+        plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and not tensor.is_meta
+        if self._begun > _LOOKS or not plain or not tensor.untyped_storage().nbytes():  # as FSDP1 frees it
+            return tensor._version
+        few = tensor.detach().reshape(-1)[:: tensor.numel() // 4 + 1].tolist()
+        return tensor._version, tensor.data_ptr(), str(few)
 
-    def _is_as_it_was(self, place: Place) -> bool:
-        tensor, _, copy = self._before.get(place.identity, (None, 0, None))
-        same = tensor is not None and tensor is place.table.get(place.key)
-        return same and copy is not None and bool(torch.equal(copy, place.table[place.key]))
-
-    def _list(self) -> None:
+    def _list(self, held: Sequence[Any]) -> None:
         """List the tables that a forward may change, and the places of tensors."""
-        self._modules = list(self._model.modules())
-        self._sizes = [len(module._modules) for module in self._modules]
+        around = (m for m in self._whole.modules() if not type(m).__module__.startswith(_ENGINES))
+        beside = (module for value in held if isinstance(value, nn.Module) for module in value.modules())
+        self._modules = list(dict.fromkeys([*self._model.modules(), *around, *beside]))
+        self._tree = [*map(id, (self._whole, *held)), *([*module._modules.values()] for module in self._modules)]
         found: dict[int, tuple[Any, nn.Module]] = {}
-        self._places = list(self._followers)
+        self._places: list[Place] = []
         for module in self._modules:
             inside = vars(module)
             for table in (inside, *(inside[name] for name in _TABLES)):
                 found[id(table)] = table, module
             for name, value in inside.items():
-                if name not in _EVERYBODYS:
+                if name not in EVERYBODYS and not isinstance(value, Tensor):
                     collect(value, module, found, DEEPEST)
-        self._tables = list(found.values())
+        for value in held:
+            collect(value, self._model, found, DEEPEST)
+        self._in_lists = {key: value for key, (value, _) in found.items() if isinstance(value, Tensor)}
+        self._tables = [pair for key, pair in found.items() if key not in self._in_lists]
         for table, _ in self._tables:
             if isinstance(table, dict):
                 names = [n for n, v in table.items() if isinstance(v, Tensor)]
                 self._places += [Place(table, name) for name in names]
-        parameters = (weight for module in self._modules for weight in module._parameters.values())
-        self._weights = [weight for weight in parameters if weight is not None and not weight.is_inference()]
+        weights = [*(w for module in self._modules for w in module._parameters.values()), *self._in_lists.values()]
+        self._weights: list[Tensor] = [weight for weight in weights if weight is not None and not weight.is_inference()]
+        self.trained = [weight for weight in self._weights if weight.requires_grad]
 
     def _kept(self, place: Place, tensor: Tensor) -> Tensor | None:
         """A copy to begin again from, of what is written to, or may be at a first step."""
@@ -153,7 +150,8 @@ class ModuleState:
         before = self._before.get(place.identity)
         if before is None or not isinstance(tensor, Tensor):
             return isinstance(tensor, Tensor) != (before is not None)
-        return before[0] is not tensor or before[1] != tensor._version
+        is_known = place.identity in (self._written or ())  # later on nobody looks at values
+        return is_known or before[0] is not tensor or before[1] != self._mark(tensor)
 
 
 class Changes:
@@ -167,67 +165,48 @@ class Changes:
         weights: list[tuple[Tensor, Tensor | None]],  # trained ones that were written to, and copies to begin from
     ) -> None:
         self.late, self.weights = late, weights
-        self._buffers, self._start = buffers, start
-        self._end = [(table, before if holds(table, before) else copied(table)) for table, before, _ in start]
-        self._changed = [
-            (table, before, after, owner)
-            for (table, before, owner), (_, after) in zip(start, self._end, strict=True)
-            if before is not after
-        ]
-
-    @property
-    def brought_new_objects(self) -> bool:
-        """Whether a tensor or a container is now where another value was."""
-        return any(
-            isinstance(value, (Tensor, *CONTAINERS)) and before.get(name) is not value
-            for _, before, after, _ in self._changed
-            if isinstance(after, dict)
-            for name, value in after.items()
-        )
+        self._buffers = buffers
+        self.end = [(table, before if holds(table, before) else copied(table)) for table, before, _ in start]
+        pairs = zip(start, self.end, strict=True)
+        self.found = [(table, old, new, owner) for (table, old, owner), (_, new) in pairs if old is not new]
 
     def in_containers_of(self, modules: Collection[nn.Module]) -> bool:
         """Whether the pass changed what is in a list or a mapping of one of the modules."""
-        return any(owner in modules and table is not vars(owner) for table, _, _, owner in self._changed)
+        return any(owner in modules and table is not vars(owner) for table, _, _, owner in self.found)
 
     @contextmanager
     def from_the_start(self, but: Collection[nn.Module] = ()) -> Iterator[None]:
         """Let the model be as before pass 1 in the block, `but` for modules that do not run again; then as after it."""
         try:
-            for table, before, _, owner in self._changed:
+            for table, before, _, owner in self.found:
                 if owner not in but:
                     put(table, before)
-            with self._standing_in(start=True), self._weights_from_the_start():
+            with self._standing_in(start=True), self._in_other_memory(start=True):
                 yield
         finally:
-            for table, after in self._end:
+            for table, after in self.end:
                 put(table, after)
 
-    def on_copies(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def on_copies(self) -> Iterator[None]:
         """Let copies of what pass 1 wrote to take its place, for forwards that a backward repeats."""
         # Copies, and not values put back afterwards: a graph of pass 1 may have saved the tensors themselves.
-        return self._standing_in(start=False)
+        with self._standing_in(start=False), self._in_other_memory(start=False):
+            yield
 
     @contextmanager
-    def _weights_from_the_start(self) -> Iterator[None]:
-        # Other memory for the same parameters, whose gradients are wanted.
+    def _in_other_memory(self, *, start: bool) -> Iterator[None]:
+        # For the same parameters, whose gradients are wanted.
         kept = [(weight, weight.data) for weight, _ in self.weights]
         try:
             for weight, before in self.weights:
-                weight.data = (weight.data if before is None else before).clone()
+                weight.data = (before if start and before is not None else weight.data).clone()
             yield
         finally:
             for weight, now in kept:
                 weight.data = now
 
     def _standing_in(self, *, start: bool) -> AbstractContextManager[None]:
-        replaced: list[Patch] = []
-        for place, before in self._buffers:
-            now = place.table.get(place.key, ABSENT)
-            source = before if start and before is not None else now
-            if isinstance(source, Tensor) and not source.requires_grad:
-                source = source.detach().clone()
-                # A frozen weight stays one: parametrisations ask for the class.
-                source = nn.Parameter(source, False) if isinstance(now, nn.Parameter) else source
-            if source is not ABSENT:
-                replaced.append((place.table, place.key, source))
-        return patched(replaced)
+        sources = [(p, before if start and before is not None else p.table.get(p.key)) for p, before in self._buffers]
+        own = [(p, v) for p, v in sources if isinstance(v, Tensor) and not v.requires_grad]
+        return patched([(place.table, place.key, value.detach().clone()) for place, value in own])

@@ -64,6 +64,7 @@ def replace(output: Any, path: Path, tensor: Tensor, arguments: Collection[Any] 
     # Layers may return it twice. Containers among the arguments are written to where the module has put the tensor into
     # them: a state that is handed from layer to layer is read by its owner, whatever they return.
     old = get(output, path)
+    vars(tensor).update(vars(old))  # what a model has noted on a tensor itself
     given: set[int] = set()
     for argument in arguments:
         _collect(argument, given)

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 Patch: TypeAlias = tuple["nn.Module | list[Any] | dict[Any, Any]", Any, Any]
 
 ABSENT: Any = object()
-# Tables of nn.Module that hold no reference of the kind looked for; "_parameters" is replaced by name.
-_TABLES = frozenset(vars(nn.Module()))
+# Attributes that every module has: no notes of its own, nor references to parameters, which are replaced by name.
+EVERYBODYS = frozenset(vars(nn.Module()))
 
 
 @contextmanager
@@ -49,7 +49,7 @@ def references_to(replaced: Mapping[int, Tensor], module: nn.Module) -> Iterator
     attributes = vars(module)
     seen: dict[int, Any] = {}
     for name, value in attributes.items():
-        if name in _TABLES:
+        if name in EVERYBODYS:
             continue
         inside: list[Patch] = []
         new = _rebuilt(value, replaced, inside, seen)

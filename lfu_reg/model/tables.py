@@ -3,72 +3,118 @@
 from __future__ import annotations
 
 import operator
+import pickle
+import random
 import sys
-from collections import OrderedDict, deque
+from collections import deque
+from collections.abc import Iterator, Mapping
+from functools import partial
+from types import CellType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-CONTAINERS = (list, dict, OrderedDict, set, deque)
-DEEPEST = 3  # containers in containers
-_LARGEST = 1024  # entries; larger containers are data
+CONTAINERS = (dict, list, set, deque)
+DEEPEST = 5  # containers in containers
+_LARGEST = 1024  # entries; larger containers and arrays are data
 _FOREIGN = ("torch", "accelerate", "deepspeed", "builtins", "threading", "_thread")
 
 
 def collect(value: Any, owner: nn.Module, found: dict[int, tuple[Any, nn.Module]], depth: int) -> None:
-    """Note a container, a generator or a plain object's attributes, and what is in them."""
-    if id(value) in found or not depth or isinstance(value, (Tensor, nn.Module, type, str, int, float)):
+    """Note a container, an array, a generator or a plain object's attributes, what is in them, and lists' tensors."""
+    if id(value) in found or not depth or isinstance(value, (nn.Module, type, str, int, float)):
         return
-    if type(value) in CONTAINERS:
+    if isinstance(value, (*CONTAINERS, tuple)):
         if len(value) <= _LARGEST:
-            found[id(value)] = value, owner
-            for entry in value.values() if isinstance(value, dict) else value:
+            if not isinstance(value, tuple):
+                found[id(value)] = value, owner
+            values = [v for v in value.values() if not isinstance(v, Tensor)] if isinstance(value, dict) else value
+            for entry in values:
                 collect(entry, owner, found, depth - 1)
-    elif isinstance(value, torch.Generator) or _is_numpy_generator(value):
+    elif _access(value) or (isinstance(value, Tensor) and not isinstance(value, nn.Parameter)):
         found[id(value)] = value, owner
-    elif not callable(value) and not type(value).__module__.startswith(_FOREIGN):
+    elif not type(value).__module__.startswith(_FOREIGN):
         attributes = getattr(value, "__dict__", None)
         if type(attributes) is dict:
             collect(attributes, owner, found, depth)
 
 
-def _is_numpy_generator(value: Any) -> bool:
-    numpy = sys.modules.get("numpy")
-    return numpy is not None and isinstance(value, numpy.random.Generator)
+def _access(value: Any) -> tuple[Any, ...]:
+    """How to read and how to write the state of a generator, or of an array that one may count in; () for others."""
+    if isinstance(value, torch.Generator):
+        return value.get_state, value.set_state
+    if isinstance(value, random.Random):
+        return value.getstate, value.setstate
+    numpy: Any = sys.modules["numpy"] if type(value).__module__.startswith("numpy") else None
+    if numpy and isinstance(value, numpy.ndarray) and value.dtype.kind in "biuf" and value.size <= _LARGEST:
+        return value.copy, partial(value.__setitem__, ...)
+    if numpy and isinstance(value, (numpy.random.Generator, numpy.random.RandomState)):
+        bits = getattr(value, "bit_generator", None) or value._bit_generator
+        return partial(getattr, bits, "state"), partial(setattr, bits, "state")
+    return ()
 
 
 def copied(table: Any) -> Any:
     """What is in a table now."""
-    if type(table) in CONTAINERS:
-        return type(table)(table)
-    return table.get_state() if isinstance(table, torch.Generator) else table.bit_generator.state
+    if type(table) is dict:  # as most are
+        return table.copy()
+    kind = next((kind for kind in CONTAINERS if isinstance(table, kind)), None)
+    return kind(table) if kind is not None else _access(table)[0]()
 
 
 def holds(table: Any, copy: Any) -> bool:
     """Whether a table holds the same objects as a copy of it, or a generator is where it was."""
-    kind = type(table)
-    if kind is dict or kind is OrderedDict:
+    if isinstance(table, dict):
         return len(table) == len(copy) and all(map(operator.is_, table.values(), copy.values())) and [*table] == [*copy]
-    if kind in CONTAINERS:
-        return len(table) == len(copy) and (table == copy if kind is set else all(map(operator.is_, table, copy)))
-    if isinstance(table, torch.Generator):
-        return torch.equal(table.get_state(), copy)
-    return repr(table.bit_generator.state) == repr(copy)
+    if isinstance(table, CONTAINERS):
+        return bool(table == copy) if isinstance(table, set) else [*map(id, table)] == [*map(id, copy)]
+    now = copied(table)
+    return torch.equal(now, copy) if isinstance(now, Tensor) else pickle.dumps(now) == pickle.dumps(copy)
 
 
 def put(table: Any, copy: Any) -> None:
     """Give a table the content that it had, in place: others may hold on to it."""
     if holds(table, copy):
         return
-    if type(table) is dict:
-        for name in [name for name in table if name not in copy]:
+    if not isinstance(table, CONTAINERS):
+        _access(table)[1](copy)
+    elif type(table) is dict:
+        for name in [*(table.keys() - copy.keys())]:
             del table[name]
         table.update(copy)
-    elif type(table) in CONTAINERS:
-        table.clear()  # to have the order that it had
-        (table.update if isinstance(table, (set, dict)) else table.extend)(copy)
-    elif isinstance(table, torch.Generator):
-        table.set_state(copy)
     else:
-        table.bit_generator.state = copy
+        table.clear()  # to have the order that it had
+        (table.update if isinstance(table, (dict, set)) else table.extend)(copy)
+
+
+def is_new_in(table: Any, before: Any) -> bool:
+    """Whether a tensor, a container or an object is now where a mapping had another value."""
+    if not isinstance(table, dict) or holds(table, before):
+        return False
+    new = (value for key, value in table.items() if before.get(key) is not value)
+    return any(not isinstance(value, (int, float, str, type(None))) and not callable(value) for value in new)
+
+
+def held_by(function: Any, model: nn.Module) -> list[Any]:
+    """Modules and generators that a loss function's object, closure and globals name, but for wrappers of the model."""
+    cells = (cell for cell in getattr(function, "__closure__", None) or () if cell != CellType())
+    named = (function.__globals__.get(name) for name in getattr(getattr(function, "__code__", None), "co_names", ()))
+    own = getattr(getattr(function, "__self__", function), "__dict__", {})
+    values = [*own.values(), *(cell.cell_contents for cell in cells), *named]
+    beside = [v for v in values if isinstance(v, nn.Module) and model not in v.modules()]
+    return beside + [v for v in values if _access(v)]
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in nested containers and in the attributes of the object itself."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for entry in value.values():
+            yield from tensors_in(entry)
+    elif isinstance(value, (list, tuple)):
+        for entry in value:
+            yield from tensors_in(entry)
+    elif not isinstance(value, (nn.Module, type)) and not callable(value):
+        yield from (entry for entry in getattr(value, "__dict__", {}).values() if isinstance(entry, Tensor))

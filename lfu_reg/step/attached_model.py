@@ -50,12 +50,7 @@ class AttachedModel:
     reused: ReusedBlocks
 
     def __init__(
-        self,
-        model: nn.Module,
-        choice: LayerChoice,
-        auxiliary: Auxiliary,
-        distance: Distance,
-        diagnostics: Diagnostics,
+        self, model: nn.Module, choice: LayerChoice, auxiliary: Auxiliary, distance: Distance, diagnostics: Diagnostics
     ) -> None:
         check_is_free(model)
         self._model: nn.Module | None = model
@@ -82,6 +77,7 @@ class AttachedModel:
         self._targets = Targets(model, [*chosen, *sites, *self.reused.blocks])
         self.state = ModuleState(model)
         self.has_run = False  # whether a step has found its layers
+        self.divides = False  # whether samples were seen to be by themselves what they are among others
         self.tail_may_be_quiet = True  # whether code behind the last layer has run without gradients so far
         for module in (model, *chosen.values()):
             _attached[module] = weakref.ref(self)

@@ -17,8 +17,8 @@ from lfu_reg.step.loss_checks import CALL
 
 CANNOT_DIVIDE = (
     "batch_fraction < 1 needs inputs whose tensors have the samples along their first dimension, and a model that "
-    "draws no random numbers for each sample (dropout): a call on {number} samples did not give their hidden states. "
-    "Use batch_fraction=1.0, or every=k for a lower cost."
+    "neither draws random numbers for each sample (dropout) nor mixes samples (batch norm in training mode): a call on "
+    "{number} samples does not give their hidden states. Use batch_fraction=1.0, or every=k for a lower cost."
 )
 NO_REPLICAS = (
     "torch.nn.DataParallel on several devices runs copies of the model in threads, whose hidden states would mix. Use "

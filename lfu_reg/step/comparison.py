@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lfu_reg.auxiliaries.ascent import gradient_norm
+from lfu_reg.auxiliaries.ascent import as_real, gradient_norm
 from lfu_reg.distributed.tensor_parallel import is_distributed, whole
 
 
@@ -37,7 +37,7 @@ def compare(
     )
     if not first and not second:
         return None
-    norms = [_norm(found) / scale for found, scale in zip((first, second), scales, strict=True)]
+    norms = [gradient_norm([*found.values()]) / scale for found, scale in zip((first, second), scales, strict=True)]
     product = norms[0].new_zeros(())
     products = [_product(first[key], second[key]) for key in first if key in second] if with_product else []
     # One all-reduce for all that is sharded.
@@ -47,20 +47,8 @@ def compare(
     return Comparison(norms[0], norms[1], product / (scales[0] * scales[1]))
 
 
-def _norm(gradients: Mapping[int, Tensor]) -> Tensor:
-    return gradient_norm([_dense(g) for g in gradients.values()]) if gradients else torch.zeros((), device="cpu")
-
-
 def _product(first: Tensor, second: Tensor) -> Tensor:
-    first, second = (_real(_dense(gradient)) for gradient in (first, second))
+    first, second = (as_real(gradient) for gradient in (first, second))
     dtype = torch.promote_types(first.dtype, torch.float32)
     product: Tensor = (first.to(dtype) * second.to(dtype)).sum()
     return product
-
-
-def _dense(gradient: Tensor) -> Tensor:
-    return gradient.to_dense() if gradient.is_sparse else gradient
-
-
-def _real(gradient: Tensor) -> Tensor:
-    return torch.view_as_real(gradient.resolve_conj()) if gradient.is_complex() else gradient

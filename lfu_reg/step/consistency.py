@@ -15,11 +15,7 @@ from lfu_reg.step.settings import Settings
 
 
 def consistency(
-    distance: Distance,
-    clean: Sequence[State],
-    perturbed: Sequence[State],
-    samples: Tensor | None,
-    settings: Settings,
+    distance: Distance, clean: Sequence[State], perturbed: Sequence[State], samples: Tensor | None, settings: Settings
 ) -> tuple[Tensor, Tensor]:
     """l_cons over the tokens that count, averaged over layers, and detached per-layer distances [K]."""
     fixed, moved = settings.stop_gradient == "clean", settings.stop_gradient == "perturbed"

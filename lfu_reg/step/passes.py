@@ -18,11 +18,12 @@ from lfu_reg.model import checkpoints
 from lfu_reg.model.compile import anything_is_compiled, graphs_for_two_backwards
 from lfu_reg.model.graph import graph_of, now
 from lfu_reg.model.module_state import Changes
+from lfu_reg.model.tables import held_by, tensors_in
 from lfu_reg.step.consistency import rounding
 from lfu_reg.step.float16 import float16_in_play
 from lfu_reg.step.gradients import Retained
 from lfu_reg.step.second_pass import SecondPass
-from lfu_reg.step.sft_loss import PlainSFT, tensors_in
+from lfu_reg.step.sft_loss import PlainSFT
 from lfu_reg.step.shared_backward import shared_backward
 
 
@@ -54,7 +55,7 @@ class Passes(SecondPass):
         reuse = not self._strategy.keeps_graph and not self.engine.in_lockstep
         attached.compare_with_loss(self._turn, tensors_in(sft.batch) if self._settings.token_mask is None else ())
         attributes = not self.engine.is_sharded or self.engine.shards is not None
-        attached.state.begin(attributes=attributes)
+        attached.state.begin(sft.model, attributes=attributes, held=held_by(sft.function, attached.model))
         since = now()
         with (
             checkpoints.noted() as noted,

@@ -18,19 +18,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import (
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from lfu_reg.auxiliaries.base import Generators
 from lfu_reg.model.rng import StepDraws
+from lfu_reg.model.tables import tensors_in
 from lfu_reg.step.checks import check_state
 from lfu_reg.step.float16 import LossScales
 from lfu_reg.step.one_backward import Direction
 from lfu_reg.step.settings import Settings
-from lfu_reg.step.sft_loss import tensors_in
+from lfu_reg.step.sft_loss import is_repeating
 from lfu_reg.step.strength import Strength
+
+STEPS_TWICE = "An optimizer stepped in sft_loss_fn's second call: step outside, or where reg.is_second_pass is False."
 
 
 class SameStep:
@@ -73,6 +73,8 @@ class SameStep:
 
 def _count(me: weakref.ref[SameStep], change: int) -> None:
     this = me()
+    if change > 0 and is_repeating():
+        raise RuntimeError(STEPS_TWICE)
     if this is not None:
         this._running = max(this._running + change, 0)
         this._optimizer_steps += change > 0

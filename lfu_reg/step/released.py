@@ -11,7 +11,7 @@ from lfu_reg.auxiliaries import Auxiliary
 from lfu_reg.distributed.fsdp2 import Shards
 from lfu_reg.hooks.forward_pass import ForwardPass
 from lfu_reg.model.compile import allows_one_backward
-from lfu_reg.model.graph import grad_set_aside, leaves_of
+from lfu_reg.model.graph import grad_set_aside, graph_of
 from lfu_reg.step.comparison import Comparison, compare
 from lfu_reg.step.float16 import LossScale, LossScales, float16_in_play
 from lfu_reg.step.gradients import Pair, Pairs, Strategy, together
@@ -54,7 +54,7 @@ class Released(Strategy):
         if l_cons.requires_grad:
             weighted = l_cons if self._weight == 1 else self._weight * l_cons
             self._perturbed, self._perturbed_scale = self._differentiate(
-                weighted, leaves_of(l_cons), self._scales.perturbed
+                weighted, graph_of(l_cons).leaves, self._scales.perturbed
             )
 
     def total(self, strength: StepStrength) -> Tensor:
@@ -158,7 +158,7 @@ class ReleasedShards(Released):
         auxiliary = self._auxiliary
         if not auxiliary.moves_weights:
             return super().backward_explicit(sft_loss, fwd)
-        pairs = self._shards.gradients_of(sft_loss, leaves_of(sft_loss))
+        pairs = self._shards.gradients_of(sft_loss, graph_of(sft_loss).leaves)
         auxiliary.gradient_from([leaf for leaf, _ in pairs], [gradient for _, gradient in pairs])
         return 1.0
 

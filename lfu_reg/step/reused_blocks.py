@@ -27,6 +27,7 @@ from lfu_reg.model.layers import find_stacks
 from lfu_reg.model.module_state import Changes
 from lfu_reg.model.patching import Patch
 from lfu_reg.model.rng import RandomState
+from lfu_reg.model.tables import tensors_in
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,9 @@ class ReusedBlocks:
         path = outputs.locate(output)
         reached = any(fwd.record.fired[site] for site in self._sites)
         given = (*args, *kwargs.values())
-        plain = all(map(_is_plain, given)) and _is_plain(output)
+        # A second tensor would take a gradient of l_cons past the cut, also where l_SFT has none to tell of it.
+        plain = len({id(tensor) for tensor in tensors_in((output,)) if tensor.requires_grad}) < 2
+        plain = plain and all(map(_is_plain, given)) and _is_plain(output)
         # A forward that the loss function has put in place for the call would wrap the answer once more.
         plain = plain and vars(module).get("forward") is self._forwards[name]
         if compiled or path is None or reached or name in self._answers or not plain or saves_elsewhere():
@@ -122,8 +125,8 @@ class ReusedBlocks:
         return None if self._sees_a_cache and not cut.requires_grad else cut
 
     def answers(self, start: Tensor, samples: Tensor | None) -> list[Patch]:
-        """Forward methods for pass 2: no block runs, and the last one returns `start`."""
-        last = list(self.blocks)[-1]
+        """Forward methods for pass 2: no block runs, and the last one returns `start`; none after `refuse()`."""
+        last = next(reversed(self.blocks), None)
         return [
             (block, "forward", _Answering(block.forward, self._answers[name], start if name == last else None, samples))
             for name, block in self.blocks.items()
@@ -177,8 +180,8 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, tuple):
         return all(map(_is_plain, value))
     return (
-        value is None
-        or isinstance(value, (Tensor, bool, int, float, str, torch.dtype, torch.device))
+        (isinstance(value, Tensor) and not (type(value) is Tensor and vars(value)))
+        or isinstance(value, (type(None), bool, int, float, str, torch.dtype, torch.device))
         or outputs.is_cache(value)
     )
 

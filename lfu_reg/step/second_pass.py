@@ -102,6 +102,20 @@ class SecondPass:
         self._tries = False
         return alpha
 
+    def samples(self) -> Tensor | None:
+        """Which samples pass 2 runs on, None for all; raises if their states differ by themselves, yet unperturbed."""
+        samples = self._progress.samples(self.clean.record.batch_size, self._settings.batch_fraction)
+        if samples is None or self._attached.divides or self.engine.in_lockstep:
+            return samples
+        self._tries = True
+        with self.second(samples) as alone:
+            moved, length = displacement(self.clean.record.states, alone, samples)
+        self._tries = False
+        if moved > max(1e-3, 16 * self._strength.eps) * length:  # kernels for fewer rows round otherwise
+            raise ValueError(checks.CANNOT_DIVIDE.format(number=len(samples)))
+        self._attached.divides = True
+        return samples
+
     def sensible_alpha(self, samples: Tensor | None) -> float:
         """The same once the step is done, which leaves theta_aux where the step had it; NaN where that cannot be."""
         strength = self._strength
@@ -156,7 +170,7 @@ class SecondPass:
             random_state_kept(attached.devices()),
             self._changes.from_the_start(inside),
             not_synchronising(self._sft.model, attached.model),
-            grad_set_aside(self._trained),  # the loss function may call `backward()`, which counts once
+            grad_set_aside([*self._trained, *attached.state.trained]),  # a `backward()` in the loss counts once
         ):
             yield
 

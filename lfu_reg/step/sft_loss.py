@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lfu_reg.hooks.early_exit import EarlyExit, call_loss_function
 from lfu_reg.model.rng import RandomState
+from lfu_reg.model.tables import tensors_in
 from lfu_reg.model.tokens import TokenMask, TokenMasks
 from lfu_reg.step import loss_checks
 
@@ -47,7 +48,7 @@ class SFTLoss:
         self, function: LossFunction, model: Any, batch: Any, token_mask: TokenMask | None, ignore_index: int
     ) -> None:
         self.model = model
-        self._function, self._token_mask, self._ignore_index = function, token_mask, ignore_index
+        self.function, self._token_mask, self._ignore_index = function, token_mask, ignore_index
         self.tokens = self.tokens_of(batch)
         # For later passes: new containers, as the function may take entries out of the batch or put some in, with the
         # user's own tensors. An iterator is recorded and played again.
@@ -62,7 +63,7 @@ class SFTLoss:
     def first(self, devices: Iterable[torch.device], *, check_value: bool) -> Tensor:
         """The loss of pass 1. Later passes start from the random state of `devices` that this one finds."""
         self._random_start, self._check_value = RandomState.capture(devices), check_value
-        loss = call_loss_function(self._function, self.model, self._given)
+        loss = call_loss_function(self.function, self.model, self._given)
         return loss_checks.check_loss(loss, self.model, first=check_value)
 
     def has_drawn(self) -> bool:
@@ -73,7 +74,7 @@ class SFTLoss:
         """The loss of this batch, with the random draws of pass 1."""
         with repeating():
             self._random_start.restore()
-            loss = call_loss_function(self._function, self.model, self._fresh(batch))
+            loss = call_loss_function(self.function, self.model, self._fresh(batch))
         return loss_checks.check_loss(loss, self.model, first=self._check_value)
 
     def repeat(self, samples: Tensor | None, batch_size: int) -> None:
@@ -84,7 +85,7 @@ class SFTLoss:
         with repeating(), torch.enable_grad():  # which puts back what the pass may switch off
             self._random_start.restore()
             try:
-                call_loss_function(self._function, self.model, batch)
+                call_loss_function(self.function, self.model, batch)
             except EarlyExit as early:  # its frames hold activations, and some of them the exception
                 traceback.clear_frames(early.__traceback__)
 
@@ -145,20 +146,6 @@ def copied(value: Any, clone: Collection[int] = ()) -> Any:
     except Exception:  # what cannot be copied (a loader, a lock) is shared, as it is with the caller
         return value
     return result
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors in nested containers and in the attributes of the object itself."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for entry in value.values():
-            yield from tensors_in(entry)
-    elif isinstance(value, (list, tuple)):
-        for entry in value:
-            yield from tensors_in(entry)
-    elif not isinstance(value, (nn.Module, type)) and not callable(value):
-        yield from (entry for entry in getattr(value, "__dict__", {}).values() if isinstance(entry, Tensor))
 
 
 def select_samples(value: Any, samples: Tensor, batch_size: int, name: str = "") -> Any:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
@@ -41,6 +42,21 @@ def arithmetic(model: Any, batch: Any) -> Any:
 
 def in_a_with_block(model: Any, batch: Any) -> Any:
     with torch.enable_grad():
+        return model(batch)
+
+
+@contextmanager
+def task() -> Iterator[None]:
+    """Without `finally`."""
+    yield
+    TASKS.clear()
+
+
+TASKS: list[int] = []
+
+
+def in_a_context(model: Any, batch: Any) -> Any:
+    with task():
         return model(batch)
 
 
@@ -114,6 +130,14 @@ def finally_calls(model: Any, batch: Any) -> Any:
         batch.clear()
 
 
+def excepts(model: Any, batch: Any) -> Any:
+    try:
+        return model(batch)
+    except BaseException:
+        batch.clear()
+        raise
+
+
 # Functions, and whether nothing but a return is left after the model's call.
 RETURNS: dict[Any, bool] = {
     plain: True,
@@ -122,6 +146,7 @@ RETURNS: dict[Any, bool] = {
     local: True,
     arithmetic: True,
     in_a_with_block: True,
+    in_a_context: False,
     after_a_conditional: True,
     calls: False,
     method: False,
@@ -133,6 +158,7 @@ RETURNS: dict[Any, bool] = {
     loop: False,
     generator: False,
     imports: False,
+    excepts: False,
 }
 
 
@@ -215,17 +241,38 @@ def test_a_flag_that_the_loss_function_resets(name: str) -> None:
             assert float(reg.metrics["consistency_loss"]) > 0
 
 
+@pytest.mark.parametrize("way", ["with", "decorator"])
+def test_a_context_without_a_finally_is_not_left(way: str) -> None:
+    model, flags = LLAMA.make(), {"task": 0}
+
+    @contextmanager
+    def task(number: int) -> Iterator[None]:
+        flags["task"] = number
+        yield
+        flags["task"] = 0
+
+    def within(m: Any, batch: Any) -> Any:
+        with task(1):
+            return m(**batch).loss
+
+    loss = within if way == "with" else task(1)(lambda m, batch: m(**batch).loss)
+    assert norms_of(model, loss) == 2
+    assert flags["task"] == 0
+
+
 def test_a_wrapper_that_resets_a_flag() -> None:
     """A module of the user's around the model, whose forward goes on."""
+
+    log = []
 
     class Wrapper(nn.Module):
         def __init__(self, inner: nn.Module) -> None:
             super().__init__()
-            self.inner, self.log = inner, []
+            self.inner = inner
 
         def forward(self, batch: Any) -> Any:
             loss = self.inner(**batch).loss
-            self.log.append(1)
+            log.append(1)
             return loss
 
     model = LLAMA.make()
@@ -233,7 +280,7 @@ def test_a_wrapper_that_resets_a_flag() -> None:
     with LfURegularizer(model, "steering", alpha=0.1) as reg:
         for _ in range(2):
             reg(wrapper, LLAMA.batch(), lambda m, b: m(b))
-    assert len(wrapper.log) == 4
+    assert len(log) == 4
 
 
 # ------------------------------------------------------------------ hooks of others

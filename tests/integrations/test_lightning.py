@@ -193,6 +193,14 @@ def test_validation_and_own_logs_are_untouched(tmp_path: Path) -> None:
     assert logs["plain"] == logs["lfu"] != {}
 
 
+@pytest.mark.parametrize("module", ["", "model"])
+def test_what_the_module_collects_counts_once(module: str, tmp_path: Path) -> None:
+    """Also where the regularizer sits on a part of it."""
+    ours = Module()
+    fit(tmp_path, ours, LfUCallback(module, **FIXED), data=BATCHES[:2])
+    assert len(ours.losses) == 2
+
+
 def test_skipped_batches(tmp_path: Path) -> None:
     module = Module(returns="none")
     before = values(module)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import transformers as tf
 
 from lfu_reg import LfURegularizer, LfUWarning
 from lfu_reg.integrations.hf import LfUTrainer
+from lfu_reg.integrations.trainer import LfUTrainerMixin
 from lfu_reg.step.attached_model import is_attached
 from tests.support.architectures import peft_llama
 from tests.support.cases import seeded
@@ -215,6 +217,40 @@ def test_logged_figures_are_averages(tmp_path: Path, monkeypatch: pytest.MonkeyP
             figures = [step[name] for step in steps if name == "sft_loss" or "ascent_grad_norm" in step]
             assert log[f"lfu/{name}"] == pytest.approx(sum(figures) / len(figures), rel=1e-6)
         assert log["lfu/lam"] == steps[-1]["lam"]
+
+
+LOGGED: list[dict[str, float]] = []
+
+
+class _Own(tf.Trainer):
+    """Logs, counts and collects in its own `compute_loss`, as subclasses do."""
+
+    calls = 0
+    figures: Any = None
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        self.calls += 1
+        self.figures["own"].append(1)
+        self.log({"own": 1.0})
+        return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        LOGGED.append(logs)
+        super().log(logs, *args, **kwargs)
+
+
+class Collecting(LfUTrainerMixin, _Own):
+    pass
+
+
+def test_what_a_subclass_logs_and_collects_counts_once(tmp_path: Path) -> None:
+    trainer = Collecting(tiny_llama(), arguments(tmp_path, max_steps=2), train_dataset=ROWS, lfu=STEERING)
+    trainer.figures = defaultdict(list)
+    LOGGED.clear()
+    trainer.train()
+    assert [trainer.calls, len(trainer.figures["own"])] == [2, 2]
+    assert sum("own" in entry for entry in LOGGED) == 2
 
 
 def test_how_strong_it_is_is_logged(tmp_path: Path) -> None:

@@ -346,7 +346,7 @@ def test_nothing_is_read_or_repeated_without_float16(dtype: torch.dtype | None) 
 def test_unit_step_from_gradients_of_any_size(dtype: torch.dtype, size: float, root: int) -> None:
     parts = torch.full((root**2,), size, dtype=dtype).split([1, root**2 - 1])
     gradients = [parts[0], -parts[1]]
-    step = ascend(gradients, 0.5)
+    _, step = ascend(gradients, 0.5)
     assert float(gradient_norm(step)) == pytest.approx(0.5, rel=0.01)
     assert float(gradient_norm(gradients)) == pytest.approx(root * float(gradients[0][0]), rel=1e-3)
     assert [s.dtype for s in step] == [dtype, dtype]
@@ -355,7 +355,7 @@ def test_unit_step_from_gradients_of_any_size(dtype: torch.dtype, size: float, r
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("value", [0.0, float("inf"), float("nan")])
 def test_no_step_without_a_direction(dtype: torch.dtype, value: float) -> None:
-    step = ascend([torch.full((7,), value, dtype=dtype)], 0.5)
+    _, step = ascend([torch.full((7,), value, dtype=dtype)], 0.5)
     assert torch.equal(step[0], torch.zeros(7, dtype=dtype))
 
 

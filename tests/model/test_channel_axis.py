@@ -174,6 +174,25 @@ def test_what_has_no_channels_in_front(dims: int) -> None:
         assert not channels_first(layer)(torch.zeros([C] * dims))
 
 
+class Functional(nn.Module):
+    """A convolution whose weight is the block's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(C, C, 3))
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h + torch.tanh(nn.functional.conv1d(h, self.weight, padding=1))
+
+
+@pytest.mark.parametrize("length", [9, C])
+def test_a_convolution_that_is_a_function(length: int) -> None:
+    layer = Functional()
+    assert channels_first(layer)(layer(torch.randn(2, C, length)))
+    linear = nn.ParameterList([torch.randn(C, C)])
+    assert not channels_first(linear)(torch.randn(2, length, C) @ linear[0])
+
+
 @pytest.mark.parametrize("time", [9, C])
 def test_steering_vectors_have_a_number_per_channel(time: int) -> None:
     model = nn.Sequential(nn.Conv1d(2, C, 1), nn.Sequential(Conditioned(), Conditioned()), nn.Conv1d(C, 2, 1)).double()

@@ -197,3 +197,16 @@ def test_reentrant_without_an_input_that_requires_gradients(name: str, head: boo
     reg = LfURegularizer(model, name if name == "random" else auxiliary(name))
     with pytest.raises((RuntimeError, ValueError), match="use_reentrant=False"):
         reg(model, TINY.batch(), TINY.loss)
+
+
+def test_micro_batches_in_one_autocast_context() -> None:
+    """Autocast keeps the casts of the weights from the first to the second, which are older than that one's graph."""
+    model = CheckpointedLM().float()
+    plain = copy.deepcopy(model)
+    batches = [TINY.batch(seed) for seed in (0, 1)]
+    with LfURegularizer(model, "steering", alpha=1e-4, lam=1e-9) as reg, torch.autocast("cpu", torch.bfloat16):
+        sum(reg(model, batch, TINY.loss) for batch in batches).backward()
+    with torch.autocast("cpu", torch.bfloat16):
+        sum(TINY.loss(plain, batch) for batch in batches).backward()
+    for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=2e-2, atol=2e-2 * float(other.grad.abs().max()))

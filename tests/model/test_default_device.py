@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lfu_reg import LoRADeltas, SteeringVectors, WeightDeltas
-from lfu_reg.auxiliaries.ascent import ascend, gradient_norm
+from lfu_reg.auxiliaries.ascent import ascend
 from lfu_reg.auxiliaries.base import Call, Tokens
 from lfu_reg.model.rng import StepDraws
 from lfu_reg.model.tokens import TokenMasks, ignored_but_counted
@@ -69,7 +69,7 @@ MADE: dict[str, Callable[[], list[Tensor]]] = {
     "relative steering vectors": lambda: components(SteeringVectors(relative=True)),
     "LoRA deltas": lambda: components(LoRADeltas(rank=2)),
     "moved weights": deltas,
-    "ascent": lambda: [gradient_norm(GRADIENTS), *ascend(GRADIENTS, 1.0), *ascend(GRADIENTS, 1.0, per_group=[0, 1, 0])],
+    "ascent": lambda: [*ascend(GRADIENTS, 1.0)[1], *ascend(GRADIENTS, 1.0, per_group=[0, 1, 0])[1]],
     "token masks": masks,
 }
 

@@ -212,7 +212,7 @@ def test_nothing_changes() -> None:
     watch = watched(still)
     still()
     changes = watch.changes()
-    assert (changes.late, changes.weights, changes.brought_new_objects) == ([], [], False)
+    assert (changes.late, changes.weights, changes.found) == ([], [], [])
     assert not changes.in_containers_of([still])
 
 
@@ -227,13 +227,13 @@ def test_containers_that_were_written_to_are_told(change: str) -> None:
 
 
 @pytest.mark.parametrize("trained", [True, False])
-def test_only_trained_weights_count(trained: bool) -> None:
+def test_weights_that_are_written_to_are_known(trained: bool) -> None:
     module = Keeping(lambda module: None)
     module.weight.requires_grad_(trained)
     watch = watched(module)
     with torch.no_grad():
         module.weight.clamp_(0, 1)
-    assert bool(watch.changes().weights) == trained
+    assert [weight is module.weight for weight, _ in watch.changes().weights] == [True]
 
 
 # ------------------------------------------------------------------ in a step

@@ -439,3 +439,28 @@ def test_hooks_on_weights_act_once_on_the_sum(kind: str) -> None:
     wanted = {n: p.grad for n, p in plain.trained().items()}
     wanted["layers.1.a.weight"][0] = 0
     assert_equal("gradient of", {n: p.grad for n, p in ours.trained().items()}, wanted)
+
+
+class SkippingBlock(Block):
+    def forward(self, h: Tensor, skip: Any = None) -> Any:
+        return super().forward(h if skip is None else h + skip), torch.tanh(self.a(h)) * 2
+
+
+class UnusedSkip(World):
+    """What block 0 returns besides goes to block 2, whose output the loss leaves out (an early exit)."""
+
+    class net(Net):
+        block = SkippingBlock
+
+        def forward(self, x: Tensor) -> Tensor:
+            h, skip = self.layers[0](self.inp(x))
+            h, _ = self.layers[1](h)
+            self.layers[2](h, skip)
+            return self.out(torch.tanh(h))
+
+    def layers(self) -> dict[str, nn.Module]:
+        return {n: m for n, m in super().layers().items() if n != "layers.0"}
+
+
+def test_a_second_tensor_of_a_block_that_the_loss_does_not_use() -> None:
+    assert_exact(UnusedSkip, ("steering", "lora"), layers=["layers.1", "layers.2"])

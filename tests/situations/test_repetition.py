@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import random
+from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
@@ -241,6 +243,34 @@ class ModuleGenerator(World):
             return self.out(self.layers[2](h + torch.from_numpy(self.random.normal(size=(5, 6)))))
 
 
+class Annealed:
+    """A callable that counts its calls."""
+
+    calls = 0
+
+    def __call__(self) -> float:
+        self.calls += 1
+        return 1 + 0.1 * self.calls
+
+
+class Helpers(World):
+    """Generators of the older kinds, a callable and a counter that a module holds, used between blocks."""
+
+    class net(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.numpy, self.python = np.random.RandomState(0), random.Random(0)
+            self.annealed, self.seen = Annealed(), Counter()
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen["calls"] += 1
+            h = self.layers[1](self.layers[0](self.inp(x))) * self.annealed() * self.seen["calls"]
+            return self.out(self.layers[2](h * self.python.random() + torch.from_numpy(self.numpy.normal(size=(5, 6)))))
+
+    def after(self) -> Any:
+        return {**super().after(), "calls": [self.model.annealed.calls, self.model.seen["calls"]]}
+
+
 class WrittenInPlace(World):
     """Residuals in place, and a list of hidden states that grows."""
 
@@ -276,7 +306,7 @@ SITUATIONS = [
     ModelCounts, VectorQuantised, BatchNorm, Spectral, OwnGenerator, WrittenInPlace,
     ConfigCounts, NestedCounts,
     LateConfigCounts, LateNestedCounts,
-    LateTensorInDict, ModuleGenerator,
+    LateTensorInDict, ModuleGenerator, LossGenerator, Helpers,
 ]  # fmt: skip
 
 
@@ -346,7 +376,7 @@ class Taken(World):
         return super().loss(model, batch) + model(self.more.pop()).square().mean()
 
 
-@pytest.mark.parametrize("world", [LossGenerator, LossCounter, Taken])
+@pytest.mark.parametrize("world", [LossCounter, Taken])
 def test_what_the_loss_keeps_is_told_at_the_first_step(world: type[World]) -> None:
     ours = world()
     plain = copy.deepcopy(ours)
@@ -368,3 +398,29 @@ def assert_plain_step(ours: World, plain: World, loss: Tensor) -> None:
 @pytest.mark.parametrize("world", SITUATIONS)
 def test_what_the_model_keeps_is_put_back(world: type[World]) -> None:
     assert_exact(world, steps=3)
+
+
+class Whole(nn.Module):
+    """What surrounds the attached part: batch norm before and behind it, and a count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part, self.calls = Net(), 0
+        self.stem, self.head = nn.BatchNorm1d(3), nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.head(self.part(self.stem(x)))
+
+
+@pytest.mark.parametrize("kind", ["steering", "lora", "weights"])
+def test_a_regularizer_on_a_part_puts_back_what_the_whole_keeps(kind: str) -> None:
+    seed_everything(0)
+    ours = Whole().double()
+    plain, batch = copy.deepcopy(ours), World().batch(0)
+    with LfURegularizer(ours.part, kind, alpha=ALPHA, lam=LAM) as reg:
+        for _ in range(2):
+            reg(ours, batch, lambda m, b: (m(b["x"]) - b["y"]).square().mean()).backward()
+            assert float(reg.metrics["consistency_loss"]) > 0
+            plain(batch["x"])
+    assert_equal("state", {**ours.state_dict(), "calls": ours.calls}, {**plain.state_dict(), "calls": plain.calls})

@@ -116,6 +116,43 @@ def test_batch_fraction_with_dropout_is_refused() -> None:
     assert float(reg.metrics["consistency_loss"]) == 0
 
 
+class BatchNormed(torch.nn.Module):
+    """Samples know of each other by their statistics, behind the first layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(6, 6) for _ in range(3))
+        self.norm = torch.nn.BatchNorm1d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second, third = self.layers
+        return third(self.norm(second(torch.tanh(first(x)))))
+
+
+class TimeFirst(torch.nn.Module):
+    """What looks like the samples along the first dimension is time, and attends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = torch.nn.TransformerEncoderLayer(6, 2, 12, dropout=0.0)
+        self.encoder = torch.nn.TransformerEncoder(layer, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.encoder(x)
+
+
+@pytest.mark.parametrize(("model", "shape"), [(BatchNormed, (6, 6)), (TimeFirst, (6, 5, 6))])
+def test_batch_fraction_where_samples_are_not_apart_is_refused(model: Any, shape: Any) -> None:
+    """What they would be by themselves would be taken for a distance, however small alpha is."""
+    torch.manual_seed(0)
+    attached = model()
+    with (
+        LfURegularizer(attached, "steering", alpha=1e-4, lam=1.0, batch_fraction=0.5) as reg,
+        pytest.raises(ValueError, match=r"batch_fraction.*batch norm.*every=k"),
+    ):
+        reg(attached, {"x": torch.randn(shape)}, lambda m, b: m(b["x"]).square().mean())
+
+
 def run(reg: LfURegularizer, model: Any, seeds: range, case: Any = LLAMA) -> list[Tensor]:
     """Losses and gradients of some steps of plain gradient descent."""
     found = []

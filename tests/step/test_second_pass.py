@@ -184,10 +184,10 @@ def with_own_counter() -> Callable[[Any, Batch], Tensor]:
 
 
 def with_own_generator() -> Callable[[Any, Batch], Tensor]:
-    own = torch.Generator().manual_seed(3)
+    own = {"noise": torch.Generator().manual_seed(3)}  # in a container, which nobody looks into
 
     def loss(m: Any, batch: Batch) -> Tensor:
-        order = torch.randperm(7, generator=own)
+        order = torch.randperm(7, generator=own["noise"])
         return TINY.loss(m, {**batch, "input_ids": batch["input_ids"][:, order]})
 
     return loss
@@ -235,6 +235,32 @@ def test_a_loss_that_does_not_repeat_is_plain_sft(kind: str, name: str, strategy
     assert torch.equal(loss.detach(), want.detach())
     for key, gradient in gradients_of(plain).items():
         torch.testing.assert_close(dict(model.named_parameters())[key].grad, gradient, rtol=1e-12, atol=1e-15)
+
+
+class TakesADictionary(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, features: Any) -> Tensor:
+        h = features["x"]
+        for layer in self.layers:
+            h = torch.tanh(layer(h))
+        return h
+
+
+@pytest.mark.parametrize("name", AUXILIARIES)
+def test_a_batch_of_its_own_in_a_dictionary_is_plain_sft(name: str) -> None:
+    """As sentence-transformers calls its models; moved weights would reach the input of every layer."""
+    model, draws = TakesADictionary(), [np.random.default_rng(0)]  # in a list it is out of reach
+
+    def loss(m: Any, batch: Any) -> Tensor:
+        return m({"x": torch.from_numpy(draws[0].normal(size=(3, 4))).float()}).square().mean()
+
+    with LfURegularizer(model, name, alpha=0.05) as reg:
+        with pytest.warns(LfUWarning, match="the input of the model's call 1 differs"):
+            reg(model, {}, loss)
+        assert reg.metrics["unrepeatable_steps"] == 1
 
 
 # ------------------------------------------------------------------ exceptions, and what falls back
