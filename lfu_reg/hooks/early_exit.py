@@ -101,11 +101,12 @@ def _frames_to_leave() -> Iterator[FrameType]:
 @functools.lru_cache(maxsize=1024)
 def only_returns(code: CodeType, last: int) -> bool:
     """Whether what is left of a function after instruction `last` calls and stores nothing, but for locals."""
-    names = [i.opname for i in dis.get_instructions(code)]  # an `except` would take the exit for a failure
+    every = list(dis.get_instructions(code))
+    names = [i.opname for i in every]  # an `except` would take the exit for a failure
     if "SETUP_FINALLY" in names or names.count("PUSH_EXC_INFO") > names.count("WITH_EXCEPT_START"):
         return False
     # The end of a `with` block is a call as well. An exception makes it, too, but a generator's may have no `finally`.
-    instructions = [i for i in dis.get_instructions(code) if i.offset > last and i.opname not in ("CACHE", "PRECALL")]
+    instructions = [i for i in every if i.offset > last and i.opname not in ("CACHE", "PRECALL")]
     for number, instruction in enumerate(instructions):
         name = instruction.opname
         if name.startswith("CALL") and not name.startswith("CALL_INTRINSIC"):

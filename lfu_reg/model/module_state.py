@@ -162,10 +162,9 @@ class Changes:
         start: list[tuple[Any, Any, nn.Module]],  # tables, what was in them, and the modules that they belong to
         buffers: list[tuple[Place, Tensor | None]],  # what was written to or replaced, and copies to begin from
         late: list[str],  # names of those that were written to for the first time, of which there is no copy
-        weights: list[tuple[Tensor, Tensor | None]],  # trained ones that were written to, and copies to begin from
+        weights: list[tuple[Tensor, Tensor | None]],  # and tensors in lists, as `buffers`
     ) -> None:
-        self.late, self.weights = late, weights
-        self._buffers = buffers
+        self.late, self.weights, self._buffers = late, weights, buffers
         self.end = [(table, before if holds(table, before) else copied(table)) for table, before, _ in start]
         pairs = zip(start, self.end, strict=True)
         self.found = [(table, old, new, owner) for (table, old, owner), (_, new) in pairs if old is not new]
