@@ -17,7 +17,7 @@ from study.tasks import HEADLINE, LARGE, LARGE_OTHERS, OTHERS
 NAMES = {HEADLINE: "2.2 M, GSM8K, 64 examples", LARGE: "135 M, SVAMP, 64 examples"}
 NAMES |= {
     task: f"135 M, {name}, {size} examples"
-    for task, name, size in zip(LARGE_OTHERS, ("GSM8K", "SVAMP", "Dolly"), (64, 256, 64), strict=True)
+    for task, name, size in zip(LARGE_OTHERS, ("GSM8K", "SVAMP", "Dolly", "BoolQ"), (64, 256, 64, 64), strict=True)
 }
 QUESTIONS = {"piqa": "PIQA", "winogrande": "WinoGrande"}
 

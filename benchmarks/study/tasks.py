@@ -25,8 +25,8 @@ OTHERS = (
     "study/dolly-256",
     "study/boolq-256",
 )
-# On the large model: two kinds of answers, and four times the examples and the steps.
-LARGE_OTHERS = ("study/135m-gsm8k-64", "study/135m-svamp-256", "study/135m-dolly-64")
+# On the large model: other kinds of answers, and four times the examples and the steps.
+LARGE_OTHERS = ("study/135m-gsm8k-64", "study/135m-svamp-256", "study/135m-dolly-64", "study/135m-boolq-64")
 CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 
 
