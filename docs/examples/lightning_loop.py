@@ -24,7 +24,7 @@ def encode(row):
 class Tuned(L.LightningModule):
     def __init__(self):
         super().__init__()
-        self.model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).train()
+        self.model = AutoModelForCausalLM.from_pretrained(name).float().train()
 
     def training_step(self, batch, batch_idx):
         return self.model(**batch).loss

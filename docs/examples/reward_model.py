@@ -14,7 +14,7 @@ from lfu_reg import LfURegularizer
 torch.manual_seed(0)
 name = "benchmarks/evidence/base_model"  # 2.2 M parameters; or "HuggingFaceTB/SmolLM2-135M-Instruct"
 tokenizer = AutoTokenizer.from_pretrained(name)
-model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=1, dtype=torch.float32)
+model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=1).float()
 model.config.pad_token_id = tokenizer.pad_token_id
 rows = [json.loads(line) for line in Path("benchmarks/demo/data/svamp.jsonl").read_text().splitlines()[:17]]
 pairs = [(row["prompt"] + row["completion"], row["prompt"] + other["completion"]) for row, other in pairwise(rows)]

@@ -53,7 +53,7 @@ class LossScale:
         # before a backward is repeated, for which buffers live as long as `loss` does.
         if not float16:
             return gradients_of(loss, wanted, keep_graph=keep_graph), 1.0
-        scale = self.value
+        scale = min(self.value, 2.0**15) if loss.dtype is torch.float16 else self.value  # 2**16 does not fit into it
         while True:
             collected = Gate() if gate is None else gate
             collected.finite = []

@@ -44,13 +44,16 @@ class Results:
     def expect(self, check: str) -> None:
         """Fail the running test unless every rank has passed the check."""
         for rank, results in enumerate(self.by_rank):
-            failed = next((name for name, result in results.items() if result != "passed"), None)
+            ended_well = ("passed", "skipped: ")
+            failed = next((name for name, result in results.items() if not result.startswith(ended_well)), None)
             if check not in results and failed is not None:
                 pytest.fail(f"not run: {failed} failed before", pytrace=False)
             if check not in results:
                 ended = self.exit_codes[rank]
                 state = "ran out of time" if ended is None else f"ended with exit code {ended}"
                 pytest.fail(f"rank {rank} did not get to {check}: it {state}\n{self.output[rank]}", pytrace=False)
+            if results[check].startswith("skipped: "):
+                pytest.skip(results[check].removeprefix("skipped: "))
             if results[check] != "passed":
                 pytest.fail(f"rank {rank}: {results[check]}", pytrace=False)
 

@@ -15,6 +15,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from lfu_reg import LfURegularizer, LfUWarning
+from lfu_reg.model.checkpoints import can_tell_who_saves
 from tests.support.cases import plain_loss, token_batch
 from tests.support.models import LLAMA
 from tests.support.plain_models import TinyLM
@@ -297,6 +298,7 @@ class Offload(torch.autograd.graph.saved_tensors_hooks):
         return self.kept.pop(number)
 
 
+@pytest.mark.skipif(not can_tell_who_saves(), reason="torch 2.6 does not tell who saves: offloading is not noticed")
 @pytest.mark.parametrize("layers", ["all", "late"])
 def test_activation_offloading(layers: str) -> None:
     model, offload = make(), Offload()

@@ -14,7 +14,7 @@ from lfu_reg import LfURegularizer, LfUWarning
 from lfu_reg.auxiliaries.ascent import ascend, gradient_norm
 from lfu_reg.hooks.forward_pass import ForwardPass
 from lfu_reg.model.tokens import TokenMasks
-from lfu_reg.step.float16 import FIRST_SCALE, GROWTH_INTERVAL, LossScale, LossScales
+from lfu_reg.step.float16 import FIRST_PERTURBED, FIRST_SCALE, GROWTH_INTERVAL, LossScale, LossScales
 from lfu_reg.step.gradients import Retained
 from lfu_reg.step.released import Released
 from lfu_reg.step.settings import Settings
@@ -279,6 +279,20 @@ def test_the_scale_grows_again() -> None:
         gradients, used = scale.gradients(2 * x, [x], float16=True)
         assert float(gradients[0]) / used == 2.0
     assert scale.value == 8.0
+
+
+@pytest.mark.parametrize("first", [FIRST_SCALE, FIRST_PERTURBED])
+def test_a_loss_in_float16_is_scaled_by_what_fits(first: float) -> None:
+    """A larger scale is infinite there, and torch 2.6 has no tensor of it; also when the scale has grown."""
+    scale, calls = LossScale(first), list[float]()
+    x = torch.ones((), dtype=torch.float16, requires_grad=True)
+    for _ in range(3):
+        scale.good_steps = GROWTH_INTERVAL - 1
+        y = x * 0.5
+        y.register_hook(lambda gradient: calls.append(float(gradient)))
+        gradients, used = scale.gradients(y * 1.0, [x], float16=True)
+        assert (float(gradients[0]), used) == (2.0**14, 2.0**15)
+    assert calls == [2.0**15] * 3, "no backward is repeated"
 
 
 def test_a_loss_of_nan_is_not_tried_sixteen_times() -> None:

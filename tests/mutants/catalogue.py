@@ -111,6 +111,14 @@ MUTANTS = (
     ),
     Mutant(
         6,
+        "a loss in float16 is scaled by what fits into it",
+        "step/float16.py",
+        "min(self.value, 2.0**15) if loss.dtype is torch.float16 else self.value",
+        "self.value",
+        "tests/model/test_autocast.py::test_a_loss_in_float16_is_scaled_by_what_fits",
+    ),
+    Mutant(
+        6,
         "gradients are handed over in float32",
         "step/returned_loss.py",
         "torch.promote_types(gradient.dtype, torch.float32)",

@@ -473,4 +473,11 @@ class Reference(Adapters):
 
 @pytest.mark.parametrize("world", [OneAdapter, BothAdapters, Reference])
 def test_adapters(world: type[World]) -> None:
-    assert_exact(world, ("steering",) if world is OneAdapter else ("steering", "weights"), steps=3)
+    assert_exact(world, ("steering",), steps=3)
+
+
+@pytest.mark.parametrize("world", [BothAdapters, Reference])
+def test_adapters_that_are_moved(world: type[World]) -> None:
+    if not hasattr(pytest.importorskip("peft").utils.other, "_set_layer_requires_grad"):
+        pytest.skip("PEFT 0.15 freezes adapters that are no leaves, as moved ones are: torch refuses it")
+    assert_exact(world, ("weights",), steps=3)
