@@ -203,10 +203,15 @@ class SecondPass:
 
     def _check_second(self, perturbed: ForwardPass, samples: Tensor | None) -> bool:
         """Whether pass 2 repeated pass 1; warns if not."""
-        clean, moved = self.clean.record, self._auxiliary.moves_weights
-        failure = self._failure or differing(clean.entries, perturbed.record.entries, samples, moved=moved)
+        clean, eps = self.clean.record, self._strength.eps
+        reached = self._auxiliary.moves_weights
+        failure = self._failure or differing(clean.entries, perturbed.record.entries, samples, moved=reached)
         if failure is None and self._is_unperturbed:
-            failure = self._moved_by_itself(perturbed, samples)
+            checks.check_same_layers([s.name for s in clean.states], [s.name for s in perturbed.record.states])
+            moved, length = displacement(clean.states, perturbed.record.states, samples)
+            # Kernels need not repeat to the last bit, and those for fewer rows round otherwise.
+            if moved > (max(1e-5, 4 * eps) if samples is None else max(1e-3, 16 * eps)) * length:
+                failure = "hidden states differ where nothing is perturbed"
         if samples is not None and (failure is not None or perturbed.record.batch_size != len(samples)):
             raise ValueError(checks.CANNOT_DIVIDE.format(number=len(samples)))
         if failure is None:
@@ -218,14 +223,6 @@ class SecondPass:
         if self._failure is None and not self.engine.in_lockstep:
             self._progress.did_repeat(failure is None)
         return failure is None
-
-    def _moved_by_itself(self, again: ForwardPass, samples: Tensor | None) -> str | None:
-        """What differs in a pass that nothing perturbs, by more than kernels round, which is more for fewer rows."""
-        checks.check_same_layers([s.name for s in self.clean.record.states], [s.name for s in again.record.states])
-        moved, length = displacement(self.clean.record.states, again.record.states, samples)
-        eps = self._strength.eps
-        allowed = max(1e-5, 4 * eps) if samples is None else max(1e-3, 16 * eps)
-        return "hidden states differ where nothing is perturbed" if moved > allowed * length else None
 
 
 def _zero_of(fwd: ForwardPass) -> Tensor:

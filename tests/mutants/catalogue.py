@@ -1265,8 +1265,8 @@ MUTANTS = (
         9,
         "a part of a batch has to be by itself what it is in the whole",
         "step/second_pass.py",
-        "        if moved > max(1e-3, 16 * self._strength.eps) * length:",
-        "        if False:",
+        "if moved > (max(1e-5, 4 * eps) if samples is None else max(1e-3, 16 * eps)) * length:",
+        "if False:",
         "tests/step/test_schedule.py::test_batch_fraction_where_samples_are_not_apart_is_refused",
     ),
     Mutant(
