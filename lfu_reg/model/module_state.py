@@ -126,7 +126,8 @@ class ModuleState:
                     collect(value, module, found, DEEPEST)
         for value in held:
             collect(value, self._model, found, DEEPEST)
-        if hidden := [m for m, _ in found.values() if isinstance(m, nn.Module) and m not in {*self._modules, *roots}]:
+        kept = [value for value, _ in found.values() if issubclass(type(value), nn.Module)]  # but for weakref.proxy
+        if hidden := [module for module in kept if module not in {*self._modules, *roots}]:
             self._list([*held, *hidden])  # modules that others keep in lists or objects
         self._tree = [*map(id, (self._whole, *held)), *([*module._modules.values()] for module in self._modules)]
         if hidden:

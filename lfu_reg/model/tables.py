@@ -107,7 +107,7 @@ def held_by(function: Any, model: nn.Module) -> list[Any]:
         found[id(value)] = value
         if not isinstance(value, nn.Module) or model in value.modules():
             reached += [(entry, depth - 1) for entry in _named_by(value)]
-    beside = [v for v in found.values() if isinstance(v, nn.Module) and model not in v.modules()]
+    beside = [v for v in found.values() if issubclass(type(v), nn.Module) and model not in v.modules()]
     return beside + [v for v in found.values() if _access(v)]
 
 

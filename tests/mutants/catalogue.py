@@ -1081,8 +1081,8 @@ MUTANTS = (
         9,
         "modules that blocks hide start anew",
         "model/module_state.py",
-        "isinstance(m, nn.Module) and m not in {*self._modules, *roots}",
-        "False",
+        "if module not in {*self._modules, *roots}]",
+        "if False]",
         "tests/situations/test_kept.py::test_modules_that_a_model_hides",
     ),
     Mutant(
