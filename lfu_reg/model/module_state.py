@@ -112,10 +112,9 @@ class ModuleState:
 
     def _list(self, held: Sequence[Any]) -> None:
         """List the tables that a forward may change, and the places of tensors."""
-        around = (m for m in self._whole.modules() if not type(m).__module__.startswith(_ENGINES))
-        beside = (module for value in held if isinstance(value, nn.Module) for module in value.modules())
-        self._modules = list(dict.fromkeys([*self._model.modules(), *around, *beside]))
-        self._tree = [*map(id, (self._whole, *held)), *([*module._modules.values()] for module in self._modules)]
+        roots = [self._whole, *(value for value in held if isinstance(value, nn.Module))]
+        around = [m for root in roots for m in root.modules() if not type(m).__module__.startswith(_ENGINES)]
+        self._modules = list(dict.fromkeys([*self._model.modules(), *around]))
         found: dict[int, tuple[Any, nn.Module]] = {}
         self._places: list[Place] = []
         for module in self._modules:
@@ -127,8 +126,14 @@ class ModuleState:
                     collect(value, module, found, DEEPEST)
         for value in held:
             collect(value, self._model, found, DEEPEST)
+        kept = [value for value, _ in found.values() if issubclass(type(value), nn.Module)]  # but for weakref.proxy
+        if hidden := [module for module in kept if module not in {*self._modules, *roots}]:
+            self._list([*held, *hidden])  # modules that others keep in lists or objects
+        self._tree = [*map(id, (self._whole, *held)), *([*module._modules.values()] for module in self._modules)]
+        if hidden:
+            return
         self._in_lists = {key: value for key, (value, _) in found.items() if isinstance(value, Tensor)}
-        self._tables = [pair for key, pair in found.items() if key not in self._in_lists]
+        self._tables = [pair for pair in found.values() if not isinstance(pair[0], (Tensor, nn.Module))]
         for table, _ in self._tables:
             if isinstance(table, dict):
                 names = [n for n, v in table.items() if isinstance(v, Tensor)]

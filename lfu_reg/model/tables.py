@@ -7,9 +7,9 @@ import pickle
 import random
 import sys
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import partial
-from types import CellType
+from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -18,12 +18,13 @@ from torch import Tensor, nn
 CONTAINERS = (dict, list, set, deque)
 DEEPEST = 5  # containers in containers
 _LARGEST = 1024  # entries; larger containers and arrays are data
+_MANY = 64  # entries; modules and generators are not looked for in larger containers
 _FOREIGN = ("torch", "accelerate", "deepspeed", "builtins", "threading", "_thread")
 
 
 def collect(value: Any, owner: nn.Module, found: dict[int, tuple[Any, nn.Module]], depth: int) -> None:
-    """Note a container, an array, a generator or a plain object's attributes, what is in them, and lists' tensors."""
-    if id(value) in found or not depth or isinstance(value, (nn.Module, type, str, int, float)):
+    """Note containers, arrays, generators, modules and objects' attributes, what is in them, and lists' tensors."""
+    if id(value) in found or not depth or isinstance(value, (type, str, int, float)):
         return
     if isinstance(value, (*CONTAINERS, tuple)):
         if len(value) <= _LARGEST:
@@ -32,7 +33,7 @@ def collect(value: Any, owner: nn.Module, found: dict[int, tuple[Any, nn.Module]
             values = [v for v in value.values() if not isinstance(v, Tensor)] if isinstance(value, dict) else value
             for entry in values:
                 collect(entry, owner, found, depth - 1)
-    elif _access(value) or (isinstance(value, Tensor) and not isinstance(value, nn.Parameter)):
+    elif (isinstance(value, (Tensor, nn.Module)) and not isinstance(value, nn.Parameter)) or _access(value):
         found[id(value)] = value, owner
     elif not type(value).__module__.startswith(_FOREIGN):
         attributes = getattr(value, "__dict__", None)
@@ -97,24 +98,53 @@ def is_new_in(table: Any, before: Any) -> bool:
 
 
 def held_by(function: Any, model: nn.Module) -> list[Any]:
-    """Modules and generators that a loss function's object, closure and globals name, but for wrappers of the model."""
-    cells = (cell for cell in getattr(function, "__closure__", None) or () if cell != CellType())
-    named = (function.__globals__.get(name) for name in getattr(getattr(function, "__code__", None), "co_names", ()))
-    own = getattr(getattr(function, "__self__", function), "__dict__", {})
-    values = [*own.values(), *(cell.cell_contents for cell in cells), *named]
-    beside = [v for v in values if isinstance(v, nn.Module) and model not in v.modules()]
-    return beside + [v for v in values if _access(v)]
+    """Modules and generators that a loss function and its helpers name, but for wrappers of the model."""
+    found: dict[int, Any] = {}
+    reached = [(function, DEEPEST)]
+    for value, depth in reached:
+        if value is model or id(value) in found or not depth or isinstance(value, (type, str, int, float, Tensor)):
+            continue
+        found[id(value)] = value
+        if not isinstance(value, nn.Module) or model in value.modules():
+            reached += [(entry, depth - 1) for entry in _named_by(value)]
+    beside = [v for v in found.values() if issubclass(type(v), nn.Module) and model not in v.modules()]
+    return beside + [v for v in found.values() if _access(v)]
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors in nested containers and in the attributes of the object itself."""
+def _named_by(value: Any) -> Collection[Any]:
+    """What a function, a method, a container or an object refers to, but for the globals of installed libraries."""
+    if isinstance(value, (*CONTAINERS, tuple)):
+        return () if len(value) > _MANY else value.values() if isinstance(value, dict) else value
+    if isinstance(value, partial):
+        return value.func, value.args, value.keywords
+    if isinstance(value, MethodType):
+        return value.__self__, value.__func__
+    if isinstance(value, FunctionType):
+        cells = [cell.cell_contents for cell in value.__closure__ or () if cell != CellType()]
+        codes = [] if "-packages" in value.__code__.co_filename else [value.__code__]
+        for code in codes:  # and those of the functions and comprehensions in it
+            codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+        named = [value.__globals__.get(name) for code in codes for name in code.co_names]
+        return *cells, *named, value.__defaults__, value.__kwdefaults__
+    return () if type(value).__module__.startswith(_FOREIGN) else getattr(value, "__dict__", {}).values()
+
+
+def tensors_in(value: Any, depth: int = 2 * DEEPEST) -> Iterator[Tensor]:
+    """The tensors in nested containers, in the attributes of objects, and in containers among these."""
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, Mapping):
-        for entry in value.values():
-            yield from tensors_in(entry)
-    elif isinstance(value, (list, tuple)):
-        for entry in value:
-            yield from tensors_in(entry)
+    elif not depth:
+        return
+    elif isinstance(value, (Mapping, list, tuple)):
+        for entry in value.values() if isinstance(value, Mapping) else value:
+            yield from tensors_in(entry, depth - 1)
     elif not isinstance(value, (nn.Module, type)) and not callable(value):
-        yield from (entry for entry in getattr(value, "__dict__", {}).values() if isinstance(entry, Tensor))
+        for entry in attributes(value).values():
+            if isinstance(entry, (Tensor, Mapping, list, tuple)):
+                yield from tensors_in(entry, depth - 1)
+
+
+def attributes(value: Any) -> dict[str, Any]:
+    """What an object holds by name, in a dictionary or in slots."""
+    slots = [name for kind in type(value).__mro__ for name in vars(kind).get("__slots__", ()) if hasattr(value, name)]
+    return {**getattr(value, "__dict__", {}), **{name: getattr(value, name) for name in slots}}

@@ -77,7 +77,7 @@ class AttachedModel:
         self._targets = Targets(model, [*chosen, *sites, *self.reused.blocks])
         self.state = ModuleState(model)
         self.has_run = False  # whether a step has found its layers
-        self.divides = False  # whether samples were seen to be by themselves what they are among others
+        self.repeats = False  # whether pass 2 was seen to have pass 1's states where nothing is perturbed
         self.tail_may_be_quiet = True  # whether code behind the last layer has run without gradients so far
         for module in (model, *chosen.values()):
             _attached[module] = weakref.ref(self)

@@ -45,7 +45,8 @@ class SecondPass:
     _failure: str | None = None  # why pass 2 cannot begin where pass 1 did
     _repeats_whole = False  # whether a region runs again to its end, and so needs all of its graph where it came to it
     _total: Tensor | None = None
-    _tries = False  # whether pass 2 is run for alpha alone, without a backward
+    _tries = False  # whether pass 2 is run for alpha alone, or to see whether it repeats, without a backward
+    _is_unperturbed = False  # whether nothing but what does not repeat can move hidden states in pass 2
 
     def __init__(
         self,
@@ -103,17 +104,14 @@ class SecondPass:
         return alpha
 
     def samples(self) -> Tensor | None:
-        """Which samples pass 2 runs on, None for all; raises if their states differ by themselves, yet unperturbed."""
+        """Which samples pass 2 runs on, None for all. Where it is tried anyway, it is tried unperturbed as well."""
         samples = self._progress.samples(self.clean.record.batch_size, self._settings.batch_fraction)
-        if samples is None or self._attached.divides or self.engine.in_lockstep:
-            return samples
-        self._tries = True
-        with self.second(samples) as alone:
-            moved, length = displacement(self.clean.record.states, alone, samples)
-        self._tries = False
-        if moved > max(1e-3, 16 * self._strength.eps) * length:  # kernels for fewer rows round otherwise
-            raise ValueError(checks.CANNOT_DIVIDE.format(number=len(samples)))
-        self._attached.divides = True
+        tries = samples is not None or self._strength.searches
+        if tries and not self._attached.repeats and not self.engine.in_lockstep:
+            self._tries = self._is_unperturbed = True
+            with self.second(samples):
+                self._attached.repeats = True
+            self._tries = self._is_unperturbed = False
         return samples
 
     def sensible_alpha(self, samples: Tensor | None) -> float:
@@ -205,8 +203,15 @@ class SecondPass:
 
     def _check_second(self, perturbed: ForwardPass, samples: Tensor | None) -> bool:
         """Whether pass 2 repeated pass 1; warns if not."""
-        clean, moved = self.clean.record, self._auxiliary.moves_weights
-        failure = self._failure or differing(clean.entries, perturbed.record.entries, samples, moved=moved)
+        clean, eps = self.clean.record, self._strength.eps
+        reached = self._auxiliary.moves_weights
+        failure = self._failure or differing(clean.entries, perturbed.record.entries, samples, moved=reached)
+        if failure is None and self._is_unperturbed:
+            checks.check_same_layers([s.name for s in clean.states], [s.name for s in perturbed.record.states])
+            moved, length = displacement(clean.states, perturbed.record.states, samples)
+            # Kernels need not repeat to the last bit, and those for fewer rows round otherwise.
+            if moved > (max(1e-5, 4 * eps) if samples is None else max(1e-3, 16 * eps)) * length:
+                failure = "hidden states differ where nothing is perturbed"
         if samples is not None and (failure is not None or perturbed.record.batch_size != len(samples)):
             raise ValueError(checks.CANNOT_DIVIDE.format(number=len(samples)))
         if failure is None:

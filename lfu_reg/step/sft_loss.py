@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import traceback
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from lfu_reg.hooks.early_exit import EarlyExit, call_loss_function
 from lfu_reg.model.rng import RandomState
-from lfu_reg.model.tables import tensors_in
+from lfu_reg.model.tables import attributes, tensors_in
 from lfu_reg.model.tokens import TokenMask, TokenMasks
 from lfu_reg.step import loss_checks
 
@@ -53,8 +54,8 @@ class SFTLoss:
         # For later passes: new containers, as the function may take entries out of the batch or put some in, with the
         # user's own tensors. An iterator is recorded and played again.
         self._given: Any = Recorded(batch) if isinstance(batch, Iterator) else batch
-        self.batch: Any = self._given if isinstance(batch, Iterator) else copied(batch)
-        self._versions = [(tensor, tensor._version) for tensor in tensors_in(self.batch) if not tensor.is_inference()]
+        self._kept = Kept(self._given)
+        self.batch: Any = self._kept.value
 
     def tokens_of(self, batch: Any) -> TokenMasks:
         """Which tokens of a batch count."""
@@ -90,11 +91,23 @@ class SFTLoss:
                 traceback.clear_frames(early.__traceback__)
 
     def _fresh(self, batch: Any) -> Any:
-        """The batch for one more call; what the function writes to in place is copied, so that it is written once."""
-        if isinstance(batch, Recorded):
-            return batch.again()
-        written = {id(tensor) for tensor, version in self._versions if tensor._version != version}
-        return copied(batch, clone=written)
+        """The batch for one more call."""
+        return self._kept.again() if batch is self.batch else copied(batch)
+
+
+class Kept:
+    """Data as it was given to a call, with the user's own tensors, for another call."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = copied(value)
+        tensors = [tensor for tensor in tensors_in(self.value) if not tensor.is_inference()]
+        self._before = [(tensor, tensor._version, tensor.detach().clone()) for tensor in tensors]
+
+    def again(self) -> Any:
+        """The same in new containers, with copies of the tensors that were written to in place since."""
+        if isinstance(self.value, Recorded):
+            return self.value.again()
+        return copied(self.value, {id(t): before for t, version, before in self._before if t._version != version})
 
 
 class Recorded:
@@ -102,14 +115,14 @@ class Recorded:
 
     def __init__(self, iterator: Iterator[Any]) -> None:
         self._iterator = iterator
-        self._taken: list[Any] = []
+        self._taken: list[Kept] = []
 
     def __iter__(self) -> Recorded:
         return self
 
     def __next__(self) -> Any:
         item = next(self._iterator)
-        self._taken.append(copied(item))
+        self._taken.append(Kept(item))
         return item
 
     def __getattr__(self, name: str) -> Any:
@@ -119,30 +132,30 @@ class Recorded:
 
     def again(self) -> Iterator[Any]:
         """What was taken, from the first on."""
-        return iter([copied(item) for item in self._taken])
+        return iter([item.again() for item in self._taken])
 
 
-def copied(value: Any, clone: Collection[int] = ()) -> Any:
-    """`value` with new containers, down to its leaves; tensors, modules and functions are the same objects."""
-    if id(value) in clone:
-        return value.detach().clone()
-    if isinstance(value, (Tensor, nn.Module, str, bytes, int, float, type(None))) or callable(value):
+def copied(value: Any, written: Mapping[int, Tensor] = MappingProxyType({})) -> Any:
+    """`value` with new containers; leaves are the same objects, but for tensors of which there is an earlier copy."""
+    if id(value) in written:
+        return written[id(value)].clone()
+    if isinstance(value, (Recorded, Tensor, nn.Module, str, bytes, int, float, type(None))) or callable(value):
         return value
     if type(value) in (list, tuple, set, frozenset):
-        return type(value)(copied(entry, clone) for entry in value)
+        return type(value)(copied(entry, written) for entry in value)
     if isinstance(value, tuple):
-        return type(value)(*(copied(entry, clone) for entry in value)) if hasattr(value, "_fields") else value
+        return type(value)(*(copied(entry, written) for entry in value)) if hasattr(value, "_fields") else value
     try:
         result = copy.copy(value)
         if isinstance(value, Mapping) and hasattr(value, "__setitem__"):
             for key in value:
-                result[key] = copied(value[key], clone)
+                result[key] = copied(value[key], written)
         elif isinstance(value, list):
-            result[:] = [copied(entry, clone) for entry in value]
-        elif hasattr(value, "__dict__"):
-            for name, entry in vars(result).items():
-                if isinstance(entry, (list, dict, set, Tensor)):
-                    vars(result)[name] = copied(entry, clone)
+            result[:] = [copied(entry, written) for entry in value]
+        else:
+            for name, entry in attributes(result).items():
+                if isinstance(entry, (list, tuple, dict, set, Tensor)):
+                    object.__setattr__(result, name, copied(entry, written))  # also where it is frozen
     except Exception:  # what cannot be copied (a loader, a lock) is shared, as it is with the caller
         return value
     return result

@@ -7,6 +7,8 @@ import random
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,8 +16,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lfu_reg import LfURegularizer
-from tests.support.literal import Block, Net, World, assert_exact, assert_plain
+from lfu_reg import LfURegularizer, LfUWarning
+from tests.support.literal import Block, Net, World, assert_equal, assert_exact, assert_plain
 
 KINDS = ("steering", "weights")
 
@@ -192,6 +194,160 @@ def test_what_the_loss_function_holds(closure: bool) -> None:
             return loss
 
     assert_exact(Closure if closure else Beside, KINDS, steps=3)
+
+
+class Ways(Beside):
+    """The same by helpers: what they name in their turn is found as well."""
+
+    way = ""
+
+    def begin(self) -> None:
+        super().begin()
+        head, teacher, generator, plain = self.head, self.teacher, self.random, Beside.loss
+
+        def loss(
+            model: Any, batch: Any, head: Any = head, teacher: Any = teacher, generator: Any = generator
+        ) -> Tensor:
+            world = SimpleNamespace(head=head, teacher=teacher, random=generator)
+            return plain(world, model, batch)  # type: ignore[arg-type]
+
+        def bare(model: Any, batch: Any, *, head: Any, teacher: Any, generator: Any) -> Tensor:
+            return loss(model, batch, head, teacher, generator)
+
+        def helper(model: Any, batch: Any) -> Tensor:
+            return bare(model, batch, head=head, teacher=teacher, generator=generator)
+
+        self.whole = {
+            "default arguments": loss,
+            "partial": partial(bare, head=head, teacher=teacher, generator=generator),
+            "a helper's": lambda model, batch: helper(model, batch),
+            "a decorator's": torch.enable_grad()(helper),
+            "in a container": Trainer({"loss": helper}).loss,
+            "the function is a module": LossModule(head, teacher, generator),
+        }
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        other = type(self)()
+        for name in ("model", "head", "teacher", "random"):
+            own, theirs = getattr(self, name), getattr(other, name)
+            theirs.setstate(own.getstate()) if name == "random" else theirs.load_state_dict(own.state_dict())
+        return other
+
+    @property
+    def loss(self) -> Any:  # type: ignore[override]
+        return self.whole[self.way]
+
+    def after(self) -> Any:
+        return {**super().after(), "random": str(self.random.getstate())}
+
+
+class Trainer:
+    def __init__(self, kept: Any) -> None:
+        self.kept = kept
+
+    def loss(self, model: Any, batch: Any) -> Tensor:
+        return self.kept["loss"](model, batch)  # type: ignore[no-any-return]
+
+
+class LossModule(nn.Module):
+    """A loss function that is a module itself, with a count."""
+
+    def __init__(self, head: nn.Module, teacher: nn.Module, generator: Any) -> None:
+        super().__init__()
+        self.head, self.teacher, self.random, self.calls = head, teacher, generator, 0
+
+    def forward(self, model: Any, batch: Any) -> Tensor:
+        self.calls += 1
+        assert self.calls < 100
+        return Beside.loss(self, model, batch)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "way",
+    ["default arguments", "partial", "a helper's", "a decorator's", "in a container", "the function is a module"],
+)
+def test_what_helpers_of_the_loss_function_hold(way: str) -> None:
+    assert_exact(type("WaysHere", (Ways,), {"way": way}), KINDS, steps=2)
+
+
+class Hidden(World):
+    """Blocks hide modules that are no parts of the model, and keep statistics, from `parameters()`."""
+
+    inside: Callable[[nn.Module], Any] = staticmethod(lambda module: [module])
+
+    class net(Net):
+        class block(Block):
+            def __init__(self) -> None:
+                super().__init__()
+                self.hidden: Any = None
+
+            def forward(self, h: Tensor) -> Tensor:
+                kept = self.hidden[0] if isinstance(self.hidden, list) else self.hidden.module
+                kept(h.detach())
+                return super().forward(h - kept.running_mean)
+
+    def begin(self) -> None:
+        for layer in self.model.layers:
+            layer.hidden = type(self).inside(nn.BatchNorm1d(6).double().requires_grad_(False))
+
+    @property
+    def loss(self) -> Any:  # type: ignore[override]
+        return lambda model, batch: (model(batch["x"]) - batch["y"]).square().mean()
+
+
+@pytest.mark.parametrize("place", ["list", "object"])
+def test_modules_that_a_model_hides(place: str) -> None:
+    inside = {"list": lambda m: [m], "object": lambda m: SimpleNamespace(module=m)}[place]
+    assert_exact(type("HiddenHere", (Hidden,), {"inside": staticmethod(inside)}), KINDS)
+
+
+class Slotted:
+    __slots__ = ("n",)
+
+    def __init__(self) -> None:
+        self.n = 0
+
+
+class OutOfReach(World):
+    """What scales the states between blocks is counted where nothing is put back, and no input tells it."""
+
+    class net(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.slotted, self.scale, self.count = Slotted(), 1.0, False
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.layers[1](self.layers[0](self.inp(x)))
+            self.slotted.n += self.count
+            return self.out(self.layers[2](h * (self.scale + 0.1 * self.slotted.n)))
+
+    def begin(self) -> None:
+        self.model.count = True
+
+
+class OwnSchedule(OutOfReach):
+    def begin(self) -> None:
+        self.n = 0
+
+    def loss(self, model: Any, batch: Any) -> Tensor:
+        self.n += 1
+        model.scale = 1 + 0.1 * self.n
+        return super().loss(model, batch)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("world", [OutOfReach, OwnSchedule])
+def test_what_nothing_puts_back_is_told_where_alpha_is_looked_for(world: type[World], kind: str) -> None:
+    """Pass 2 is tried there anyway; with an alpha of the user's own there are two calls, and nobody sees it."""
+    ours = world()
+    plain = copy.deepcopy(ours)
+    with LfURegularizer(ours.model, kind) as reg:
+        with pytest.warns(LfUWarning, match="hidden states differ where nothing is perturbed"):
+            loss = reg(ours.model, ours.batch(0), ours.loss)
+        assert reg.metrics["unrepeatable_steps"] == 1
+        reg(ours.model, ours.batch(1), ours.loss)  # which waits
+        assert reg.metrics["unrepeatable_steps"] == 1
+    assert_equal("loss", loss.detach(), plain.loss(plain.model, plain.batch(0)).detach())
 
 
 class Scheduled(World):

@@ -1,0 +1,115 @@
+"""Batches of any kind, and what loss functions do to them: rebound, popped, cached in, and written to in place."""
+
+from __future__ import annotations
+
+from collections import UserDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from lfu_reg import LfURegularizer
+from tests.support.literal import ALPHA, LAM, World, assert_equal, assert_exact
+
+
+class Pair(NamedTuple):
+    x: Tensor
+    y: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    x: Tensor
+    y: Tensor
+
+
+class Slots:
+    __slots__ = ("seen", "x", "y")
+
+    def __init__(self, x: Tensor, y: Tensor) -> None:
+        self.x, self.y, self.seen = x, y, [0]
+
+
+class Table:
+    """A mapping by its methods alone, as tensordict has it."""
+
+    def __init__(self, x: Tensor, y: Tensor) -> None:
+        self.kept = {"x": x, "y": y}
+
+    def __getitem__(self, key: str) -> Any:
+        return self.kept[key]
+
+
+def of_pair(model: Any, b: Any) -> Tensor:
+    b.x.sub_(0.3).div_(2)
+    b.y.add_(1)
+    return (model(b.x) - b.y).square().mean()
+
+
+def of_slots(model: Any, b: Any) -> Tensor:
+    b.x = b.x * 2
+    b.seen.append(1)
+    b.y.add_(1)
+    return (model(b.x * len(b.seen)) - b.y).square().mean()
+
+
+def of_table(model: Any, b: Any) -> Tensor:
+    b.kept["x"] = b["x"] * 2
+    b["y"].add_(1)
+    return (model(b["x"]) - b["y"]).square().mean()
+
+
+def of_user_dict(model: Any, b: Any) -> Tensor:
+    x = b.pop("x").mul_(2)
+    b.setdefault("noise", torch.randn(5, 3).double())
+    return (model(x + b["noise"]) - b["y"]).square().mean()
+
+
+def of_iterator(model: Any, b: Iterator[Any]) -> Tensor:
+    return of_pair(model, next(b)) + of_pair(model, next(b))
+
+
+KINDS: dict[str, tuple[Callable[[Tensor, Tensor], Any], Callable[[Any, Any], Tensor]]] = {
+    "named tuple": (Pair, of_pair),
+    "frozen dataclass with slots": (Frozen, of_pair),
+    "slots": (Slots, of_slots),
+    "dictionary in an object": (Table, of_table),
+    "UserDict": (lambda x, y: UserDict(x=x, y=y), of_user_dict),
+    "iterator": (lambda x, y: iter([Pair(x, y), Pair(x + 1, y + 1)]), of_iterator),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_batches(kind: str) -> None:
+    make, loss = KINDS[kind]
+
+    class OfKind(World):
+        def batch(self, step: int) -> Any:
+            b = super().batch(step)
+            return make(b["x"], b["y"])
+
+        def loss(self, model: Any, batch: Any) -> Tensor:
+            return loss(model, batch)
+
+    # With the last layer alone, the blocks below are differentiated after pass 2, and need what they have saved.
+    late = type("Late", (OfKind,), {"layers": lambda self: {"layers.2": self.model.layers[2]}})
+    assert_exact(late, ("steering", "weights"), layers=["layers.2"])
+    if kind != "iterator":
+        ours = OfKind()
+        given, plain = ours.batch(0), ours.batch(0)
+        torch.manual_seed(0)
+        with LfURegularizer(ours.model, "steering", alpha=ALPHA, lam=LAM) as reg:
+            reg(ours.model, given, ours.loss)
+        torch.manual_seed(0)
+        ours.loss(ours.model, plain)
+        assert_equal("the batch", *(held_by(b) for b in (given, plain)))
+
+
+def held_by(batch: Any) -> Any:
+    if isinstance(batch, Pair):
+        return batch._asdict()
+    names = ("x", "y") if isinstance(batch, Frozen) else Slots.__slots__ if isinstance(batch, Slots) else ()
+    return {name: getattr(batch, name) for name in names} or dict(getattr(batch, "kept", None) or batch)
