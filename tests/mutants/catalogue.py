@@ -1301,4 +1301,12 @@ MUTANTS = (
         "self.step, self.seed, scales, strength = step, seed, self.scales, self.strength",
         "tests/step/test_bad_steps.py::test_a_broken_state_is_refused_whole",
     ),
+    Mutant(
+        32,
+        "runs of a model that was trained further are not mixed with those before",
+        "cli/compare/store.py",
+        '"weights": weights',
+        '"weights": ""',
+        "tests/cli/compare/test_command.py::test_rows_of_another_setting_are_not_mixed",
+    ),
 )

@@ -22,12 +22,13 @@ class Store:
         rows: of finished runs.
     """
 
-    def __init__(self, folder: Path, setting: Setting, data: str) -> None:
+    def __init__(self, folder: Path, setting: Setting, rows: str, weights: str) -> None:
         self.folder = folder
         self._file = folder / "runs.jsonl"
         self.base: dict[str, Any] | None = None
         self.rows: list[dict[str, Any]] = []
-        self._open({**asdict(setting), "data": str(setting.data), "keep": [str(k) for k in setting.keep], "rows": data})
+        files = {"data": str(setting.data), "keep": [str(file) for file in setting.keep]}
+        self._open({**asdict(setting), **files, "rows": rows, "weights": weights})
         for row in self._lines():
             if row["run"] == "base":
                 self.base = row
