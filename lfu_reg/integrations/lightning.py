@@ -9,14 +9,15 @@ called in place of the loss: `self.manual_backward(self.lfu(self, batch, sft_los
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, nn
 
 from lfu_reg.diagnostics import LfUWarning
 from lfu_reg.integrations.settings import checked_settings
+from lfu_reg.model.patching import patched
 from lfu_reg.regularizer import LfURegularizer
 
 try:
@@ -65,7 +66,8 @@ class LfUCallback(Callback):
         self.regularizer: LfURegularizer | None = None
         self._module = module
         self._settings = checked_settings(settings, "LfUCallback")
-        self._saved: Mapping[str, int] | None = None
+        self._saved: Mapping[str, Any] | None = None  # what a fit starts from, and what the last one came to
+        self._ended: Mapping[str, Any] | None = None
         self._undo: Callable[[], None] | None = None
         self._pl_module: LightningModule | None = None
         self._called = False
@@ -86,7 +88,8 @@ class LfUCallback(Callback):
                 "there, and do not call the callback as well."
             )
         self._called = True
-        loss = self.regularizer(model, batch, sft_loss_fn, **call)
+        with self._logged_once(self.regularizer):
+            loss = self.regularizer(model, batch, sft_loss_fn, **call)
         self._log()
         return loss
 
@@ -105,6 +108,8 @@ class LfUCallback(Callback):
             ) from None
         self.regularizer = LfURegularizer(attached, **self._settings)
         self._pl_module = pl_module
+        if trainer.global_step and self._saved is None:  # the fit before goes on
+            self._saved = self._ended
         if self._saved is not None:
             self.regularizer.load_state_dict(self._saved)
         if pl_module.automatic_optimization:
@@ -135,7 +140,7 @@ class LfUCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The regularizer's step count and seed."""
-        saved = self._saved if self.regularizer is None else self.regularizer.state_dict()
+        saved = (self._saved or self._ended) if self.regularizer is None else self.regularizer.state_dict()
         return dict(saved or {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -165,8 +170,7 @@ class LfUCallback(Callback):
         returned: list[Any] = []
 
         def sft_loss(_: Any, batch: Any) -> Tensor:
-            with self._logging(repeated=bool(returned)):
-                output = plain_step(batch)
+            output = plain_step(batch)
             if output is None:
                 raise _Skipped
             returned.append(output)
@@ -174,27 +178,21 @@ class LfUCallback(Callback):
             return loss
 
         try:
-            loss = self.regularizer(model, batch, sft_loss)
+            with self._logged_once(self.regularizer):
+                loss = self.regularizer(model, batch, sft_loss)
         except _Skipped:
             return None
         self._log()
         return {**returned[0], "loss": loss} if isinstance(returned[0], Mapping) else loss
 
-    @contextmanager
-    def _logging(self, *, repeated: bool) -> Iterator[None]:
-        """Nothing is logged twice when a training step runs again."""
-        if not repeated:
-            yield
-            return
-        attributes = vars(self._pl_module)
-        before = dict(attributes)
-        attributes["log"] = attributes["log_dict"] = lambda *args, **kwargs: None
-        try:
-            yield
-        finally:
-            for name in ("log", "log_dict"):
-                del attributes[name]
-            attributes.update({name: before[name] for name in ("log", "log_dict") if name in before})
+    def _logged_once(self, regularizer: LfURegularizer) -> AbstractContextManager[None]:
+        """What the loss logs when it runs again is dropped."""
+        module: Any = self._pl_module
+
+        def once(log: Callable[..., None]) -> Callable[..., None]:
+            return lambda *args, **kwargs: None if regularizer.is_second_pass else log(*args, **kwargs)
+
+        return patched([(vars(module), name, once(getattr(module, name))) for name in ("log", "log_dict")])
 
     def _log(self) -> None:
         if self.regularizer is None or self._pl_module is None:
@@ -207,7 +205,7 @@ class LfUCallback(Callback):
         if self._undo is not None:
             self._undo()
         if self.regularizer is not None:
-            self._saved = self.regularizer.state_dict()
+            self._saved, self._ended = None, self.regularizer.state_dict()
             self.regularizer.remove()
         self.regularizer = self._undo = self._pl_module = None
         self._called = False

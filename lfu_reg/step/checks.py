@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lfu_reg.distributed.tensor_parallel import is_distributed
-from lfu_reg.model.names import listed, shown
+from lfu_reg.model.names import listed
 from lfu_reg.model.outputs import is_cache
 from lfu_reg.model.tokens import TokenMasks
 from lfu_reg.step.loss_checks import CALL
@@ -87,15 +87,6 @@ def check_is_attached(model: object, attached: nn.Module) -> None:
         "attached to. Pass that model or a wrapper of it (PEFT, DDP, compiled), or attach a new LfURegularizer to "
         "this one."
     )
-
-
-def check_state(state: object) -> None:
-    """Raise unless a state to load has what a regularizer's state has."""
-    if not isinstance(state, Mapping) or {"step", "seed"} - set(state):
-        given = f"a mapping of {shown([*state])}" if isinstance(state, Mapping) else f"a {type(state).__name__}"
-        raise ValueError(
-            f"The state is {given}; it needs 'step' and 'seed', as LfURegularizer.state_dict() gives them."
-        )
 
 
 def check_batch(batch: Any) -> None:

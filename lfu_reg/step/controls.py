@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -66,12 +67,19 @@ class Controls:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on bit for bit: step, seed, float16's scales, what sets alpha and lam."""
-        return self._progress.state_dict()
+        return {**self._progress.state_dict(), "measured_with": self._measured_with()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a `state_dict`."""
+        """Continue from a `state_dict`; under other settings alpha and lam are measured anew."""
+        if isinstance(state, Mapping) and state.get("measured_with", here := self._measured_with()) != here:
+            state = {name: value for name, value in state.items() if name != "strength"}
         self._progress.load_state_dict(state)
         self._ascent.forget()
+
+    def _measured_with(self) -> str:
+        """What alpha and lam follow from besides model and data, in any process."""
+        made = f"{self.auxiliary!r} on {len(self.layers)} layers, {self.distance!r}, {self.settings!r}"
+        return re.sub(" at 0x[0-9a-fA-F]+", "", made)
 
     @property
     def layers(self) -> tuple[str, ...]:

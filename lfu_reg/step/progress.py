@@ -21,16 +21,17 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from lfu_reg.auxiliaries.base import Generators
+from lfu_reg.model.names import shown
 from lfu_reg.model.rng import StepDraws
 from lfu_reg.model.tables import tensors_in
-from lfu_reg.step.checks import check_state
 from lfu_reg.step.float16 import LossScales
 from lfu_reg.step.one_backward import Direction
-from lfu_reg.step.settings import Settings
+from lfu_reg.step.settings import Settings, check_number
 from lfu_reg.step.sft_loss import is_repeating
 from lfu_reg.step.strength import Strength
 
 STEPS_TWICE = "An optimizer stepped in sft_loss_fn's second call: step outside, or where reg.is_second_pass is False."
+STATE = "The state {} cannot be loaded ({}); it needs 'step' and 'seed', as LfURegularizer.state_dict() gives them."
 
 
 class SameStep:
@@ -129,8 +130,12 @@ class Progress:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a `state_dict`."""
-        check_state(state)
-        self.step, self.seed = int(state["step"]), int(state["seed"])
-        self.scales.load_state_dict(state.get("loss_scales", {}))
-        self.strength.load_state_dict(state.get("strength", {}))
+        try:
+            step, seed = int(check_number("step", float(state["step"]))), int(state["seed"])
+            scales, strength = LossScales(), Strength(self.strength.settings)
+            scales.load_state_dict(state.get("loss_scales", {}))
+            strength.load_state_dict(state.get("strength", {}))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(STATE.format(shown(state), error)) from error
+        self.step, self.seed, self.scales, self.strength = step, seed, scales, strength
         self._drawn_at, self._wait, self._resume_at = self.step, 0, 0

@@ -52,8 +52,8 @@ class Settings:
                 check_number(name, value)
         if (self.lam is None) == (self.strength is None):
             raise ValueError(BOTH.format(lam=self.lam, strength=self.strength))
-        if not 0 < check_number("displacement", self.displacement) < 1:
-            raise ValueError(f"displacement={self.displacement!r}; allowed are numbers between 0 and 1.")
+        if not (isinstance(self.displacement, numbers.Real) and 0 < self.displacement < 1):
+            raise ValueError(f"displacement={shown(self.displacement)}; allowed are numbers between 0 and 1.")
         words = {
             "reduction": get_args(Reduction),
             "stop_gradient": get_args(StopGradient),
@@ -102,14 +102,11 @@ def value_at(name: str, schedule: Schedule, step: int) -> float:
 def check_number(name: str, value: object) -> float:
     """`value` as a float."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(
-            f"{name}={shown(value)} is a {type(value).__name__}; allowed are numbers from 0 and callables of the step "
-            "number."
-        )
+        given = f"{name}={shown(value)} is a {type(value).__name__}"
+        raise TypeError(f"{given}; allowed are numbers from 0 and callables of the step number.")
     if not math.isfinite(value) or value < 0:
-        raise ValueError(
-            f"{name}={value!r}; allowed are finite numbers from 0, or a callable of the step number that returns one."
-        )
+        allowed = "finite numbers from 0, or a callable of the step number that returns one"
+        raise ValueError(f"{name}={value!r}; allowed are {allowed}.")
     return float(value)
 
 

@@ -21,7 +21,7 @@ from lfu_reg.diagnostics import Look
 from lfu_reg.distributed.engine import Engine
 from lfu_reg.distributed.shared_ascent import summed
 from lfu_reg.step.comparison import Comparison
-from lfu_reg.step.settings import Settings, value_at
+from lfu_reg.step.settings import Settings, check_number, value_at
 from lfu_reg.step.sft_loss import PlainSFT
 
 # Where the search for alpha starts, and the smallest displacement that is aimed at, in units of the states' rounding.
@@ -62,12 +62,11 @@ class Strength:
         return {name: float(value) for name, value in held.items() if value is not None}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from it; what is missing is measured anew."""
-        self.figures, self.alpha, self.seen = {}, state.get("alpha"), int(state.get("seen", 0))
-        self.ratio, self.correction = (
-            torch.tensor(state[name], dtype=torch.float64, device="cpu") if name in state else None
-            for name in ("ratio", "correction")
-        )
+        """Continue from it, before anything is measured; what is missing will be."""
+        self.seen = int(state.get("seen", 0))
+        self.alpha = check_number("alpha", state["alpha"]) if "alpha" in state else None
+        for name in {"ratio", "correction"} & set(state):
+            setattr(self, name, torch.tensor(state[name], dtype=torch.float64, device="cpu"))
 
     def learn(self, figures: Tensor) -> Tensor:
         """Take note of what ranks have measured together, and return the ratio of this step; all ranks do the same."""

@@ -146,6 +146,41 @@ def test_manual_optimization(tmp_path: Path) -> None:
     assert torch.equal(plain, module.sft_loss(module, BATCHES[0]))
 
 
+class Logging(ManualModule):
+    """Logs in its loss function."""
+
+    def sft_loss(self, module: Any, batch: Any) -> Tensor:
+        loss = super().sft_loss(module, batch)
+        self.log("own", loss.detach(), on_step=False, on_epoch=True, batch_size=1)
+        self.log_dict({"too": loss.detach()}, on_step=False, on_epoch=True, batch_size=1)
+        return loss
+
+
+def test_manual_optimization_logs_the_loss_and_not_the_perturbed_one(tmp_path: Path) -> None:
+    module = Logging(LfUCallback(auxiliary="steering", alpha=0.05, lam=0.1, ascent_steps=2))
+    module.lr = 0.0
+    logged = fit(tmp_path, module, data=BATCHES).callback_metrics
+    plain = sum(float(plain_loss(Module().model, batch).detach()) for batch in BATCHES) / len(BATCHES)
+    assert float(logged["own"]) == float(logged["too"]) == pytest.approx(plain, rel=1e-6)
+    assert "log" not in vars(module)
+
+
+def test_every_fit_starts_anew(tmp_path: Path) -> None:
+    """With the same callback, as in cross-validation; what the same Trainer goes on with goes on."""
+    steps: list[int] = []
+    callback = LfUCallback(auxiliary="steering", alpha=0.05, lam=lambda step: steps.append(step) or 0.1)
+    for _ in range(2):
+        trainer = fit(tmp_path, Module(lr=0.01), callback, data=BATCHES[:2])
+    assert steps == [0, 1, 0, 1]
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(trainer.lightning_module, DataLoader(BATCHES[:2], batch_size=None))
+    assert steps == [0, 1, 0, 1, 2, 3]
+    assert callback.state_dict()["step"] == 4
+    callback.load_state_dict({"step": 7, "seed": 1})
+    fit(tmp_path, Module(lr=0.01), callback)
+    assert steps[-1] == 7
+
+
 def test_manual_optimization_that_does_not_call_is_told(tmp_path: Path) -> None:
     with pytest.warns(LfUWarning, match=says("manual optimization", "configure_callbacks", "self.lfu(")):
         fit(tmp_path, ManualModule(LfUCallback(**STEERING), calls=False))

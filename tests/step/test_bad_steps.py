@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -249,7 +250,30 @@ def test_state_dict_of_something_else() -> None:
     for state in states:
         with pytest.raises(ValueError, match="'step' and 'seed'") as caught:
             reg.load_state_dict(state)
-        assert len(str(caught.value)) < 200
+        assert len(str(caught.value)) < 250
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"step": "three"},
+        {"step": -3},
+        {"step": math.nan},
+        {"seed": None},
+        {"strength": None},
+        {"strength": {"alpha": -1.0}},
+        {"strength": {"alpha": "much"}},
+        {"loss_scales": {"clean": 3}},
+    ],
+    ids=str,
+)
+def test_a_broken_state_is_refused_whole(broken: dict[str, Any]) -> None:
+    reg = LfURegularizer(TINY.make(), "steering")
+    reg.load_state_dict({"step": 2, "seed": 7, "strength": {"alpha": 0.5}})
+    before = reg.state_dict()
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        reg.load_state_dict({"step": 5, "seed": 9, **broken})
+    assert reg.state_dict() == before
 
 
 def test_lstm_and_cnn_work_with_steering() -> None:

@@ -211,6 +211,52 @@ def test_alpha_reaches_the_displacement(name: str, dtype: torch.dtype) -> None:
     assert 1 / 1.5 < statistics.geometric_mean(found[1:]) < 1.5
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({"auxiliary": "lora"}, {"auxiliary": "steering"}),
+        ({"auxiliary": "steering"}, {"auxiliary": "steering", "displacement": 0.3}),
+        ({"auxiliary": "steering"}, {"auxiliary": "steering", "layers": [-1]}),
+        (
+            {"auxiliary": "steering", "alpha": 1e-4, "stop_gradient": "none"},
+            {"auxiliary": "steering", "alpha": 1e-2, "stop_gradient": "none"},
+        ),
+    ],
+    ids=["auxiliary", "displacement", "layers", "alpha"],
+)
+def test_a_state_of_other_settings_is_measured_anew(before: dict[str, Any], after: dict[str, Any]) -> None:
+    """The step and the seed go on; alpha and lam are those of a regularizer that starts there."""
+    model = LLAMA.make()
+    with LfURegularizer(model, **before, seed=1) as reg:
+        for _ in range(FIRST_STEPS + 1):
+            reg(model, LLAMA.batch(), LLAMA.loss)
+        state = reg.state_dict()
+    found = []
+    for given in (state, {"step": state["step"], "seed": 1}):
+        with LfURegularizer(model, **after, seed=2) as reg:
+            reg.load_state_dict(given)
+            reg(model, LLAMA.batch(), LLAMA.loss)
+            found.append({name: float(reg.metrics[name]) for name in ("alpha", "lam", "relative_distance")})
+            assert reg.state_dict()["step"] == FIRST_STEPS + 2
+            assert reg.seed == 1
+    assert found[0] == found[1]
+
+
+def test_what_was_measured_goes_on_in_another_process() -> None:
+    """Also where settings are functions, whose addresses differ there."""
+    model, states = LLAMA.make(), []
+    for _ in range(2):
+        with LfURegularizer(
+            model, strength=lambda step: 1 / (1 + step), token_mask=lambda batch: batch["labels"] != -100
+        ) as reg:
+            if states:
+                reg.load_state_dict(states[0])
+                assert reg.state_dict() == states[0]
+            reg(model, LLAMA.batch(), LLAMA.loss)
+            states.append(reg.state_dict())
+    assert "alpha" in states[0]["strength"]
+
+
 def test_displacement_is_relative_to_the_states() -> None:
     """The norms over all layers and all tokens that count, by hand."""
     model = TINY.make()
@@ -256,7 +302,7 @@ def test_displacement_is_relative_to_the_states() -> None:
         ({"strength": True}, r"strength=True is a bool"),
         ({"displacement": 0.0}, r"displacement=0.0; allowed are numbers between 0 and 1"),
         ({"displacement": 1.0}, r"displacement=1.0"),
-        ({"displacement": None}, r"displacement=None"),
+        ({"displacement": None}, r"displacement=None; allowed are numbers between 0 and 1\."),
     ],
     ids=str,
 )

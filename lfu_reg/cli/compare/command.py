@@ -15,7 +15,7 @@ from rich.console import Console
 
 from lfu_reg.auxiliaries import AuxiliaryName
 from lfu_reg.cli.compare.experiment import Experiment
-from lfu_reg.cli.compare.loading import check_fits, load_model
+from lfu_reg.cli.compare.loading import check_fits, load_model, weights_digest
 from lfu_reg.cli.compare.plan import EXACT, ONE_BACKWARD, Grid, Setting, best_rate
 from lfu_reg.cli.compare.plot import draw
 from lfu_reg.cli.compare.prepared import Prepared, prepare
@@ -133,7 +133,7 @@ def _run(setting: Setting, grid: Grid, out: Path, console: Console) -> None:
     with console.status("Reading and checking", spinner="line"):
         prepared = prepare(setting)
         check_fits(setting)
-        store = Store(out, setting, prepared.digest)
+        store = Store(out, setting, prepared.digest, weights_digest(setting.model))
     for line in _opening(setting, prepared):
         console.print(line, soft_wrap=True)
     pending = store.pending([*grid.sft(), *grid.lfu(best_rate(store.rows) or grid.rates[0])])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,6 +40,17 @@ def check_name(name: str) -> Any:
     if getattr(config, "is_encoder_decoder", False):
         raise Unusable(f"MODEL {name}: an encoder with a decoder. Allowed are models that continue text (causal ones).")
     return config
+
+
+def weights_digest(name: str) -> str:
+    """Of a folder's weights, byte by byte, as it may be trained further under the same name; a hub's are its name."""
+    files = sorted(file for ending in ("safetensors", "bin") for file in Path(name).glob(f"*.{ending}"))
+    digest = hashlib.blake2b(digest_size=6)
+    for file in files:
+        with file.open("rb") as content:
+            while part := content.read(1 << 24):
+                digest.update(part)
+    return digest.hexdigest() if files else name
 
 
 def check_fits(setting: Setting) -> None:

@@ -22,12 +22,13 @@ class Store:
         rows: of finished runs.
     """
 
-    def __init__(self, folder: Path, setting: Setting, data: str) -> None:
+    def __init__(self, folder: Path, setting: Setting, rows: str, weights: str) -> None:
         self.folder = folder
         self._file = folder / "runs.jsonl"
         self.base: dict[str, Any] | None = None
         self.rows: list[dict[str, Any]] = []
-        self._open({**asdict(setting), "data": str(setting.data), "keep": [str(k) for k in setting.keep], "rows": data})
+        files = {"data": str(setting.data), "keep": [str(file) for file in setting.keep]}
+        self._open({**asdict(setting), **files, "rows": rows, "weights": weights})
         for row in self._lines():
             if row["run"] == "base":
                 self.base = row
@@ -63,12 +64,12 @@ class Store:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if file.exists():
-                before = json.loads(file.read_text(encoding="utf-8"))["setting"]
+                before = dict(json.loads(file.read_text(encoding="utf-8"))["setting"])
             else:
                 before = setting
                 written = {"setting": setting, "environment": environment(setting["device"])}
                 file.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise Unusable(f"--out {self.folder}: cannot be used ({error}). Give another folder.") from error
         names = [name for name in setting if before.get(name) != setting[name]]
         if changed := [f"{name} was {before.get(name)} and is {setting[name]}" for name in names]:
@@ -81,7 +82,7 @@ class Store:
         """What is there; a last line that was being written when the machine stopped is cut off."""
         if not self._file.exists():
             return []
-        lines = self._file.read_text(encoding="utf-8").splitlines()
+        lines = self._file.read_text(encoding="utf-8", errors="replace").splitlines()
         whole = [line for line in lines if is_row(line)]
         if len(whole) < len(lines):
             self._file.write_text("".join(f"{line}\n" for line in whole), encoding="utf-8")
@@ -91,6 +92,7 @@ class Store:
 def is_row(line: str) -> bool:
     """Whether a line was written whole."""
     try:
-        return isinstance(json.loads(line), dict)
+        row = json.loads(line)
+        return isinstance(row, dict) and "run" in row
     except ValueError:
         return False

@@ -47,7 +47,7 @@ def read(folder: Path) -> Finished:
     try:
         written = json.loads((folder / "setting.json").read_text(encoding="utf-8"))
         setting, environment = dict(written["setting"]), dict(written["environment"])
-        lines = (folder / "runs.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = (folder / "runs.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Unusable(f"RUN {folder}: its files cannot be read ({type(error).__name__}: {error}).") from error
     rows = [json.loads(line) for line in lines if is_row(line)]

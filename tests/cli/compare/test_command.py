@@ -6,6 +6,7 @@ import html
 import inspect
 import json
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -26,7 +27,10 @@ from typer.testing import CliRunner
 from lfu_reg.cli.app import app
 from lfu_reg.cli.compare import command, experiment, training
 from lfu_reg.cli.compare.encoding import Tokens
+from lfu_reg.cli.compare.plan import Setting
 from lfu_reg.cli.compare.scoring import divergence, log_probabilities, score
+from lfu_reg.cli.compare.store import Store
+from lfu_reg.cli.errors import Unusable
 from tests.cli.compare.support import SMALL
 
 QUICK = ["--steps", "2", "--batch", "4", "--tokens", "48", "--train", "8", "--held-out", "4", "--threads", "1"]
@@ -198,13 +202,39 @@ def test_what_cannot_be_used(tmp_path: Path, rows: Path, arguments: list[str], m
 
 
 def test_rows_of_another_setting_are_not_mixed(tmp_path: Path, rows: Path) -> None:
-    call = [str(SMALL), str(rows), "--out", str(tmp_path / "out"), *QUICK, *FEW[2:], "--rates", "1e-3"]
+    model = shutil.copytree(SMALL, tmp_path / "model")
+    call = [str(model), str(rows), "--out", str(tmp_path / "out"), *QUICK, *FEW[2:], "--rates", "1e-3"]
     run(*call)
     other = run(*call, "--steps", "3")
     assert other.exit_code == 2
     assert "steps was 2 and is 3" in other.stderr
-    rows.write_text(rows.read_text().replace("minus 7", "minus 8"))
+    before = rows.read_text()
+    rows.write_text(before.replace("minus 7", "minus 8"))
     assert "rows was" in run(*call).stderr
+    rows.write_text(before)
+    content = bytearray((model / "model.safetensors").read_bytes())
+    content[-1] ^= 1  # as if it had been trained further
+    (model / "model.safetensors").write_bytes(content)
+    assert "weights was" in run(*call).stderr
+
+
+@pytest.mark.parametrize("written", ["[]", '{"setting": []}', '{"setting": 3}', "null", "{"])
+def test_a_folder_with_a_setting_of_something_else(written: str, tmp_path: Path) -> None:
+    (tmp_path / "setting.json").write_text(written)
+    with pytest.raises(Unusable, match="Give another folder"):
+        Store(tmp_path, Setting("model", tmp_path / "rows"), "rows", "weights")
+
+
+def test_lines_that_are_no_rows_are_cut_off(tmp_path: Path) -> None:
+    """A torn line, another program's line, and what a full disk left."""
+    store = Store(tmp_path, Setting("model", tmp_path / "rows"), "rows", "weights")
+    store.add({"run": "base", "point": 1})
+    with (tmp_path / "runs.jsonl").open("ab") as file:
+        file.write(b'{"hello": 1}\n\xff\xfe\x00\n{"run": "sft')
+    again = Store(tmp_path, Setting("model", tmp_path / "rows"), "rows", "weights")
+    assert again.base == {"run": "base", "point": 1}
+    assert again.rows == []
+    assert finished(tmp_path) == [again.base]
 
 
 def test_too_little_memory(tmp_path: Path, rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
