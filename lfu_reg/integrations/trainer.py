@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lfu_reg.diagnostics import LfUWarning
 from lfu_reg.integrations.averages import Averages
@@ -136,7 +136,7 @@ class LfUTrainerMixin:
         for name, value in attributes.items():
             if not name.startswith(("lfu", "_lfu")):  # the regularizer keeps its own notes of the call
                 collect(value, this, found, DEEPEST)
-        before = [(table, copied(table)) for table, _ in found.values() if not isinstance(table, Tensor)]
+        before = [(table, copied(table)) for table, _ in found.values() if not isinstance(table, (Tensor, nn.Module))]
         metrics = copy.deepcopy(attributes.get("_metrics"))  # TRL's, however long its lists are
         attributes["log"] = lambda *args, **kwargs: None
         try:

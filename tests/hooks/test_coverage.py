@@ -87,7 +87,7 @@ def test_another_count_in_pass_2_is_told() -> None:
     Routed.calls = 0
     model = seeded(TinyLM)
     model.blocks = nn.ModuleList([Routed(8)]).double()
-    reg = LfURegularizer(model, auxiliary("lora"), layers=["blocks.0"])
+    reg = LfURegularizer(model, auxiliary("lora"), layers=["blocks.0"], alpha=0.1)  # given: else a try would tell
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         reg(model, TINY.batch(), TINY.loss)
