@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lfu_reg.diagnostics import LfUWarning
 from lfu_reg.integrations.averages import Averages
 from lfu_reg.integrations.settings import checked_settings, try_on
-from lfu_reg.model.tables import DEEPEST, collect, copied, put
+from lfu_reg.model.tables import DEEPEST, NO_TABLES, collect, copied, put
 from lfu_reg.regularizer import LfURegularizer
 from lfu_reg.step.checks import NO_REPLICAS
 
@@ -136,7 +136,7 @@ class LfUTrainerMixin:
         for name, value in attributes.items():
             if not name.startswith(("lfu", "_lfu")):  # the regularizer keeps its own notes of the call
                 collect(value, this, found, DEEPEST)
-        before = [(table, copied(table)) for table, _ in found.values() if not isinstance(table, (Tensor, nn.Module))]
+        before = [(table, copied(table)) for table, _ in found.values() if not isinstance(table, NO_TABLES)]
         metrics = copy.deepcopy(attributes.get("_metrics"))  # TRL's, however long its lists are
         attributes["log"] = lambda *args, **kwargs: None
         try:

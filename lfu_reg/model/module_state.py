@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lfu_reg.model.patching import EVERYBODYS, patched
-from lfu_reg.model.tables import DEEPEST, collect, copied, holds, is_new_in, put
+from lfu_reg.model.tables import DEEPEST, NO_TABLES, collect, copied, holds, is_new_in, put
 
 # Of the attributes that every module has, those that a forward may write to.
 _TABLES = ("_buffers", "_forward_hooks", "_forward_pre_hooks")
@@ -133,7 +133,7 @@ class ModuleState:
         if hidden:
             return
         self._in_lists = {key: value for key, (value, _) in found.items() if isinstance(value, Tensor)}
-        self._tables = [pair for pair in found.values() if not isinstance(pair[0], (Tensor, nn.Module))]
+        self._tables = [pair for pair in found.values() if not isinstance(pair[0], NO_TABLES)]
         for table, _ in self._tables:
             if isinstance(table, dict):
                 names = [n for n, v in table.items() if isinstance(v, Tensor)]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 CONTAINERS = (dict, list, set, deque)
+NO_TABLES = (Tensor, nn.Module)  # `collect` finds them as well
 DEEPEST = 5  # containers in containers
 _LARGEST = 1024  # entries; larger containers and arrays are data
 _MANY = 64  # entries; modules and generators are not looked for in larger containers
@@ -100,6 +101,7 @@ def is_new_in(table: Any, before: Any) -> bool:
 def held_by(function: Any, model: nn.Module) -> list[Any]:
     """Modules and generators that a loss function and its helpers name, but for wrappers of the model."""
     found: dict[int, Any] = {}
+    beside: list[Any] = []
     reached = [(function, DEEPEST)]
     for value, depth in reached:
         if value is model or id(value) in found or not depth or isinstance(value, (type, str, int, float, Tensor)):
@@ -107,7 +109,8 @@ def held_by(function: Any, model: nn.Module) -> list[Any]:
         found[id(value)] = value
         if not isinstance(value, nn.Module) or model in value.modules():
             reached += [(entry, depth - 1) for entry in _named_by(value)]
-    beside = [v for v in found.values() if issubclass(type(v), nn.Module) and model not in v.modules()]
+        elif issubclass(type(value), nn.Module):  # and no weakref.proxy of one
+            beside.append(value)
     return beside + [v for v in found.values() if _access(v)]
 
 
