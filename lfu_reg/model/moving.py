@@ -42,7 +42,9 @@ def _copies_saved(tensors: Sequence[Tensor]) -> AbstractContextManager[Any]:
     memory = {tensor.untyped_storage().data_ptr() for tensor in tensors if _is_plain(tensor)}
 
     def pack(saved: Tensor) -> Tensor:
-        return saved if _is_plain(saved) and saved.untyped_storage().data_ptr() not in memory else saved.clone()
+        stays = _is_plain(saved) and saved.untyped_storage().data_ptr() not in memory
+        # `saved` is a view of a tensor of the graph, which would keep that alive.
+        return saved.data if stays else saved.clone()
 
     return torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed)
 
