@@ -28,7 +28,9 @@ class SAM(Method):
         norm = global_norm([g for g in gradients if g is not None]).clamp_min(1e-12)
         used = [(name, p, g) for (name, p), g in zip(parameters.items(), gradients, strict=True) if g is not None]
         moved = [(p.detach() + self.rho * g / norm).requires_grad_() for _, p, g in used]
-        places = [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name, _, _ in used]
+        places = [
+            (model.get_submodule(name.rpartition(".")[0])._parameters, name.rpartition(".")[2]) for name, _, _ in used
+        ]
         with patched([(*place, tensor) for place, tensor in zip(places, moved, strict=True)]):
             loss = sft_loss_fn(model, batch)
             # Taken here: with checkpointing, a later backward would run the blocks again without the moved weights.

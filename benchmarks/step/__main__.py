@@ -19,7 +19,7 @@ from lfu_reg.cli.published import PROCEDURES
 from step.others import OTHERS
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
-LFU = "sft,steering,lora,weights,steering-late,lora-late,steering-one,lora-one,weights-one"
+LFU = "sft,steering,lora,weights,steering-lam,steering-late,lora-late,steering-one,lora-one,weights-one"
 COMPARED = "retained,literal-steering,authors-lora,sam"
 COMMANDS = {
     "cpu_lora": "small --batch 8 --tokens 128 --rounds 8 --methods all --time-budget 1.5",

@@ -9,7 +9,7 @@ loss with respect to them, the ascent moves them by alpha * g / ||g||, and pass 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from lfu_reg.distributed.fsdp2 import Shards
-from lfu_reg.model.patching import Patch
 
 Components: TypeAlias = tuple[Tensor, ...]
 GradientRule: TypeAlias = Callable[[Tensor], Sequence[Tensor | None]]
@@ -117,8 +116,8 @@ class Auxiliary(ABC):
     def replace_gradients(self, function: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]) -> None:
         """Let g be what `function` makes of it: all of it by name, in the same order on every rank, zero for none."""
 
-    def shards_moved(self) -> AbstractContextManager[None]:
-        """Context in which FSDP2's shards are moved, where these are the components."""
+    def moved(self, *, keeps_graph: bool) -> AbstractContextManager[None]:
+        """Pass 2 and its backward, for components that are no hook's business; `keeps_graph` if that comes later."""
         return nullcontext()
 
     @abstractmethod
@@ -138,10 +137,6 @@ class Auxiliary(ABC):
 
     def require_gradients(self, required: bool) -> None:  # noqa: B027  nothing to do where leaves are parameters
         """Whether components are to be leaves that require gradients, for an explicit gradient at the current point."""
-
-    def pass2_patches(self) -> Iterable[Patch]:
-        """What stands in the place of parameters in pass 2, for components that are no hook's business."""
-        return ()
 
     def is_attached_to(self, model: nn.Module) -> bool:
         """Whether `sites` was not asked about another model since: the weights of that one would be moved."""

@@ -3,14 +3,15 @@
 With PEFT these are the adapter's matrices, which is the authors' LoRA flavour; with all weights it is the ascent of SAM
 (Table 6b). g is the SFT gradient that pass 1 takes anyway.
 
-The weights are never moved: pass 2 runs with theta + delta in the place of the parameters. Under FSDP2, which gathers
-its own copies, the shards are moved and copied back instead, and g is averaged over ranks, as FSDP reduces it.
+Pass 2 and its backward run with the parameters moved, and then these get back what they were to the last bit: whatever
+reads them sees that, and they stay leaves. Where the backward comes later, the graph has copies of what it saved of
+them. Under FSDP2 the shards are moved, and g is averaged over ranks as it reduces it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from lfu_reg.auxiliaries.ascent import ascend
 from lfu_reg.auxiliaries.base import Auxiliary, Generators
-from lfu_reg.model.patching import Patch, references_to
+from lfu_reg.model.moving import moved_in_place
 
 
 class WeightDeltas(Auxiliary):
@@ -85,11 +86,14 @@ class WeightDeltas(Auxiliary):
             function({n: self._gradients.get(n, torch.zeros_like(p)) for n, p in self._parameters.items()})
         )
 
-    def shards_moved(self) -> AbstractContextManager[None]:
-        """Shard + delta instead of every shard."""
-        if self.shards is None:
-            return nullcontext()
-        return self.shards.moved([(self._parameters[name], delta) for name, delta in self._deltas.items()])
+    def moved(self, *, keeps_graph: bool) -> AbstractContextManager[None]:
+        """Parameter + delta instead of every parameter, or shard + delta instead of every shard."""
+        pairs = [(self._parameters[name], delta) for name, delta in self._deltas.items()]
+        if self.shards is not None:
+            return self.shards.moved(pairs)
+        # By `.data`, which counts no version: graphs of the caller's may have saved the parameters.
+        data = [parameter.data for parameter, _ in pairs]
+        return moved_in_place(data, list(self._deltas.values()), stay_saved=keeps_graph)
 
     def ascend(self, alpha: float) -> Tensor:
         """Eq. 2 over all trainable parameters that got a gradient."""
@@ -116,17 +120,6 @@ class WeightDeltas(Auxiliary):
     def perturbation(self) -> dict[str, Any]:
         """Parameter name to delta."""
         return dict(self._deltas)
-
-    def pass2_patches(self) -> Iterable[Patch]:
-        """Parameter + delta instead of every parameter, in every module that holds it (tied weights, private lists)."""
-        if self._model is None or self.shards is not None:
-            return
-        moved = {id(self._parameters[name]): self._parameters[name] + delta for name, delta in self._deltas.items()}
-        for module in self._model.modules():
-            for name, parameter in module._parameters.items():
-                if id(parameter) in moved:
-                    yield module, name, moved[id(parameter)]
-            yield from references_to(moved, module)
 
     def __repr__(self) -> str:
         return "WeightDeltas()" if self.only is None else f"WeightDeltas(only={self.only!r})"

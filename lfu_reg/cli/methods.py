@@ -26,6 +26,7 @@ BLOCKS = "blocks"
 LFU = {"steering": "LfU steering", "lora": "LfU LoRA", "weights": "LfU weights"}
 # Key: auxiliary, label, settings.
 VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "steering-lam": ("steering", "LfU steering, alpha and lam given", {"alpha": 0.5, "lam": 5.0}),
     "steering-late": ("steering", "LfU steering, last third of layers", {"layers": "late"}),
     "lora-late": ("lora", "LfU LoRA, last third of layers", {"layers": "late"}),
     "steering-one": ("steering", "LfU steering, one backward", {"strategy": "one-backward"}),

@@ -70,7 +70,7 @@ def _instrumented(
             laps[name] += clock.now() - start
             yield value
 
-    second, pass2_patches = passes.Passes.second, reg.auxiliary.pass2_patches
+    second = passes.Passes.second
 
     def strategy(*settings: Any) -> Any:
         made: Any = choose_strategy(*settings)
@@ -90,7 +90,6 @@ def _instrumented(
         for target, name, wrapped in (
             (second_pass, "choose_strategy", strategy),
             (passes.Passes, "second", lambda *args: timed_entry("perturbed forward", second(*args))),
-            (reg.auxiliary, "pass2_patches", timed("ascent", lambda: list(pass2_patches()))),
             (reg.auxiliary, "ascend", timed("ascent", reg.auxiliary.ascend)),
             (regularizer, "consistency", timed("distance", consistency)),
         ):

@@ -7,16 +7,16 @@ taken, and the old `.grad` is put back. All that is read of FSDP's private state
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lfu_reg.model.autocast import no_autocast
 from lfu_reg.model.graph import grad_set_aside, hooks_quiet
+from lfu_reg.model.moving import moved_in_place
 from lfu_reg.model.patching import patched
 
 
@@ -68,26 +68,15 @@ class Shards:
             loss.backward()  # type: ignore[no-untyped-call]
         return [(tensor, gradient) for tensor, gradient in written if id(tensor) not in copies]
 
-    @contextmanager
-    def moved(self, deltas: Sequence[tuple[Any, Any]]) -> Iterator[None]:
-        """Shards moved by deltas (pairs of DTensors) for the block, and put back to the last bit whatever happens."""
-        shards = [shard.detach().to_local() for shard, _ in deltas]  # the same memory
-        kept = [shard.clone() for shard in shards]
-        try:
-            for shard, (_, delta) in zip(shards, deltas, strict=True):
-                shard.add_(delta.to_local())
-            self.reshard()
-            yield
-        finally:
-            for shard, before in zip(shards, kept, strict=True):
-                shard.copy_(before)
-            self.reshard()
+    def moved(self, deltas: Sequence[tuple[Any, Any]]) -> AbstractContextManager[None]:
+        """Shards moved by deltas (pairs of DTensors) for the block."""
+        local = [(shard.detach().to_local(), delta.to_local()) for shard, delta in deltas]  # the same memory
+        return moved_in_place([shard for shard, _ in local], [delta for _, delta in local], self.reshard)
 
     def reshard(self) -> None:
-        """Free gathered copies, and what autocast made of them, so that the next forward gathers and casts anew."""
+        """Free gathered copies, so that the next forward gathers anew."""
         for unit in self._units:
             unit.reshard()
-        torch.clear_autocast_cache()  # which knows tensors by identity, and the next gathered copy is the same object
 
     def _entered(self, loss: Tensor) -> RemovableHandle:
         """Prepare units around the layers when the backward of `loss` starts."""

@@ -127,8 +127,9 @@ class ReusedBlocks:
     def answers(self, start: Tensor, samples: Tensor | None) -> list[Patch]:
         """Forward methods for pass 2: no block runs, and the last one returns `start`; none after `refuse()`."""
         last = next(reversed(self.blocks), None)
+        starts = {last: start}
         return [
-            (block, "forward", _Answering(block.forward, self._answers[name], start if name == last else None, samples))
+            (vars(block), "forward", _Answering(block.forward, self._answers[name], starts.get(name), samples))
             for name, block in self.blocks.items()
         ]
 

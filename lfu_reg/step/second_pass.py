@@ -77,9 +77,8 @@ class SecondPass:
         auxiliary, hooks = self._auxiliary, self._attached.hooks
         checks.check_batch(batch)
         auxiliary.require_gradients(True)
-        with auxiliary.shards_moved(), self._again():
-            patches = list(auxiliary.pass2_patches())
-            fwd = ForwardPass(self._sft.tokens_of(batch), capture=None, apply=True, patches=patches)
+        with self._again(), auxiliary.moved(keeps_graph=self._strategy.keeps_graph):
+            fwd = ForwardPass(self._sft.tokens_of(batch), capture=None, apply=True)
             with hooks.run(fwd):
                 with hooks.recording():
                     loss = self._sft.again(batch)
@@ -138,7 +137,7 @@ class SecondPass:
             raise ValueError(checks.CANNOT_DIVIDE.format(number=len(samples)))
         start = self._start if self._shared is None else self._shared.start
         answers = [] if start is None else attached.reused.answers(start, samples)
-        with self._auxiliary.shards_moved(), ExitStack() as stack:
+        with ExitStack() as stack:
             quiet = attached.tail_may_be_quiet and not self.engine.is_sharded and not self._repeats_whole
             try:
                 perturbed = self._run_second(stack, samples, answers, quiet)
@@ -176,11 +175,14 @@ class SecondPass:
         attached, record, settings = self._attached, self.clean.record, self._settings
         with ExitStack() as inner:
             inner.enter_context(self._again(but_blocks=bool(answers)))
+            inner.enter_context(
+                self._auxiliary.moved(keeps_graph=self._strategy.keeps_graph)
+            )  # from where pass 1 began
             perturbed = ForwardPass(
                 self._sft.tokens.select(samples),
                 apply=True,
                 capture="attached",
-                patches=[*self._auxiliary.pass2_patches(), *answers],  # of weights as they were before pass 1
+                patches=answers,
                 leave=settings.leave_early if not self.engine.is_sharded else False,
                 leave_after=len(record.states),
                 quiet_tail=quiet,

@@ -112,6 +112,10 @@ def test_other_settings(setting: str, value: Any, allowed: str) -> None:
     refuses(TINY.make(), (str(value), allowed), **{setting: value})
 
 
+def test_ranks_that_nothing_is_averaged_over() -> None:
+    refuses(TINY.make(), ("process_group", "sync_perturbation=True"), process_group=object())
+
+
 def test_names_in_any_case() -> None:
     names = {"auxiliary": "LoRA", "distance": "MSE", "reduction": "Sum", "stop_gradient": "Clean", "strategy": "Auto "}
     with LfURegularizer(TINY.make(), layers="Late", leave_early="AUTO", **names) as reg:  # type: ignore[arg-type]

@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 import peft
-import pytest
 import torch
 from torch import Tensor, nn
 
@@ -16,10 +15,6 @@ from tests.support.architectures import llama, mixtral
 from tests.support.cases import Case, causal_loss, next_token_loss, response_tokens, seeded
 from tests.support.models import PEFT, llm_batch
 
-freezes_leaves_alone = pytest.mark.skipif(
-    not hasattr(peft.utils.other, "_set_layer_requires_grad"),
-    reason="PEFT 0.15 freezes adapters that are no leaves, as moved ones are: torch refuses it",
-)
 VIRTUAL = 3
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 

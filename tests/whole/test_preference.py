@@ -17,10 +17,8 @@ from tests.support.cases import Case, token_batch
 from tests.support.compare import assert_same_gradients, close, gradients_of
 from tests.support.harness import a_matrices_of, auxiliary
 from tests.support.models import LLAMA, PEFT, llm_batch
-from tests.support.peft_models import freezes_leaves_alone
 
 AUXILIARIES = ("lora", "steering", "weights")
-OF_SWITCHED_ADAPTERS = ("lora", "steering", pytest.param("weights", marks=freezes_leaves_alone))
 STRATEGIES = ("released", "retained")
 Reference = Callable[[Any, Mapping[str, Tensor]], Tensor]
 
@@ -86,7 +84,7 @@ def test_a_frozen_reference_model(name: str, case: Case, strategy: str) -> None:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("name", OF_SWITCHED_ADAPTERS)
+@pytest.mark.parametrize("name", AUXILIARIES)
 def test_the_reference_is_the_model_without_its_adapter(name: str, strategy: str) -> None:
     with torch.no_grad():
         fixed = with_disabled_adapter(PEFT.make(), pairs())
@@ -95,7 +93,7 @@ def test_the_reference_is_the_model_without_its_adapter(name: str, strategy: str
     assert len(reg.layers) == 4
 
 
-@pytest.mark.parametrize("name", OF_SWITCHED_ADAPTERS)
+@pytest.mark.parametrize("name", AUXILIARIES)
 def test_switched_adapters_as_reference(name: str) -> None:
     """TRL's other way: the reference is a second adapter of the same model."""
 
