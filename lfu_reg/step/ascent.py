@@ -28,7 +28,7 @@ class Ascent:
         self, auxiliary: Auxiliary, settings: Settings, progress: Progress, process_group: ProcessGroup | None
     ) -> None:
         if process_group is not None and not settings.sync_perturbation:
-            raise ValueError("process_group= names the ranks to average over: set sync_perturbation=True or leave it out.")
+            raise ValueError("process_group= names the ranks to average over: set sync_perturbation=True.")
         self._auxiliary, self._settings, self._progress = auxiliary, settings, progress
         self._shared = SharedAscent(process_group)
         self._is_shared = False
