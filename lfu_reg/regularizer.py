@@ -147,7 +147,7 @@ class LfURegularizer(Controls):
             return sft_loss_fn(model, batch)
         checks.check_batch(batch)
         self._attached.follow()
-        progress, trained = self._progress, [p for p in model.parameters() if p.requires_grad]
+        progress, trained = self._progress, checks.trained_by(model)
         progress.step = step = progress.begin(trained, batch)
         strength = progress.strength.at(step)
         try:

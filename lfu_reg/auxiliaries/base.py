@@ -69,6 +69,7 @@ class Auxiliary(ABC):
     moves_weights = False
     acts_at_sites = False
     shards: Shards | None = None
+    backward = -1  # the running backward that g is collected from
 
     @property
     def _label(self) -> str:
@@ -125,8 +126,19 @@ class Auxiliary(ABC):
     def ascend(self, alpha: float) -> Tensor:
         """Eq. 2. Move the components by alpha * g / ||g||, forget g, and return ||g||."""
 
-    def collect_later(self) -> None:  # noqa: B027  taps collect by themselves
-        """Collect g from the caller's backward, too."""
+    def collect_later(self, loss: Tensor) -> None:
+        """Collect g from the caller's backward from `loss`, too: from the last one, where there are several."""
+
+        def begin(gradient: Tensor) -> None:
+            if self.backward != (task := torch._C._current_graph_task_id()):  # it may be the sum of several losses
+                self.backward = task
+                self.forget_gradient()
+                torch.autograd.Variable._execution_engine.queue_callback(end)
+
+        def end() -> None:
+            self.backward = -1
+
+        loss.register_hook(begin)  # type: ignore[no-untyped-call]
 
     def rescale(self, factor: float) -> bool:
         """Move the components `factor` times as far as they are; False where that is not possible."""

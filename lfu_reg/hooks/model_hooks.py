@@ -180,7 +180,7 @@ class ModelHooks:
             return y
 
     def _keep(self, name: str, hidden: Tensor, tokens: Tokens, fwd: ForwardPass) -> Tensor:
-        fwd.record.saves_elsewhere = fwd.record.saves_elsewhere or saves_elsewhere()
+        fwd.record.goes_once = fwd.record.goes_once or saves_elsewhere()
         if self.look is not None and not fwd.apply and hidden.grad_fn is not None:
             hidden.grad_fn.register_prehook(partial(self._arrived, tokens, hidden.output_nr, fwd.gate))
         kept = hidden.detach() if fwd.capture == "detached" else hidden

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 # A module, the name of its parameter, and the tensor to use instead, which may carry a graph; or a module, "forward",
 # and what to call instead of its forward method; or a list or dictionary, an index or key, and what to keep there.
@@ -20,6 +21,17 @@ Patch: TypeAlias = tuple["nn.Module | list[Any] | dict[Any, Any]", Any, Any]
 ABSENT: Any = object()
 # Attributes that every module has: no notes of its own, nor references to parameters, which are replaced by name.
 EVERYBODYS = frozenset(vars(nn.Module()))
+
+
+@contextmanager
+def cached_weights_kept() -> Iterator[None]:
+    """What `parametrize.cached()` keeps of weights in the block is of one pass: moved weights have others."""
+    kept = parametrize._cache
+    parametrize._cache = dict(kept)
+    try:
+        yield
+    finally:
+        parametrize._cache = kept
 
 
 @contextmanager
