@@ -82,9 +82,7 @@ class Record:
     fired: Counter[str] = field(default_factory=Counter)  # how often each hooked module ran with gradients
     compiled: bool = False  # whether any of them ran in a region of torch.compile
     float16: bool = False
-    # Whether one backward alone may go through the graph: saved tensors went through somebody's hooks at a captured
-    # layer, or a checkpoint was selective, which is noted from outside.
-    goes_once: bool = False
+    goes_once: bool = False  # whether its graph is for one backward: activations saved elsewhere, selective checkpoints
     old_backward_hooks: list[str] = field(default_factory=list)  # modules with hooks of `register_backward_hook`
     watched: list[WriteWatch] = field(default_factory=list)  # outputs in whose place a tap put another tensor
 

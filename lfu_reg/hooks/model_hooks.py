@@ -35,6 +35,11 @@ TRANSFORMED = (
     "state can be kept for the second pass. Call the model outside of the transform in sft_loss_fn."
 )
 
+NESTED = (
+    "{!r} returned a nested tensor, whose samples have lengths of their own. Pad them, or hand all tokens to the "
+    "layers in one tensor (x.values())."
+)
+
 
 class ModelHooks:
     """The hooks of one regularizer on one model."""
@@ -154,6 +159,8 @@ class ModelHooks:
                 "is no hidden state to compare or to steer. Choose other layers with layers=...."
             )
         y = outputs.get(output, path)
+        if y.is_nested:
+            raise ValueError(NESTED.format(name))
         fwd.record.float16 = fwd.record.float16 or in_float16(y)
         tokens = self._tokens(name, y, fwd)
         changed = y

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
@@ -21,17 +21,6 @@ Patch: TypeAlias = tuple["nn.Module | list[Any] | dict[Any, Any]", Any, Any]
 ABSENT: Any = object()
 # Attributes that every module has: no notes of its own, nor references to parameters, which are replaced by name.
 EVERYBODYS = frozenset(vars(nn.Module()))
-
-
-@contextmanager
-def cached_weights_kept() -> Iterator[None]:
-    """What `parametrize.cached()` keeps of weights in the block is of one pass: moved weights have others."""
-    kept = parametrize._cache
-    parametrize._cache = dict(kept)
-    try:
-        yield
-    finally:
-        parametrize._cache = kept
 
 
 @contextmanager
@@ -52,6 +41,11 @@ def patched(replacements: Iterable[Patch]) -> Iterator[None]:
                 table.pop(key, None)
             else:
                 table[key] = old
+
+
+def cached_weights_kept() -> AbstractContextManager[None]:
+    """What `parametrize.cached()` keeps of weights in the block is of one pass: moved weights have others."""
+    return patched([(vars(parametrize), "_cache", dict(parametrize._cache))])
 
 
 def references_to(replaced: Mapping[int, Tensor], module: nn.Module) -> Iterator[Patch]:

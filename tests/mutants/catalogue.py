@@ -1377,8 +1377,8 @@ MUTANTS = (
         36,
         "weights that torch keeps around the step are those of one pass",
         "model/patching.py",
-        "    parametrize._cache = dict(kept)\n",
-        "    pass\n",
+        'return patched([(vars(parametrize), "_cache", dict(parametrize._cache))])',
+        "return patched([])",
         "tests/situations/test_surroundings.py::test_weights_that_torch_keeps_around_the_step",
     ),
     Mutant(
@@ -1436,5 +1436,21 @@ MUTANTS = (
         "                self.forget_gradient()\n",
         "",
         "tests/step/test_one_backward.py::test_the_direction_comes_from_the_backward_of_the_loss",
+    ),
+    Mutant(
+        5,
+        "a compiled training step breaks at the regularizer",
+        "regularizer.py",
+        "    @_disable_dynamo",
+        "    #",
+        "tests/situations/test_machinery.py::test_a_compiled_training_step",
+    ),
+    Mutant(
+        1,
+        "nested tensors are told",
+        "hooks/model_hooks.py",
+        "        if y.is_nested:\n",
+        "        if False:\n",
+        "tests/situations/test_machinery.py::test_nested_tensors_are_told",
     ),
 )

@@ -406,7 +406,7 @@ class SelectivelyCheckpointed(World):
             h = self.inp(x)
             for layer in self.layers:
                 h = checkpoint(
-                    layer, h, use_reentrant=False, context_fn=partial(selective, [torch.ops.aten.mm.default])
+                    layer, h, use_reentrant=False, context_fn=partial(selective, [torch.ops.aten.addmm.default])
                 )
             return self.out(torch.tanh(h))
 
