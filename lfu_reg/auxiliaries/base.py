@@ -69,7 +69,7 @@ class Auxiliary(ABC):
     moves_weights = False
     acts_at_sites = False
     shards: Shards | None = None
-    backward = -1  # the running backward that g is collected from
+    _backward = -1  # the running one that g is collected from
 
     @property
     def _label(self) -> str:
@@ -130,13 +130,13 @@ class Auxiliary(ABC):
         """Collect g from the caller's backward from `loss`, too: from the last one, where there are several."""
 
         def begin(gradient: Tensor) -> None:
-            if self.backward != (task := torch._C._current_graph_task_id()):  # it may be the sum of several losses
-                self.backward = task
+            if self._backward != (task := torch._C._current_graph_task_id()):  # it may be the sum of several losses
+                self._backward = task
                 self.forget_gradient()
                 torch.autograd.Variable._execution_engine.queue_callback(end)
 
         def end() -> None:
-            self.backward = -1
+            self._backward = -1
 
         loss.register_hook(begin)  # type: ignore[no-untyped-call]
 

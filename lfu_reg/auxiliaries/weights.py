@@ -107,7 +107,7 @@ class WeightDeltas(Auxiliary):
             self._handles.append(parameter.register_hook(arrived))  # type: ignore[no-untyped-call]
 
     def _arrived(self, name: str, gradient: Tensor) -> None:
-        if self.backward >= 0:  # in parts, where reentrant checkpoints have backwards of their own
+        if self._backward >= 0:  # in parts, where reentrant checkpoints have backwards of their own
             before = self._gradients.get(name)
             self._collect(name, gradient if before is None else before + gradient)
 

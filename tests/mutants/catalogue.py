@@ -1425,7 +1425,7 @@ MUTANTS = (
         33,
         "the direction comes from a backward of the loss",
         "auxiliaries/weights.py",
-        "if self.backward >= 0:",
+        "if self._backward >= 0:",
         "if True:",
         "tests/step/test_one_backward.py::test_the_direction_comes_from_the_backward_of_the_loss",
     ),
