@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from lfu_reg.auxiliaries import Auxiliary, AuxiliaryName, acting_in, make_auxiliary
 from lfu_reg.diagnostics import Diagnostics
@@ -123,6 +124,7 @@ class LfURegularizer(Controls):
         self._ascent = Ascent(self.auxiliary, self.settings, self._progress, process_group)
         self._attached = AttachedModel(model, layers, self.auxiliary, self.distance, self._diagnostics)
 
+    @_disable_dynamo  # a compiled training step has a break here
     def __call__(self, model: Any, batch: Any, sft_loss_fn: LossFunction, *, undesirable: Any = None) -> Tensor:
         """The LfU loss of one batch.
 
@@ -147,7 +149,7 @@ class LfURegularizer(Controls):
             return sft_loss_fn(model, batch)
         checks.check_batch(batch)
         self._attached.follow()
-        progress, trained = self._progress, [p for p in model.parameters() if p.requires_grad]
+        progress, trained = self._progress, checks.trained_by(model)
         progress.step = step = progress.begin(trained, batch)
         strength = progress.strength.at(step)
         try:

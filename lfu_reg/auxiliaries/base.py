@@ -68,6 +68,7 @@ class Auxiliary(ABC):
     moves_weights = False
     acts_at_sites = False
     shards: Shards | None = None
+    _backward = -1  # the running one that g is collected from
 
     @property
     def _label(self) -> str:
@@ -124,8 +125,19 @@ class Auxiliary(ABC):
     def ascend(self, alpha: float) -> Tensor:
         """Eq. 2. Move the components by alpha * g / ||g||, forget g, and return ||g||."""
 
-    def collect_later(self) -> None:  # noqa: B027  taps collect by themselves
-        """Collect g from the caller's backward, too."""
+    def collect_later(self, loss: Tensor) -> None:
+        """Collect g from the caller's backward from `loss`, too: from the last one, where there are several."""
+
+        def begin(gradient: Tensor) -> None:
+            if self._backward != (task := torch._C._current_graph_task_id()):  # it may be the sum of several losses
+                self._backward = task
+                self.forget_gradient()
+                torch.autograd.Variable._execution_engine.queue_callback(end)
+
+        def end() -> None:
+            self._backward = -1
+
+        loss.register_hook(begin)  # type: ignore[no-untyped-call]
 
     def rescale(self, factor: float) -> bool:
         """Move the components `factor` times as far as they are; False where that is not possible."""

@@ -57,9 +57,9 @@ class RandomDirections(OutputAuxiliary):
         return self.of.groups(names)
 
     def direction(self, gradients: list[Tensor]) -> list[Tensor]:
-        """Noise of the gradients' shapes, from the step's generator."""
+        """Noise of the gradients' shapes, from the step's generator; none where nothing has a gradient, as LoRA's A."""
         return [
-            torch.randn(g.shape, generator=self._generators(g.device), dtype=g.dtype, device=g.device)
+            torch.randn(g.shape, generator=self._generators(g.device), dtype=g.dtype, device=g.device) * g.any()
             for g in gradients
         ]
 

@@ -103,11 +103,17 @@ class WeightDeltas(Auxiliary):
         self._gradients = {}
         return norm
 
-    def collect_later(self) -> None:
+    def collect_later(self, loss: Tensor) -> None:
         """By hooks on the parameters, until the next step."""
+        super().collect_later(loss)
         for name, parameter in self._parameters.items():
-            collect = partial(self._collect, name)
-            self._handles.append(parameter.register_hook(collect))  # type: ignore[no-untyped-call]
+            arrived = partial(self._arrived, name)
+            self._handles.append(parameter.register_hook(arrived))  # type: ignore[no-untyped-call]
+
+    def _arrived(self, name: str, gradient: Tensor) -> None:
+        if self._backward >= 0:  # in parts, where reentrant checkpoints have backwards of their own
+            before = self._gradients.get(name)
+            self._collect(name, gradient if before is None else before + gradient)
 
     def _collect(self, name: str, gradient: Tensor) -> None:
         self._gradients[name] = gradient.to_dense() if gradient.is_sparse else gradient

@@ -74,7 +74,7 @@ class Entry:
 
 @dataclass
 class Record:
-    """What the hooks note down of a pass; nobody else writes to it."""
+    """What the hooks note down of a pass."""
 
     states: list[State] = field(default_factory=list)
     entries: list[Entry] = field(default_factory=list)
@@ -82,7 +82,7 @@ class Record:
     fired: Counter[str] = field(default_factory=Counter)  # how often each hooked module ran with gradients
     compiled: bool = False  # whether any of them ran in a region of torch.compile
     float16: bool = False
-    saves_elsewhere: bool = False  # whether saved tensors went through somebody's hooks at a captured layer
+    goes_once: bool = False  # whether its graph is for one backward: activations saved elsewhere, selective checkpoints
     old_backward_hooks: list[str] = field(default_factory=list)  # modules with hooks of `register_backward_hook`
     watched: list[WriteWatch] = field(default_factory=list)  # outputs in whose place a tap put another tensor
 

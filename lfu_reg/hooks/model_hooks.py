@@ -35,6 +35,11 @@ TRANSFORMED = (
     "state can be kept for the second pass. Call the model outside of the transform in sft_loss_fn."
 )
 
+NESTED = (
+    "{!r} returned a nested tensor, whose samples have lengths of their own. Pad them, or hand all tokens to the "
+    "layers in one tensor (x.values())."
+)
+
 
 class ModelHooks:
     """The hooks of one regularizer on one model."""
@@ -154,6 +159,8 @@ class ModelHooks:
                 "is no hidden state to compare or to steer. Choose other layers with layers=...."
             )
         y = outputs.get(output, path)
+        if y.is_nested:
+            raise ValueError(NESTED.format(name))
         fwd.record.float16 = fwd.record.float16 or in_float16(y)
         tokens = self._tokens(name, y, fwd)
         changed = y
@@ -180,7 +187,7 @@ class ModelHooks:
             return y
 
     def _keep(self, name: str, hidden: Tensor, tokens: Tokens, fwd: ForwardPass) -> Tensor:
-        fwd.record.saves_elsewhere = fwd.record.saves_elsewhere or saves_elsewhere()
+        fwd.record.goes_once = fwd.record.goes_once or saves_elsewhere()
         if self.look is not None and not fwd.apply and hidden.grad_fn is not None:
             hidden.grad_fn.register_prehook(partial(self._arrived, tokens, hidden.output_nr, fwd.gate))
         kept = hidden.detach() if fwd.capture == "detached" else hidden

@@ -18,7 +18,7 @@ class Gate:
 
     def __init__(self) -> None:
         self.is_open = False  # while the library's own backward of the pass runs, so that taps collect
-        self.is_crossed = False  # whether somebody took a gradient of a gradient through a tap
+        self.is_crossed = False  # whether somebody took a gradient of a gradient, or a tangent, through a tap
         self.finite: list[Tensor] | None = None  # where asked for: whether each gradient is, as unread scalars
 
     @contextmanager
@@ -65,6 +65,11 @@ class _Tap(torch.autograd.Function):
         elif torch.is_grad_enabled():
             gate.is_crossed = True
         return grad_output, torch.zeros_like(ctx.anchor_like), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor | None, *others: Any) -> Tensor | None:
+        ctx.gate.is_crossed = True  # components take part in the tangents as well
+        return None if tangent is None else tangent.clone()
 
 
 def depends_on_a_tap(tensor: Tensor) -> bool:

@@ -33,8 +33,8 @@ OFFLOADED = (
 _innermost_hooks: Callable[[bool], Any] | None = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
 _changing = threading.Lock()
-_noting: dict[int, tuple[int, list[str]]] = {}  # threads and their lists, by the list's id
-_replaced: list[tuple[Any, Any]] = []  # what stands behind the watch
+_lists: dict[int, tuple[int, list[str]]] = {}  # threads and their lists, by the list's id
+_replaced: list[tuple[Any, str, Any]] = []  # what stands behind the watch
 
 
 def can_tell_who_saves() -> bool:
@@ -55,40 +55,42 @@ def repeats_stop_early() -> bool:
 
 @contextmanager
 def noted() -> Iterator[list[str]]:
-    """A list of what this thread does in the block: enter a "checkpoint", put a "hook" on a tensor."""
+    """What this thread does in the block: enter a "checkpoint", perhaps a "selective" one, put a "hook" on a tensor."""
     found: list[str] = []
     with _changing:
-        if not _noting:
+        if not _lists:
             _watch()
-        _noting[id(found)] = threading.get_ident(), found
+        _lists[id(found)] = threading.get_ident(), found
     try:
         yield found
     finally:
         with _changing:
-            del _noting[id(found)]
-            if not _noting:
-                torch.autograd.graph.saved_tensors_hooks.__enter__, torch.Tensor.register_hook = _replaced.pop()  # type: ignore[method-assign]
+            del _lists[id(found)]
+            if not _lists:
+                for owner, name, own in _replaced:
+                    setattr(owner, name, own)
+                _replaced.clear()
 
 
 def _watch() -> None:
     """Look at every use of saved-tensor hooks, without which there is no checkpoint, and of tensor hooks."""
-    hooks, register = torch.autograd.graph.saved_tensors_hooks, torch.Tensor.register_hook
-    enter = hooks.__enter__
-
-    def entered(self: Any) -> None:
-        if type(self).__module__ == torch.utils.checkpoint.__name__:
-            _note("checkpoint")
-        enter(self)
-
-    def registered(self: Any, hook: Any) -> Any:
-        _note("hook")
-        return register(self, hook)  # type: ignore[no-untyped-call]
-
-    _replaced.append((enter, register))
-    hooks.__enter__, torch.Tensor.register_hook = entered, registered  # type: ignore[method-assign]
+    checkpoints: Any = torch.utils.checkpoint
+    for owner, name, what in (
+        (torch.autograd.graph.saved_tensors_hooks, "__enter__", "checkpoint"),
+        (checkpoints._CachingTorchDispatchMode, "__init__", "selective"),  # what it keeps serves one backward
+        (torch.Tensor, "register_hook", "hook"),
+    ):
+        own = getattr(owner, name)
+        _replaced.append((owner, name, own))
+        setattr(owner, name, _noting(own, what))
 
 
-def _note(what: str) -> None:
-    for thread, found in list(_noting.values()):
-        if thread == threading.get_ident():
-            found.append(what)
+def _noting(own: Any, what: str) -> Any:
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if what != "checkpoint" or type(self).__module__ == torch.utils.checkpoint.__name__:
+            for thread, found in list(_lists.values()):
+                if thread == threading.get_ident():
+                    found.append(what)
+        return own(self, *args, **kwargs)
+
+    return call

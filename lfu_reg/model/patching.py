@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeAlias
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 # A dictionary, a key, and what to keep there.
 Patch: TypeAlias = tuple[dict[Any, Any], Any, Any]
@@ -31,3 +32,8 @@ def patched(replacements: Iterable[Patch]) -> Iterator[None]:
                 table.pop(key, None)
             else:
                 table[key] = old
+
+
+def cached_weights_kept() -> AbstractContextManager[None]:
+    """What `parametrize.cached()` keeps of weights in the block is of one pass: moved weights have others."""
+    return patched([(vars(parametrize), "_cache", {})])

@@ -36,10 +36,14 @@ def collect(value: Any, owner: nn.Module, found: dict[int, tuple[Any, nn.Module]
                 collect(entry, owner, found, depth - 1)
     elif (isinstance(value, (Tensor, nn.Module)) and not isinstance(value, nn.Parameter)) or _access(value):
         found[id(value)] = value, owner
-    elif not type(value).__module__.startswith(_FOREIGN):
+    elif not _is_foreign(value):
         attributes = getattr(value, "__dict__", None)
         if type(attributes) is dict:
             collect(attributes, owner, found, depth)
+
+
+def _is_foreign(value: Any) -> bool:
+    return type(value).__module__.partition(".")[0] in _FOREIGN
 
 
 def _access(value: Any) -> tuple[Any, ...]:
@@ -98,11 +102,11 @@ def is_new_in(table: Any, before: Any) -> bool:
     return any(not isinstance(value, (int, float, str, type(None))) and not callable(value) for value in new)
 
 
-def held_by(function: Any, model: nn.Module) -> list[Any]:
-    """Modules and generators that a loss function and its helpers name, but for wrappers of the model."""
+def held_by(model: nn.Module, *values: Any) -> list[Any]:
+    """Modules and generators that a loss function, its helpers and a batch name, but for wrappers of the model."""
     found: dict[int, Any] = {}
     beside: list[Any] = []
-    reached = [(function, DEEPEST)]
+    reached = [(value, DEEPEST) for value in values]
     for value, depth in reached:
         if value is model or id(value) in found or not depth or isinstance(value, (type, str, int, float, Tensor)):
             continue
@@ -129,7 +133,7 @@ def _named_by(value: Any) -> Collection[Any]:
             codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
         named = [value.__globals__.get(name) for code in codes for name in code.co_names]
         return *cells, *named, value.__defaults__, value.__kwdefaults__
-    return () if type(value).__module__.startswith(_FOREIGN) else getattr(value, "__dict__", {}).values()
+    return () if _is_foreign(value) else getattr(value, "__dict__", {}).values()
 
 
 def tensors_in(value: Any, depth: int = 2 * DEEPEST) -> Iterator[Tensor]:

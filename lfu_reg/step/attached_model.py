@@ -78,7 +78,7 @@ class AttachedModel:
         self.state = ModuleState(model)
         self.has_run = False  # whether a step has found its layers
         self.repeats = False  # whether pass 2 was seen to have pass 1's states where nothing is perturbed
-        self.tail_may_be_quiet = True  # whether code behind the last layer has run without gradients so far
+        self.may_be_thrifty = True  # whether the loss has taken no gradients of its own in pass 2 so far
         for module in (model, *chosen.values()):
             _attached[module] = weakref.ref(self)
         self._finalizer = weakref.finalize(self, self.hooks.remove)  # hooks that stay, if nobody calls `remove()`

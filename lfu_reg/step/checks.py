@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lfu_reg.distributed.tensor_parallel import is_distributed
 from lfu_reg.model.names import listed
@@ -37,6 +38,10 @@ EVERY_POSITION_COUNTS = (
     "states (shapes {shapes}), not its labels or attention_mask either. Give token_mask=..., a callable of the batch "
     "that returns a mask shaped like the tokens that the layers see."
 )
+LAZY = (
+    "These parameters have no shape before the model first runs: {}. Run the model on a batch once, under "
+    "torch.no_grad(), and give its parameters to the optimizer after that."
+)
 IN_PARTS = (
     "A chosen layer returned a DTensor, of which every rank holds a part; hidden states are compared as plain tensors, "
     "whole on every rank. Give the last linear map of each layer output_layouts=Replicate() and use_local_output=True "
@@ -48,6 +53,14 @@ SLICES = (
     "layers return whole hidden states, output_layouts=Replicate() in the last linear map (sequence parallelism inside "
     "of a layer is fine); give all ranks of a mesh the same batch, and the same random state for dropout."
 )
+
+
+def trained_by(model: nn.Module) -> list[Tensor]:
+    """The trained parameters; raises if some have no shape yet."""
+    named = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
+    if lazy := [name for name, weight in named if is_lazy(weight)]:
+        raise ValueError(LAZY.format(listed(lazy, 4)))
+    return [weight for _, weight in named]
 
 
 def check_model(model: object) -> None:

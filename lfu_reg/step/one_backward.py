@@ -50,7 +50,7 @@ class OneBackward(Retained):
         self, sft_loss: Tensor, leaves: list[Tensor], clean: ForwardPass, shared: SharedBackward | None
     ) -> float:
         """None: that is the caller's."""
-        self._sft_loss, self._once = sft_loss, clean.record.saves_elsewhere
+        self._sft_loss, self._once = sft_loss, clean.record.goes_once
         return 1.0
 
     def backward_explicit(self, sft_loss: Tensor, fwd: ForwardPass) -> float:

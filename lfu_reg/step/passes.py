@@ -18,10 +18,12 @@ from lfu_reg.model import checkpoints
 from lfu_reg.model.compile import anything_is_compiled, graphs_for_two_backwards
 from lfu_reg.model.graph import graph_of, now
 from lfu_reg.model.module_state import Changes
+from lfu_reg.model.patching import cached_weights_kept
 from lfu_reg.model.tables import held_by, tensors_in
 from lfu_reg.step.consistency import rounding
 from lfu_reg.step.float16 import float16_in_play
 from lfu_reg.step.gradients import Retained
+from lfu_reg.step.one_backward import ONE_STEP
 from lfu_reg.step.second_pass import SecondPass
 from lfu_reg.step.sft_loss import PlainSFT
 from lfu_reg.step.shared_backward import shared_backward
@@ -55,18 +57,20 @@ class Passes(SecondPass):
         reuse = not self._strategy.keeps_graph and not self.engine.in_lockstep
         attached.compare_with_loss(self._turn, tensors_in(sft.batch) if self._settings.token_mask is None else ())
         attributes = not self.engine.is_sharded or self.engine.shards is not None
-        attached.state.begin(sft.model, attributes=attributes, held=held_by(sft.function, attached.model))
+        attached.state.begin(sft.model, attributes=attributes, held=held_by(attached.model, sft.function, sft.batch))
         since = now()
         with (
             checkpoints.noted() as noted,
             graphs_for_two_backwards(self._strategy.keeps_graph),
             attached.wrappers.must_run(sft.model, attached.model, lambda: bool(clean.record.states)),
             attached.reused.recording(clean, reuse),
+            cached_weights_kept(),
             hooks.run(clean),
             hooks.recording(),
         ):
             loss = sft.first(attached.devices(), check_value=self._progress.step == 0)
         checkpointed = "checkpoint" in noted
+        clean.record.goes_once = clean.record.goes_once or "selective" in noted
         self._repeats_whole = checkpointed and not checkpoints.repeats_stop_early()
         self._changes = changes = attached.state.changes()
         # Loops return a dummy loss for an empty batch, zero times the sum of all parameters.
@@ -79,7 +83,7 @@ class Passes(SecondPass):
             self._strategy = Retained(self._auxiliary, self._progress.scales, self._trained)
         if self._strategy.keeps_graph and checkpointed:
             raise RuntimeError(checkpoints.REFUSED)
-        if self._strategy.keeps_graph and clean.record.saves_elsewhere:
+        if self._strategy.keeps_graph and clean.record.goes_once:
             raise RuntimeError(checkpoints.OFFLOADED)
         leaves = self._share(loss, graph.leaves, changes, hooked="hook" in noted)
         attached.check_clean(clean, leaves, sft.model, self._turn)
@@ -100,8 +104,10 @@ class Passes(SecondPass):
         self._strength.eps = rounding(clean.record.states)
         self._look_at_states(changes)
         self._strategy.backward_clean(loss, [], clean, None)
+        if clean.gate.is_crossed and not self._auxiliary.moves_weights:
+            raise ValueError(ONE_STEP.format(what="A loss with gradients of gradients, or with tangents,"))
         if not self._progress.direction.is_new:
-            self._auxiliary.collect_later()
+            self._auxiliary.collect_later(loss)
             clean.gate.is_open = True
             raise PlainSFT(loss)
         cut = attached.reused.cut(changes, clean.record.states)
@@ -118,8 +124,8 @@ class Passes(SecondPass):
         """Let both passes share what no perturbation reaches, where that is exact; gives all leaves."""
         attached, clean = self._attached, self.clean
         # A hook on a tensor below the cut would see the sum of both terms, and need not be linear. To compare gradients
-        # the part below is gone through twice, which who saves tensors elsewhere does not expect.
-        apart = hooked or (self._strength.compares and clean.record.saves_elsewhere)
+        # the part below is gone through twice, which who keeps saved tensors for one backward does not expect.
+        apart = hooked or (self._strength.compares and clean.record.goes_once)
         cut = None if self._strategy.keeps_graph or apart else attached.reused.cut(changes, clean.record.states)
         if cut is not None:
             shared = shared_backward(loss, cut, clean.anchor)

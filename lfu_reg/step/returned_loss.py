@@ -43,7 +43,8 @@ class _ReturnedLoss(torch.autograd.Function):
         if gradients is None:
             raise RuntimeError(
                 "The loss of LfURegularizer was backpropagated twice. Its gradients are handed over once and then "
-                "freed: add losses before calling backward, or call the regularizer again."
+                "freed: add losses before calling backward, call the regularizer again, or use strategy='retained' "
+                "with retain_graph=True."
             )
         return None, None, None, *_handed_over(gradients, grad_output, ctx.scale, ctx.dtypes)
 

@@ -18,7 +18,7 @@ from lfu_reg.hooks.entries import differing
 from lfu_reg.hooks.forward_pass import ForwardPass, State
 from lfu_reg.model.graph import grad_set_aside
 from lfu_reg.model.module_state import Changes
-from lfu_reg.model.patching import Patch
+from lfu_reg.model.patching import Patch, cached_weights_kept
 from lfu_reg.model.rng import random_state_kept
 from lfu_reg.step import checks
 from lfu_reg.step.attached_model import AttachedModel
@@ -138,16 +138,16 @@ class SecondPass:
         start = self._start if self._shared is None else self._shared.start
         answers = [] if start is None else attached.reused.answers(start, samples)
         with ExitStack() as stack:
-            quiet = attached.tail_may_be_quiet and not self.engine.is_sharded and not self._repeats_whole
+            thrifty = attached.may_be_thrifty and not self.engine.is_sharded
             try:
-                perturbed = self._run_second(stack, samples, answers, quiet)
+                perturbed = self._run_second(stack, samples, answers, thrifty)
             except Exception:
-                if not answers and not quiet:
+                if not answers and not thrifty:
                     raise
                 # Code around the blocks may need what only their running leaves behind, and code after them may take
-                # gradients of its own: from now on all of it runs as in pass 1.
+                # gradients of its own: from now on all of it runs as in pass 1, with a graph.
                 attached.reused.refuse()
-                attached.tail_may_be_quiet = False
+                attached.may_be_thrifty = False
                 perturbed = self._run_second(stack, samples, [], False)
             repeated = self._check_second(perturbed, samples)
             if repeated:
@@ -165,19 +165,19 @@ class SecondPass:
         inside = attached.reused.inside if but_blocks else ()
         with (
             random_state_kept(attached.devices()),
+            cached_weights_kept(),
             self._changes.from_the_start(inside),
             not_synchronising(self._sft.model, attached.model),
             grad_set_aside([*self._trained, *attached.state.trained]),  # a `backward()` in the loss counts once
         ):
             yield
 
-    def _run_second(self, stack: ExitStack, samples: Tensor | None, answers: list[Patch], quiet: bool) -> ForwardPass:
+    def _run_second(self, stack: ExitStack, samples: Tensor | None, answers: list[Patch], thrifty: bool) -> ForwardPass:
         attached, record, settings = self._attached, self.clean.record, self._settings
         with ExitStack() as inner:
             inner.enter_context(self._again(but_blocks=bool(answers)))
-            inner.enter_context(
-                self._auxiliary.moved(keeps_graph=self._strategy.keeps_graph)
-            )  # from where pass 1 began
+            # Inside, as weights have to move from where pass 1 began.
+            inner.enter_context(self._auxiliary.moved(keeps_graph=self._strategy.keeps_graph))
             perturbed = ForwardPass(
                 self._sft.tokens.select(samples),
                 apply=True,
@@ -185,10 +185,11 @@ class SecondPass:
                 patches=answers,
                 leave=settings.leave_early if not self.engine.is_sharded else False,
                 leave_after=len(record.states),
-                quiet_tail=quiet,
+                quiet_tail=thrifty and not self._repeats_whole,
             )
             inner.enter_context(attached.hooks.run(perturbed))
-            without_graph = settings.is_one_backward or (self._tries and self.clean.record.saves_elsewhere)
+            without_graph = settings.is_one_backward or (self._tries and self.clean.record.goes_once)
+            without_graph = without_graph and (thrifty or self.engine.is_sharded)
             with attached.hooks.recording(), nothing_saved() if without_graph else nullcontext():
                 self._sft.repeat(samples, record.batch_size)
             stack.push(inner.pop_all())

@@ -253,3 +253,14 @@ def test_weights_of_one_model_are_not_moved_for_another() -> None:
     first.remove()
     second(mine[1], TINY.batch(), TINY.loss).backward()
     assert float(second.metrics["consistency_loss"]) > 0
+
+
+@pytest.mark.parametrize("strategy", ["released", "one-backward"])
+def test_random_directions_leave_what_the_gradient_would(strategy: Any) -> None:
+    """LoRA's A stays as it was drawn, however g is handed over, so that B alone has the length of the step."""
+    model = TINY.make()
+    with LfURegularizer(model, "random", alpha=0.3, lam=1.0, seed=1, strategy=strategy) as reg:
+        for _ in range(2):
+            reg(model, TINY.batch(), TINY.loss).backward()
+        moved = [b for _, b in reg.perturbation.values()]
+    assert float(torch.stack([b.double().norm() for b in moved]).norm()) == pytest.approx(0.3, rel=1e-6)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
 from lfu_reg import LfURegularizer, LfUWarning
@@ -319,8 +320,17 @@ class Laplace(World):
         return (second - batch["y"][:, 0]).square().mean() + u.square().mean()
 
 
+class Tangents(World):
+    """Forward-mode derivatives by the input."""
+
+    def loss(self, model: Any, batch: Any) -> Tensor:
+        with forward_ad.dual_level():
+            pair = forward_ad.unpack_dual(model(forward_ad.make_dual(batch["x"], torch.ones_like(batch["x"]))))
+            return (pair.primal - batch["y"]).square().mean() + pair.tangent.square().mean()
+
+
 SITUATIONS = [
-    World, Penalty, HiddenPenalty, WeightPenalty, Reversal, ReversalBetween,
+    Tangents, World, Penalty, HiddenPenalty, WeightPenalty, Reversal, ReversalBetween,
     HookOnInput, HookOnFirstInput, HookInsideFirst, FullBackward, FullBackwardFirst, FullBackwardInner,
     FullBackwardPre, BackwardHook, NonLinear, NonLinearFunction, ClippedEmbedding, DoubleBackward, Retains, Figure,
     Force, Laplace,

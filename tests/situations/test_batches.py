@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections import UserDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lfu_reg import LfURegularizer
-from tests.support.literal import ALPHA, LAM, World, assert_equal, assert_exact
+from tests.support.literal import ALPHA, LAM, Block, Net, World, assert_equal, assert_exact
 
 
 class Pair(NamedTuple):
@@ -113,3 +115,42 @@ def held_by(batch: Any) -> Any:
         return batch._asdict()
     names = ("x", "y") if isinstance(batch, Frozen) else Slots.__slots__ if isinstance(batch, Slots) else ()
     return {name: getattr(batch, name) for name in names} or dict(getattr(batch, "kept", None) or batch)
+
+
+class Modulated(Net):
+    """Blocks are called with a generator, or with a module that counts in its statistics."""
+
+    class block(Block):
+        def forward(self, h: Tensor, given: Any) -> Tensor:
+            if isinstance(given, nn.Module):
+                given(h.detach())
+                return super().forward(h - given.running_mean)
+            return super().forward(h * torch.as_tensor(given.random(h.shape)))
+
+    def forward(self, x: Tensor, given: Any) -> Tensor:
+        h = self.inp(x)
+        for layer in self.layers:
+            h = layer(h, given)
+        return self.out(torch.tanh(h))
+
+
+class OfTwo(World):
+    net = Modulated
+
+    def loss(self, model: Any, batch: Any) -> Tensor:
+        return (model(batch.x, batch.given) - batch.y).square().mean()
+
+
+class WithGenerator(OfTwo):
+    def batch(self, step: int) -> Any:
+        return SimpleNamespace(**super().batch(step), given=np.random.default_rng(step))
+
+
+class WithModule(OfTwo):
+    def batch(self, step: int) -> Any:
+        return SimpleNamespace(**super().batch(step), given=nn.BatchNorm1d(6).double().requires_grad_(False))
+
+
+@pytest.mark.parametrize("world", [WithGenerator, WithModule])
+def test_what_a_batch_brings_is_put_back(world: type[World]) -> None:
+    assert_exact(world, steps=1 if world is WithModule else 2)

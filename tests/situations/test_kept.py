@@ -33,6 +33,12 @@ class Schedule:
         return self.n
 
 
+class OfAPackageNamedSo(Schedule):
+    """Its class is in torchvision, torch_geometric, ..., which are not torch."""
+
+    __module__ = "torchsomething.schedules"
+
+
 class Keeping(Net):
     """Scales, between blocks, by what `change` makes of `kept`."""
 
@@ -79,6 +85,7 @@ PLACES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "tensor in a tuple": (lambda: (torch.zeros(()),), lambda kept: kept[0].add_(1)),
     "tensor in a deque": (lambda: deque([torch.zeros(())]), lambda kept: kept[0].add_(1)),
     "object that is called": (Schedule, lambda kept: kept()),
+    "object of another package": (OfAPackageNamedSo, lambda kept: kept()),
     "deep dict": (lambda: {"a": {"b": {"c": {"n": 0}}}}, lambda kept: count(kept["a"]["b"]["c"])),
 }
 

@@ -348,3 +348,32 @@ SITUATIONS = [
 @pytest.mark.parametrize("world", SITUATIONS)
 def test_around_the_model(world: type[World]) -> None:
     assert_exact(world)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_compiled_training_step(kind: str) -> None:
+    """It breaks at the regularizer, and gives what it gives uncompiled."""
+    found = []
+    for compiled in (True, False):
+        seed_everything(0)
+        ours = World()
+        with LfURegularizer(ours.model, kind, alpha=ALPHA, lam=LAM, seed=1) as reg:
+
+            def step(batch: Any) -> Tensor:
+                loss = reg(ours.model, batch, ours.loss)  # noqa: B023
+                loss.backward()
+                return loss.detach()
+
+            step = torch.compile(step, backend="eager") if compiled else step
+            losses = [step(ours.batch(number)) for number in range(2)]
+        found.append((losses, {name: weight.grad for name, weight in ours.trained().items()}))
+    torch._dynamo.reset()
+    assert_equal("step", *found)
+
+
+@pytest.mark.parametrize("kind", ["steering", "lora", "weights"])
+def test_nested_tensors_are_told(kind: str) -> None:
+    rows = [torch.randn(3, 6).double(), torch.randn(5, 6).double()]
+    model = nn.Sequential(*World().model.layers)
+    with LfURegularizer(model, kind) as reg, pytest.raises(ValueError, match=r"nested tensor.*Pad"):
+        reg(model, torch.nested.nested_tensor(rows, layout=torch.jagged), lambda m, b: m(b).values().square().mean())

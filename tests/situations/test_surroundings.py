@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import create_selective_checkpoint_contexts as selective
 
-from tests.support.literal import Block, Net, World, assert_exact
+from lfu_reg import LfURegularizer
+from tests.support.literal import ALPHA, LAM, Block, Net, World, assert_equal, assert_exact, seed_everything
 
 CHOSEN: contextvars.ContextVar[int] = contextvars.ContextVar("chosen", default=0)
 
@@ -396,7 +398,21 @@ class WeightsCast(World):
             model.layers[1].a._parameters["weight"] = own
 
 
+class SelectivelyCheckpointed(World):
+    """What checkpoints save of some operations serves one backward."""
+
+    class net(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.inp(x)
+            for layer in self.layers:
+                h = checkpoint(
+                    layer, h, use_reentrant=False, context_fn=partial(selective, [torch.ops.aten.addmm.default])
+                )
+            return self.out(torch.tanh(h))
+
+
 SITUATIONS = [
+    SelectivelyCheckpointed,
     ByFlag, ByContextVariable, FrozenInside, HookInside, FeaturesByHook, SetOnLayers, FunctionalCall, Inner,
     Parametrized, ParametrizedAround, HyperNetwork, Popped, History, EvalInside, Checkpointed, ReturnsEarly,
     DefaultsInside, ForwardReplaced, NextForwardReplaced, SomeLayersSkipped, WeightsCast, BySwap, Stacked,
@@ -481,3 +497,26 @@ def test_adapters_that_are_moved(world: type[World]) -> None:
     if not hasattr(pytest.importorskip("peft").utils.other, "_set_layer_requires_grad"):
         pytest.skip("PEFT 0.15 freezes adapters that are no leaves, as moved ones are: torch refuses it")
     assert_exact(world, ("weights",), steps=3)
+
+
+class WeightNormed(World):
+    def begin(self) -> None:
+        for layer in self.model.layers:
+            nn.utils.parametrizations.weight_norm(layer.a)
+
+
+@pytest.mark.parametrize("strategy", ["released", "retained"])
+@pytest.mark.parametrize("kind", ["steering", "weights"])
+def test_weights_that_torch_keeps_around_the_step(kind: str, strategy: Any) -> None:
+    """In `parametrize.cached()` each pass has weights of its own, whatever ran in the same block before."""
+    found = []
+    for around in (parametrize.cached, contextlib.nullcontext):
+        seed_everything(0)
+        ours = WeightNormed()
+        with LfURegularizer(ours.model, kind, alpha=ALPHA, lam=LAM, strategy=strategy) as reg, around():
+            ours.loss(ours.model, ours.batch(0)).backward()
+            ours.model.zero_grad()
+            for step in range(2):
+                reg(ours.model, ours.batch(step), ours.loss).backward()
+        found.append({name: weight.grad for name, weight in ours.trained().items()})
+    assert_equal("gradient of", *found)

@@ -19,6 +19,7 @@ from tests.support.cases import Batch, Case, seeded
 from tests.support.checkpointed import CheckpointedLM, PlainLM, ReentrantLM
 from tests.support.compare import Gradients, assert_same_gradients, gradients_of
 from tests.support.harness import auxiliary
+from tests.support.literal import World
 from tests.support.models import LLAMA, PEFT, TINY
 from tests.support.plain_models import ResidualBlock
 from tests.support.snapshots import Snapshot
@@ -460,4 +461,85 @@ def test_an_evaluation_between_steps() -> None:
                         reg(one, TINY.batch(7), TINY.loss)
                 loss.backward()
             found.append(gradients_of(one))
+    assert_same_gradients(*found)
+
+
+class Weighed(World):
+    """Two terms, each divided by its gradient at the last weight (GradNorm, VQGAN), or a gradient by torch.func."""
+
+    def loss(self, model: Any, batch: Any) -> Tensor:
+        both = self.terms(model, batch)
+        return sum((term / self.length(term, model) for term in both), torch.zeros(()))
+
+    def terms(self, model: Any, batch: Any) -> tuple[Tensor, ...]:
+        off = (model(batch["x"]) - batch["y"]).square()
+        return off[:, :2].mean(), off[:, 2:].mean()
+
+    def length(self, term: Tensor, model: Any) -> Tensor:
+        return torch.autograd.grad(term, model.out.weight, retain_graph=True)[0].norm().detach()
+
+
+class Transformed(Weighed):
+    def length(self, term: Tensor, model: Any) -> Tensor:
+        return torch.func.grad(lambda h: model.out(h).square().sum())(torch.ones(6).double()).norm().detach()
+
+
+@pytest.mark.parametrize("name", AUXILIARIES)
+@pytest.mark.parametrize("world", [Weighed, Transformed])
+def test_a_loss_that_takes_gradients_of_its_own(world: type[Weighed], name: str) -> None:
+    """As where the weights are known beforehand."""
+    found = []
+    for beforehand in (True, False):
+        torch.manual_seed(0)
+        ours = world()
+        with one_backward(ours.model, name) as reg:
+            for step in range(4):
+                ours.model.zero_grad()
+                batch, loss = ours.batch(step), ours.loss
+                if beforehand:
+                    known = [ours.length(term, ours.model) for term in ours.terms(ours.model, batch)]
+                    loss = lambda m, b, known=known: sum(t / k for t, k in zip(ours.terms(m, b), known, strict=True))  # type: ignore[misc]  # noqa: B023, E731
+                reg(ours.model, batch, loss).backward()
+        assert float(reg.metrics["consistency_loss"]) > 0
+        found.append(gradients_of(ours.model))
+    assert_same_gradients(*found)
+
+
+@pytest.mark.parametrize("name", ["lora", "steering"])
+def test_gradients_of_gradients_are_refused(name: str) -> None:
+    """At once: the caller's backward would bring a direction without what they depend on."""
+
+    class Penalty(World):
+        def loss(self, model: Any, batch: Any) -> Tensor:
+            x = batch["x"].requires_grad_()
+            out = model(x)
+            return out.square().mean() + torch.autograd.grad(out.sum(), x, create_graph=True)[0].square().mean()
+
+    ours = Penalty()
+    with (
+        one_backward(ours.model, name) as reg,
+        pytest.raises(ValueError, match=r"gradients of gradients.*strategy='auto'"),
+    ):
+        reg(ours.model, ours.batch(0), ours.loss)
+
+
+@pytest.mark.parametrize("way", ["another loss", "a gradient before"])
+@pytest.mark.parametrize("name", AUXILIARIES)
+def test_the_direction_comes_from_the_backward_of_the_loss(name: str, way: str) -> None:
+    """From none of another loss of the same weights, and once where a part of the way is gone twice."""
+    found = []
+    for disturbed in ("", way):
+        torch.manual_seed(0)
+        ours = World()
+        with one_backward(ours.model, name) as reg:
+            for step in range(4):
+                ours.model.zero_grad()
+                loss = reg(ours.model, ours.batch(step), ours.loss)
+                if disturbed == "a gradient before":
+                    torch.autograd.grad(loss, ours.model.layers[2].b.weight, retain_graph=True)
+                loss.backward()
+                kept = {key: weight.grad.clone() for key, weight in ours.trained().items()}  # type: ignore[union-attr]
+                if disturbed == "another loss":
+                    ours.loss(ours.model, ours.batch(7)).backward()
+            found.append(kept)
     assert_same_gradients(*found)

@@ -114,6 +114,9 @@ def test_batch_fraction_with_dropout_is_refused() -> None:
         module.training = not isinstance(module, torch.nn.Dropout)
     reg(model, TINY.batch(2, shape=(4, 7)), TINY.loss)
     assert float(reg.metrics["consistency_loss"]) == 0
+    model.train()  # later on, when nobody tries pass 2 without a perturbation any more
+    with pytest.raises(ValueError, match=r"batch_fraction.*random numbers.*every=k"):
+        reg(model, TINY.batch(2, shape=(4, 7)), TINY.loss)
 
 
 class BatchNormed(torch.nn.Module):
