@@ -152,7 +152,7 @@ class LfURegularizer(Controls):
         strength = progress.strength.at(step)
         try:
             if not strength.is_off:
-                strength.engine = self._attached.engine_of(model, first=step == 0)
+                strength.engine = self._attached.engine_of(model)
             with failures_explained(), loss_checks.errors_explained(), strength.together(self._attached.devices()):
                 if strength.is_off or progress.waits():
                     raise PlainSFT(loss_checks.check_loss(sft_loss_fn(model, batch), model, first=step == 0))

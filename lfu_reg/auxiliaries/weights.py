@@ -76,8 +76,7 @@ class WeightDeltas(Auxiliary):
         """Pick the trainable parameters' gradients out of others."""
         by_leaf = {id(leaf): gradient for leaf, gradient in zip(leaves, gradients, strict=True)}
         for name, parameter in self._parameters.items():
-            if (gradient := by_leaf.get(id(parameter))) is not None:
-                self._collect(name, gradient)
+            self._collect(name, by_leaf.get(id(parameter)))
 
     def replace_gradients(self, function: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]) -> None:
         """Replace g of all trainable parameters, those without a gradient included."""
@@ -105,8 +104,9 @@ class WeightDeltas(Auxiliary):
             collect = partial(self._collect, name)
             self._handles.append(parameter.register_hook(collect))  # type: ignore[no-untyped-call]
 
-    def _collect(self, name: str, gradient: Tensor) -> None:
-        self._gradients[name] = gradient.to_dense() if gradient.is_sparse else gradient
+    def _collect(self, name: str, gradient: Tensor | None) -> None:
+        if gradient is not None:  # as it is of a function that has given none
+            self._gradients[name] = gradient.to_dense() if gradient.is_sparse else gradient
 
     def rescale(self, factor: float) -> bool:
         """Every delta, times `factor`."""
@@ -122,6 +122,8 @@ class WeightDeltas(Auxiliary):
         if self._model is None or self.shards is not None:
             return
         moved = {id(self._parameters[name]): self._parameters[name] + delta for name, delta in self._deltas.items()}
+        for name in self._deltas:
+            vars(moved[id(self._parameters[name])]).update(vars(self._parameters[name]))  # what was noted on it
         for module in self._model.modules():
             for name, parameter in module._parameters.items():
                 if id(parameter) in moved:

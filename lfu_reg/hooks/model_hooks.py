@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils.hooks import RemovableHandle
 
 from lfu_reg.auxiliaries.base import Auxiliary, Call, Tokens
@@ -32,7 +33,8 @@ from lfu_reg.model.patching import patched
 
 TRANSFORMED = (
     "The model ran inside of a torch.func transform (vmap, grad, jvp), whose tensors do not live beyond it: no hidden "
-    "state can be kept for the second pass. Call the model outside of the transform in sft_loss_fn."
+    "state can be kept for the second pass. Call the model outside of the transform in sft_loss_fn. Nor can theta_aux "
+    "act where forward-mode derivatives are taken: auxiliary='weights' can."
 )
 
 
@@ -142,7 +144,8 @@ class ModelHooks:
         # Parts of a model that run without gradients (frozen towers, a reference model's pass) have none to offer.
         if fwd is None or output is None or not torch.is_grad_enabled():
             return None
-        if torch._C._functorch.peek_interpreter_stack() is not None:
+        is_dual = name in self._sites and forward_ad._current_level >= 0
+        if is_dual or torch._C._functorch.peek_interpreter_stack() is not None:
             raise RuntimeError(TRANSFORMED)
         if self._recording:
             fwd.record.fired[name] += 1
@@ -150,8 +153,8 @@ class ModelHooks:
         path = outputs.locate(output) if name else outputs.locate_logits(output)
         if path is None:
             raise ValueError(
-                f"Layer {name!r} returned {outputs.describe(output)}, which holds no floating-point tensor, so there "
-                "is no hidden state to compare or to steer. Choose other layers with layers=...."
+                f"Layer {name!r} returned {outputs.describe(output)}, which holds no floating-point tensor (that is "
+                "not nested), so there is no hidden state to compare or to steer. Choose other layers with layers=...."
             )
         y = outputs.get(output, path)
         fwd.record.float16 = fwd.record.float16 or in_float16(y)

@@ -30,9 +30,9 @@ NO_LOGITS = (
 
 
 def locate(output: Any, preferred: tuple[str, ...] = HIDDEN_STATE) -> Path | None:
-    """Path to the first floating-point tensor with dimensions, or None; keys that are `preferred` come first."""
+    """Path to the first floating-point tensor with dimensions, or None; `preferred` keys come first."""
     if isinstance(output, Tensor):
-        return () if output.is_floating_point() and output.dim() else None
+        return () if output.is_floating_point() and output.dim() and not output.is_nested else None
     for key, value in _entries(output, preferred):
         path = locate(value, preferred)
         if path is not None:
@@ -111,7 +111,7 @@ def _replaced(value: Any, old: Tensor, new: Tensor, given: set[int], seen: dict[
 def describe(output: Any) -> str:
     """Short description of an output for error messages."""
     if isinstance(output, Tensor):
-        return f"a {output.dtype} tensor of shape {list(output.shape)}"
+        return "a nested tensor" if output.is_nested else f"a {output.dtype} tensor of shape {list(output.shape)}"
     return "None" if output is None else f"a {type(output).__name__}"
 
 

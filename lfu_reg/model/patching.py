@@ -31,7 +31,7 @@ def patched(replacements: Iterable[Patch]) -> Iterator[None]:
             table: Any = owner
             if isinstance(owner, nn.Module):
                 table = vars(owner) if key == "forward" else owner._parameters
-            kept.append((table, key, table[key] if isinstance(table, list) else table.get(key, ABSENT)))
+            kept.append((table, key, table[key] if isinstance(table, list) or key in table else ABSENT))
             table[key] = new
         yield
     finally:

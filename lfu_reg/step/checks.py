@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lfu_reg.distributed.tensor_parallel import is_distributed
 from lfu_reg.model.names import listed
@@ -36,6 +37,10 @@ EVERY_POSITION_COUNTS = (
     "Every position counts in the consistency term, padding and prompts too: no mask of the batch fits the hidden "
     "states (shapes {shapes}), not its labels or attention_mask either. Give token_mask=..., a callable of the batch "
     "that returns a mask shaped like the tokens that the layers see."
+)
+LAZY = (
+    "The parameter {!r} has no shape yet (torch.nn.Lazy...). Run the model once on a batch, under torch.no_grad(), "
+    "before the first step and before the optimizer is made."
 )
 IN_PARTS = (
     "A chosen layer returned a DTensor, of which every rank holds a part; hidden states are compared as plain tensors, "
@@ -108,8 +113,10 @@ def _entries(batch: Any) -> Iterable[tuple[Any, Any]]:
     return getattr(batch, "__dict__", {}).items()
 
 
-def check_resident(model: nn.Module) -> None:
-    """Raise if parameters that are to be trained are offloaded: they exist only while their module runs."""
+def check_weights(model: nn.Module) -> None:
+    """Raise if weights do not exist yet, or if trained ones are offloaded: these do while their module runs."""
+    if lazy := [name for name, p in model.named_parameters() if is_lazy(p)]:
+        raise ValueError(LAZY.format(lazy[0]))
     offloaded = [name for name, p in model.named_parameters() if p.requires_grad and p.device.type == "meta"]
     if offloaded:
         raise ValueError(
