@@ -29,10 +29,6 @@ from lfu_reg.step.gradients import Retained
 from lfu_reg.step.shared_backward import SharedBackward
 from lfu_reg.step.strength import StepStrength
 
-NOTHING_KEPT = (
-    "sft_loss_fn takes a gradient of its own in its second call, of which strategy='one-backward' keeps no graph. Use "
-    "strategy='auto'."
-)
 ONE_STEP = (
     "strategy='one-backward' takes its direction from earlier backward passes. {what} asks for one of its own: use "
     "strategy='auto'."
@@ -102,12 +98,8 @@ class _Carried(torch.autograd.Function):
 
 
 def nothing_saved() -> AbstractContextManager[Any]:
-    """Operations in the block take part in a graph as in any forward, and keep nothing for its backward."""
-    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, _unpack)
-
-
-def _unpack(packed: None) -> Tensor:
-    raise RuntimeError(NOTHING_KEPT)
+    """Operations in the block take part in a graph as in any forward, of which a backward finds nothing."""
+    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, lambda nothing: nothing)
 
 
 # Weight of the past in the mean of directions of length one: with more, it lags behind; with less, it is one batch's.

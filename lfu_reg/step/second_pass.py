@@ -143,7 +143,7 @@ class SecondPass:
             try:
                 perturbed = self._run_second(stack, samples, answers, quiet)
             except Exception:
-                if not answers and not quiet:
+                if not answers and not attached.tail_may_be_quiet:
                     raise
                 # Code around the blocks may need what only their running leaves behind, and code after them may take
                 # gradients of its own: from now on all of it runs as in pass 1.
@@ -186,7 +186,10 @@ class SecondPass:
                 quiet_tail=quiet,
             )
             inner.enter_context(attached.hooks.run(perturbed))
-            without_graph = settings.is_one_backward or (self._tries and self.clean.record.saves_elsewhere)
+            # A gradient that the loss takes itself needs one, as the try without has shown.
+            without_graph = (settings.is_one_backward and attached.tail_may_be_quiet) or (
+                self._tries and self.clean.record.saves_elsewhere
+            )
             with attached.hooks.recording(), nothing_saved() if without_graph else nullcontext():
                 self._sft.repeat(samples, record.batch_size)
             stack.push(inner.pop_all())
