@@ -149,12 +149,12 @@ class LfURegularizer(Controls):
             return sft_loss_fn(model, batch)
         checks.check_batch(batch)
         self._attached.follow()
-        progress, trained = self._progress, checks.trained_by(model)
+        progress, trained = self._progress, [p for p in model.parameters() if p.requires_grad]
         progress.step = step = progress.begin(trained, batch)
         strength = progress.strength.at(step)
         try:
             if not strength.is_off:
-                strength.engine = self._attached.engine_of(model, first=step == 0)
+                strength.engine = self._attached.engine_of(model)
             with failures_explained(), loss_checks.errors_explained(), strength.together(self._attached.devices()):
                 if strength.is_off or progress.waits():
                     raise PlainSFT(loss_checks.check_loss(sft_loss_fn(model, batch), model, first=step == 0))

@@ -77,8 +77,7 @@ class WeightDeltas(Auxiliary):
         """Pick the trainable parameters' gradients out of others."""
         by_leaf = {id(leaf): gradient for leaf, gradient in zip(leaves, gradients, strict=True)}
         for name, parameter in self._parameters.items():
-            if (gradient := by_leaf.get(id(parameter))) is not None:
-                self._collect(name, gradient)
+            self._collect(name, by_leaf.get(id(parameter)))
 
     def replace_gradients(self, function: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]) -> None:
         """Replace g of all trainable parameters, those without a gradient included."""
@@ -115,8 +114,9 @@ class WeightDeltas(Auxiliary):
             before = self._gradients.get(name)
             self._collect(name, gradient if before is None else before + gradient)
 
-    def _collect(self, name: str, gradient: Tensor) -> None:
-        self._gradients[name] = gradient.to_dense() if gradient.is_sparse else gradient
+    def _collect(self, name: str, gradient: Tensor | None) -> None:
+        if gradient is not None:  # as it is of a function that has given none
+            self._gradients[name] = gradient.to_dense() if gradient.is_sparse else gradient
 
     def rescale(self, factor: float) -> bool:
         """Every delta, times `factor`."""

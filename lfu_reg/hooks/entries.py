@@ -87,6 +87,8 @@ def _equal(before: Tensor, after: Tensor, samples: Tensor | None) -> bool:
         before = before.index_select(0, samples.to(before.device))
     if (before.shape, before.dtype, before.layout) != (after.shape, after.dtype, after.layout):
         return False
+    if before.is_nested:
+        return all(_equal(was, now, None) for was, now in zip(before.unbind(), after.unbind(), strict=True))
     if before.layout is not torch.strided:  # an adjacency matrix, say; nothing compares sparse tensors
         sparse = [tensor.to_sparse(layout=torch.sparse_coo).coalesce() for tensor in (before, after)]
         parts = zip(*((coo.indices(), coo.values()) for coo in sparse), strict=True)

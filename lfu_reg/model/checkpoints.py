@@ -16,11 +16,11 @@ import torch
 import torch.utils.checkpoint
 
 REFUSED = (
-    "Activation checkpointing does not go with a graph that is retained until the caller's backward, as checkpointed "
-    "blocks would run again without the perturbation. The graph is retained with strategy='retained', "
+    "{} does not go with a graph that is retained until the caller's backward, as checkpointed blocks would run again "
+    "without the perturbation, and what is written to stay so. The graph is retained with strategy='retained', "
     "stop_gradient='none' or 'perturbed', FSDP1 and ZeRO-3, and where the loss depends on a graph that was made before "
     "the call (a batch that comes out of another trained network: compute it inside of sft_loss_fn). Use the defaults, "
-    "or switch checkpointing off."
+    "or switch it off."
 )
 
 OFFLOADED = (

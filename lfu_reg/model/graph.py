@@ -34,6 +34,11 @@ class Graph:
     nodes: set[Any]
     reaches_outside: bool = False  # to nodes older than the forward: a batch that comes out of another network, say
 
+    @property
+    def own(self) -> list[Any]:
+        """Functions in Python, with a backward of their own."""
+        return [node for node in self.nodes if isinstance(node, BackwardCFunction)]
+
 
 def now() -> int:
     """The number of the next node of this thread's graphs: every node that is made later has at least this one."""
@@ -94,8 +99,7 @@ def leaves_above_and_below(loss: Tensor, cut: Tensor) -> tuple[list[Tensor], lis
     below = graph_of(cut)
     above = graph_of(loss, stop=(cut.grad_fn, cut.output_nr))
     # A function with a backward of its own need not be linear in what comes from above: it may clip, or normalise.
-    own = (node for node in below.nodes if isinstance(node, BackwardCFunction))
-    if below.nodes & above.nodes or any(type(node).__name__ not in _LINEAR for node in own):
+    if below.nodes & above.nodes or any(type(node).__name__ not in _LINEAR for node in below.own):
         return None
     return above.leaves, below.leaves
 

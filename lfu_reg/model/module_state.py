@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from lfu_reg.model.patching import EVERYBODYS, patched
 from lfu_reg.model.tables import DEEPEST, NO_TABLES, collect, copied, holds, is_new_in, put
@@ -57,6 +58,7 @@ class ModuleState:
         if tree != self._tree or any(is_new_in(table, old) for table, old in self._last):
             self._list(held)
         tables, self._begun = self._tables if attributes else [], self._begun + 1
+        self._sizes = [_size(module) for module in self._modules]
         self._start = [(table, copied(table), owner) for table, owner in tables if not isinstance(table, dict) or table]
         self._empty = [(table, owner) for table, owner in tables if isinstance(table, dict) and not table]
         self._marks = [self._mark(weight) for weight in self._weights]
@@ -93,6 +95,8 @@ class ModuleState:
         if lost := [i for i in found if i not in self._copies]:
             names = {id(weight): name for name, weight in self._whole.named_parameters() if weight.requires_grad}
             late += [names.get(i, "a tensor in a list") for i in lost if i in names or i in self._in_lists]
+        sizes = zip(self._modules, self._sizes, strict=True)
+        late += [f"{type(m).__name__}, where it made modules or parameters" for m, size in sizes if _size(m) > size]
         self._rewritten = found
         rewritten = [(weight, self._copies.get(key)) for key, weight in self._rewritten.items()]
         grown: list[Any] = [(table, {}, owner) for table, owner in self._empty if table]
@@ -114,8 +118,10 @@ class ModuleState:
         """List the tables that a forward may change, and the places of tensors."""
         roots = [self._whole, *(value for value in held if isinstance(value, nn.Module))]
         around = [m for root in roots for m in root.modules() if not type(m).__module__.startswith(_ENGINES)]
-        self._modules = list(dict.fromkeys([*self._model.modules(), *around]))
-        found: dict[int, tuple[Any, nn.Module]] = {}
+        every = dict.fromkeys([*self._model.modules(), *around])
+        scripted = {m for m in every if isinstance(m, torch.jit.ScriptModule)}  # whose tables are in native code
+        self._modules = [module for module in every if module not in scripted]
+        found: dict[int, Any] = {id(t): (t, m) for m in scripted for t in (*m.parameters(), *m.buffers())}
         self._places: list[Place] = []
         for module in self._modules:
             inside = vars(module)
@@ -159,6 +165,11 @@ class ModuleState:
         return is_known or before[0] is not tensor or before[1] != self._mark(tensor)
 
 
+def _size(module: nn.Module) -> int:
+    """How many modules and parameters a module has."""
+    return sum(value is not None for value in (*module._modules.values(), *module._parameters.values()))
+
+
 class Changes:
     """What pass 1 has changed, and how to begin again."""
 
@@ -200,15 +211,16 @@ class Changes:
 
     @contextmanager
     def _in_other_memory(self, *, start: bool) -> Iterator[None]:
-        # For the same parameters, whose gradients are wanted.
+        # For the same parameters, whose gradients are wanted; a graph of pass 1 may have saved them.
         kept = [(weight, weight.data) for weight, _ in self.weights]
-        try:
-            for weight, before in self.weights:
-                weight.data = (before if start and before is not None else weight.data).clone()
-            yield
-        finally:
-            for weight, now in kept:
-                weight.data = now
+        with _unsafe_preserve_version_counter(tuple(weight for weight, _ in kept)):
+            try:
+                for weight, before in self.weights:
+                    weight.data = (before if start and before is not None else weight.data).clone()
+                yield
+            finally:
+                for weight, now in kept:
+                    weight.data = now
 
     def _standing_in(self, *, start: bool) -> AbstractContextManager[None]:
         sources = [(p, before if start and before is not None else p.table.get(p.key)) for p, before in self._buffers]

@@ -136,19 +136,20 @@ def _named_by(value: Any) -> Collection[Any]:
     return () if _is_foreign(value) else getattr(value, "__dict__", {}).values()
 
 
-def tensors_in(value: Any, depth: int = 2 * DEEPEST) -> Iterator[Tensor]:
+def tensors_in(value: Any, depth: int = 2 * DEEPEST, around: tuple[int, ...] = ()) -> Iterator[Tensor]:
     """The tensors in nested containers, in the attributes of objects, and in containers among these."""
+    inside = (*around, id(value))
     if isinstance(value, Tensor):
         yield value
-    elif not depth:
+    elif not depth or id(value) in around:  # it may hold itself
         return
     elif isinstance(value, (Mapping, list, tuple)):
         for entry in value.values() if isinstance(value, Mapping) else value:
-            yield from tensors_in(entry, depth - 1)
+            yield from tensors_in(entry, depth - 1, inside)
     elif not isinstance(value, (nn.Module, type)) and not callable(value):
         for entry in attributes(value).values():
             if isinstance(entry, (Tensor, Mapping, list, tuple)):
-                yield from tensors_in(entry, depth - 1)
+                yield from tensors_in(entry, depth - 1, inside)
 
 
 def attributes(value: Any) -> dict[str, Any]:

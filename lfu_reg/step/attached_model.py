@@ -88,6 +88,8 @@ class AttachedModel:
         if self._targets.were_replaced():
             self._let_go()
             self._attach(self.model)
+        if not self.has_run:
+            checks.check_weights(self.model)
         if not self._auxiliary.is_attached_to(self.model):
             raise RuntimeError(SHARED.format(self._auxiliary))
 
@@ -117,10 +119,8 @@ class AttachedModel:
             raise RuntimeError(REMOVED)
         return self._model
 
-    def engine_of(self, model: nn.Module, *, first: bool) -> Engine:
+    def engine_of(self, model: nn.Module) -> Engine:
         """The engine that spreads the model over processes."""
-        if first:
-            checks.check_resident(self.model)
         return engine_of(model, self.model, self.modules.values())
 
     def check_clean(self, clean: ForwardPass, leaves: Sequence[Tensor], model: nn.Module, turn: int) -> None:

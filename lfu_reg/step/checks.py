@@ -39,8 +39,8 @@ EVERY_POSITION_COUNTS = (
     "that returns a mask shaped like the tokens that the layers see."
 )
 LAZY = (
-    "These parameters have no shape before the model first runs: {}. Run the model on a batch once, under "
-    "torch.no_grad(), and give its parameters to the optimizer after that."
+    "These parameters have no shape yet (torch.nn.Lazy...): {}. Run the model once on a batch, under torch.no_grad(), "
+    "before the first step and before the optimizer is made."
 )
 IN_PARTS = (
     "A chosen layer returned a DTensor, of which every rank holds a part; hidden states are compared as plain tensors, "
@@ -53,14 +53,6 @@ SLICES = (
     "layers return whole hidden states, output_layouts=Replicate() in the last linear map (sequence parallelism inside "
     "of a layer is fine); give all ranks of a mesh the same batch, and the same random state for dropout."
 )
-
-
-def trained_by(model: nn.Module) -> list[Tensor]:
-    """The trained parameters; raises if some have no shape yet."""
-    named = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
-    if lazy := [name for name, weight in named if is_lazy(weight)]:
-        raise ValueError(LAZY.format(listed(lazy, 4)))
-    return [weight for _, weight in named]
 
 
 def check_model(model: object) -> None:
@@ -121,8 +113,10 @@ def _entries(batch: Any) -> Iterable[tuple[Any, Any]]:
     return getattr(batch, "__dict__", {}).items()
 
 
-def check_resident(model: nn.Module) -> None:
-    """Raise if parameters that are to be trained are offloaded: they exist only while their module runs."""
+def check_weights(model: nn.Module) -> None:
+    """Raise if weights do not exist yet, or if trained ones are offloaded: these do while their module runs."""
+    if lazy := [name for name, p in model.named_parameters() if is_lazy(p)]:
+        raise ValueError(LAZY.format(listed(lazy, 4)))
     offloaded = [name for name, p in model.named_parameters() if p.requires_grad and p.device.type == "meta"]
     if offloaded:
         raise ValueError(

@@ -124,10 +124,13 @@ class Retained(Strategy):
 
     def _compare(self, term: Tensor) -> Comparison | None:
         """Both terms' gradients, each by a backward of its own."""
-        if not self._trained or not term.requires_grad:
+        if not self._trained:
             return None
-        parts = []
+        parts: list[tuple[Pairs, float]] = []
         for loss, scale in ((self._sft_loss, self._scales.clean), (term, self._scales.perturbed)):
+            if not loss.requires_grad:  # no trained weight lies before a chosen layer
+                parts.append(([], 1.0))
+                continue
             with grad_set_aside(self._trained) as written:
                 found, used = copy(scale).gradients(loss, self._trained, float16=self._float16, keep_graph=True)
             parts.append((together(list(zip(self._trained, found, strict=True)), written), used))

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
+from weakref import ref
 
 from torch import Tensor
 
@@ -79,13 +80,22 @@ class Passes(SecondPass):
         if self._settings.is_one_backward:
             return self._first_of_one(loss, changes)
         graph = graph_of(loss, since)
-        if graph.reaches_outside and not self._strategy.keeps_graph:
+        hooked = "hook" in noted or any(type(node).__name__ == "BackwardHookFunctionBackward" for node in graph.own)
+        refused = "Activation checkpointing" if checkpointed else None
+        if any(weight.requires_grad for weight, _ in changes.weights):
+            refused = "A forward that writes to trained weights"
+        elif self._auxiliary.moves_weights and any(map(_runs_again, graph.own)):
+            refused = "A function whose backward runs a module, with moved weights,"
+        # Hooks that change gradients need not be linear, and what they see has to be lam * l_cons with the lam found.
+        may_keep = not (refused or clean.record.goes_once or self.engine.is_sharded)
+        apart = may_keep and hooked and not self._strength.lam
+        if (graph.reaches_outside or apart) and not self._strategy.keeps_graph:
             self._strategy = Retained(self._auxiliary, self._progress.scales, self._trained)
-        if self._strategy.keeps_graph and checkpointed:
-            raise RuntimeError(checkpoints.REFUSED)
+        if self._strategy.keeps_graph and refused:
+            raise RuntimeError(checkpoints.REFUSED.format(refused))
         if self._strategy.keeps_graph and clean.record.goes_once:
             raise RuntimeError(checkpoints.OFFLOADED)
-        leaves = self._share(loss, graph.leaves, changes, hooked="hook" in noted)
+        leaves = self._share(loss, graph.leaves, changes, hooked=hooked)
         attached.check_clean(clean, leaves, sft.model, self._turn)
         self._strength.eps = rounding(clean.record.states)
         self._look_at_states(changes)
@@ -149,3 +159,8 @@ class Passes(SecondPass):
     @property
     def _turn(self) -> int:
         return self._progress.step // self._settings.every
+
+
+def _runs_again(function: Any) -> bool:
+    """Whether a function with a backward of its own has kept what it may call there."""
+    return any(callable(value) and not isinstance(value, ref) for value in vars(function).values())

@@ -7,7 +7,6 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import torch
@@ -100,14 +99,15 @@ class Kept:
 
     def __init__(self, value: Any) -> None:
         self.value = copied(value)
-        tensors = [tensor for tensor in tensors_in(self.value) if not tensor.is_inference()]
-        self._before = [(tensor, tensor._version, tensor.detach().clone()) for tensor in tensors]
+        tensors = {id(tensor): tensor for tensor in tensors_in(self.value) if not tensor.is_inference()}
+        self._before = [(tensor, tensor._version, tensor.detach().clone()) for tensor in tensors.values()]
 
     def again(self) -> Any:
         """The same in new containers, with copies of the tensors that were written to in place since."""
         if isinstance(self.value, Recorded):
             return self.value.again()
-        return copied(self.value, {id(t): before for t, version, before in self._before if t._version != version})
+        written = {id(t): before.clone() for t, version, before in self._before if t._version != version}
+        return copied(self.value, written)
 
 
 class Recorded:
@@ -135,30 +135,31 @@ class Recorded:
         return iter([item.again() for item in self._taken])
 
 
-def copied(value: Any, written: Mapping[int, Tensor] = MappingProxyType({})) -> Any:
-    """`value` with new containers; leaves are the same objects, but for tensors of which there is an earlier copy."""
-    if id(value) in written:
-        return written[id(value)].clone()
+def copied(value: Any, made: dict[int, Any] | None = None) -> Any:
+    """`value` with new containers; leaves are the same objects, but for those in whose place others are `made`."""
+    made = {} if made is None else made  # what is there twice, or holds itself, is so in the copy
+    if id(value) in made:
+        return made[id(value)]
     if isinstance(value, (Recorded, Tensor, nn.Module, str, bytes, int, float, type(None))) or callable(value):
         return value
-    if type(value) in (list, tuple, set, frozenset):
-        return type(value)(copied(entry, written) for entry in value)
+    if type(value) in (tuple, set, frozenset):
+        return type(value)(copied(entry, made) for entry in value)
     if isinstance(value, tuple):
-        return type(value)(*(copied(entry, written) for entry in value)) if hasattr(value, "_fields") else value
+        return type(value)(*(copied(entry, made) for entry in value)) if hasattr(value, "_fields") else value
     try:
-        result = copy.copy(value)
+        result = made[id(value)] = copy.copy(value)
         if isinstance(value, Mapping) and hasattr(value, "__setitem__"):
             for key in value:
-                result[key] = copied(value[key], written)
+                result[key] = copied(value[key], made)
         elif isinstance(value, list):
-            result[:] = [copied(entry, written) for entry in value]
+            result[:] = [copied(entry, made) for entry in value]
         else:
             for name, entry in attributes(result).items():
                 if isinstance(entry, (list, tuple, dict, set, Tensor)):
-                    object.__setattr__(result, name, copied(entry, written))  # also where it is frozen
+                    object.__setattr__(result, name, copied(entry, made))  # also where it is frozen
     except Exception:  # what cannot be copied (a loader, a lock) is shared, as it is with the caller
-        return value
-    return result
+        made[id(value)] = value
+    return made[id(value)]
 
 
 def select_samples(value: Any, samples: Tensor, batch_size: int, name: str = "") -> Any:

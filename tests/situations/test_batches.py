@@ -154,3 +154,34 @@ class WithModule(OfTwo):
 @pytest.mark.parametrize("world", [WithGenerator, WithModule])
 def test_what_a_batch_brings_is_put_back(world: type[World]) -> None:
     assert_exact(world, steps=1 if world is WithModule else 2)
+
+
+class HoldsItself(World):
+    """As objects with a parent do."""
+
+    def batch(self, step: int) -> Any:
+        batch = super().batch(step)
+        batch["self"], batch["list"] = batch, [batch, batch]
+        return batch
+
+    def loss(self, model: Any, batch: Any) -> Tensor:
+        same = batch["list"][1]
+        same["x"] = same["x"] * 2
+        return (model(same["self"]["x"]) - batch["y"]).square().mean()
+
+
+class ThereTwice(World):
+    """One tensor under two names is written to under one."""
+
+    def batch(self, step: int) -> Any:
+        batch = super().batch(step)
+        return {**batch, "again": batch["x"]}
+
+    def loss(self, model: Any, batch: Any) -> Tensor:
+        batch["x"].add_(1)
+        return (model(batch["again"]) - batch["y"]).square().mean()
+
+
+@pytest.mark.parametrize("world", [HoldsItself, ThereTwice])
+def test_what_a_batch_holds_twice(world: type[World]) -> None:
+    assert_exact(world)

@@ -308,18 +308,3 @@ def test_part_of_a_batch_that_is_not_along_the_first_dimension() -> None:
     reg = LfURegularizer(TimeFirst(), "steering", batch_fraction=0.9, seed=0)
     with pytest.raises(ValueError, match="samples along the first dimension"):
         reg(reg._attached.model, batch, lambda model, batch: model(batch["x"]).square().mean())
-
-
-@pytest.mark.parametrize("name", ["lora", "weights"])
-def test_parameters_without_a_shape(name: str) -> None:
-    model = torch.nn.Sequential(
-        torch.nn.Linear(3, 6), torch.nn.Sequential(torch.nn.LazyLinear(6)), torch.nn.Linear(6, 2)
-    )
-    x = torch.randn(4, 3)
-    reg = LfURegularizer(model, name, layers=["1"])
-    with pytest.raises(ValueError, match=r"1\.0\.weight.*Run the model on a batch once"):
-        reg(model, x, lambda m, x: m(x).square().mean())
-    with torch.no_grad():
-        model(x)
-    reg(model, x, lambda m, x: m(x).square().mean()).backward()
-    assert float(reg.metrics["consistency_loss"]) > 0
