@@ -83,6 +83,7 @@ class Record:
     compiled: bool = False  # whether any of them ran in a region of torch.compile
     float16: bool = False
     goes_once: bool = False  # whether its graph is for one backward: activations saved elsewhere, selective checkpoints
+    in_thread: bool = False  # whether the layers ran in another thread than the loss function
     old_backward_hooks: list[str] = field(default_factory=list)  # modules with hooks of `register_backward_hook`
     watched: list[WriteWatch] = field(default_factory=list)  # outputs in whose place a tap put another tensor
 

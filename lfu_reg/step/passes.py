@@ -86,10 +86,13 @@ class Passes(SecondPass):
             refused = "A forward that writes to trained weights"
         elif self._auxiliary.moves_weights and any(map(_runs_again, graph.own)):
             refused = "A function whose backward runs a module, with moved weights,"
+        elif self._auxiliary.moves_weights and clean.record.in_thread:  # hooks on what is saved are a thread's own
+            refused = "A model in a thread, with moved weights,"
         # Hooks that change gradients need not be linear, and what they see has to be lam * l_cons with the lam found.
         may_keep = not (refused or clean.record.goes_once or self.engine.is_sharded)
         apart = may_keep and hooked and not self._strength.lam
-        if (graph.reaches_outside or apart) and not self._strategy.keeps_graph:
+        outside = graph.reaches_outside and not clean.record.in_thread  # every thread counts its nodes
+        if (outside or apart) and not self._strategy.keeps_graph:
             self._strategy = Retained(self._auxiliary, self._progress.scales, self._trained)
         if self._strategy.keeps_graph and refused:
             raise RuntimeError(checkpoints.REFUSED.format(refused))

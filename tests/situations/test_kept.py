@@ -399,6 +399,11 @@ def test_a_model_that_runs_in_a_thread() -> None:
                 return (pool.submit(model, batch["x"]).result() - batch["y"]).square().mean()
 
         assert_exact(InThread)
+        assert_exact(InThread, ["steering", "lora"], strategy="retained")
+        ours = InThread()
+        reg = LfURegularizer(ours.model, "weights", strategy="retained")
+        with pytest.raises(RuntimeError, match="A model in a thread, with moved weights, does not go"):
+            reg(ours.model, ours.batch(0), ours.loss)
 
 
 class Noted(World):
