@@ -84,8 +84,8 @@ class Passes(SecondPass):
         refused = "Activation checkpointing" if checkpointed else None
         if any(weight.requires_grad for weight, _ in changes.weights):
             refused = "A forward that writes to trained weights"
-        elif self._auxiliary.moves_weights and any(map(_runs_again, graph.own)):
-            refused = "A function whose backward runs a module, with moved weights,"
+        elif self._auxiliary.moves_weights and any(map(_reads_weights, graph.own)):
+            refused = "A function that keeps modules or weights for its backward, with moved ones,"
         elif self._auxiliary.moves_weights and clean.record.in_thread:  # hooks on what is saved are a thread's own
             refused = "A model in a thread, with moved weights,"
         # Hooks that change gradients need not be linear, and what they see has to be lam * l_cons with the lam found.
@@ -164,6 +164,7 @@ class Passes(SecondPass):
         return self._progress.step // self._settings.every
 
 
-def _runs_again(function: Any) -> bool:
-    """Whether a function with a backward of its own has kept what it may call there."""
-    return any(callable(value) and not isinstance(value, ref) for value in vars(function).values())
+def _reads_weights(function: Any) -> bool:
+    """Whether a function with a backward of its own has kept what it may call there, or weights."""
+    called = (callable(value) and not isinstance(value, ref) for value in vars(function).values())
+    return any(called) or any(tensor.requires_grad and tensor.is_leaf for tensor in tensors_in(vars(function)))

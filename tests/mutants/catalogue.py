@@ -1521,7 +1521,7 @@ MUTANTS = (
         3,
         "retained graphs refuse functions that run modules again with moved weights",
         "step/passes.py",
-        "any(map(_runs_again, graph.own))",
+        "any(map(_reads_weights, graph.own))",
         "False",
         "tests/situations/test_strategies.py::test_functions_that_run_modules_again",
     ),
