@@ -148,7 +148,7 @@ class LfURegularizer(Controls):
         if not self._is_active():
             return sft_loss_fn(model, batch)
         checks.check_batch(batch)
-        self._attached.follow()
+        self._attached.follow(first=self._progress.step == 0)
         progress, trained = self._progress, [p for p in model.parameters() if p.requires_grad]
         progress.step = step = progress.begin(trained, batch)
         strength = progress.strength.at(step)

@@ -83,12 +83,12 @@ class AttachedModel:
             _attached[module] = weakref.ref(self)
         self._finalizer = weakref.finalize(self, self.hooks.remove)  # hooks that stay, if nobody calls `remove()`
 
-    def follow(self) -> None:
+    def follow(self, *, first: bool) -> None:
         """Hook what is there now, where adapters came around hooked modules or were merged, or blocks were added."""
         if self._targets.were_replaced():
             self._let_go()
             self._attach(self.model)
-        if not self.has_run:
+        if first:
             checks.check_weights(self.model)
         if not self._auxiliary.is_attached_to(self.model):
             raise RuntimeError(SHARED.format(self._auxiliary))

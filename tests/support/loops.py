@@ -28,6 +28,10 @@ class FixedDirection(RandomDirections):
     def reset(self, generators: Any) -> None:
         super().reset(lambda device: torch.Generator(device).manual_seed(3))
 
+    def direction(self, gradients: list[Tensor]) -> list[Tensor]:
+        """Also where a part alone has no gradient."""
+        return super().direction([torch.ones_like(g) for g in gradients])
+
 
 # What says how strong the regularizer is, with its defaults.
 STRENGTH = ("gradient_ratio", "gradient_cosine", "relative_distance", "lam", "alpha")
