@@ -8,7 +8,7 @@ forward that changes nothing costs little more than a copy of some small tables.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -213,7 +213,9 @@ class Changes:
     def _in_other_memory(self, *, start: bool) -> Iterator[None]:
         # For the same parameters, whose gradients are wanted; a graph of pass 1 may have saved them.
         kept = [(weight, weight.data) for weight, _ in self.weights]
-        with _unsafe_preserve_version_counter(tuple(weight for weight, _ in kept)):
+        with ExitStack() as versions:
+            for weight, _ in kept:
+                versions.enter_context(_unsafe_preserve_version_counter(weight))
             try:
                 for weight, before in self.weights:
                     weight.data = (before if start and before is not None else weight.data).clone()
