@@ -44,7 +44,7 @@ def ascend(
 def _normalised(gradients: Sequence[Tensor], alpha: float, norm: Tensor) -> list[Tensor]:
     # A direction of zero or infinite length is no direction: stay put, and let the diagnostics say so.
     usable = torch.isfinite(norm) & (norm > 0)
-    factor = torch.where(usable, alpha / norm, torch.zeros_like(norm))
+    factor = alpha / norm
 
     def moved(gradient: Tensor) -> Tensor:
         real = as_real(gradient)

@@ -22,6 +22,12 @@ from lfu_reg.auxiliaries.ascent import ascend
 from lfu_reg.auxiliaries.base import Auxiliary, Generators
 from lfu_reg.model.moving import moved_in_place
 
+SHARED_MEMORY = (
+    "auxiliary='weights' moves weights for pass 2, and these are in memory that is shared with other processes "
+    "(share_memory(), or handed to a process that was started), which would train on moved ones. Train a "
+    "copy.deepcopy(model) in each process, or use auxiliary='lora' or 'steering'."
+)
+
 
 class WeightDeltas(Auxiliary):
     """The model's trainable parameters.
@@ -44,6 +50,9 @@ class WeightDeltas(Auxiliary):
 
     def sites(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> Mapping[str, nn.Module]:
         """Remember the model. There are no sites: nothing happens at outputs."""
+        data = (p.data for p in model.parameters() if p.requires_grad and p.is_cpu and p.layout is torch.strided)
+        if any(type(values) is Tensor and values.untyped_storage().is_shared() for values in data):
+            raise ValueError(SHARED_MEMORY)
         self._model = model
         return {}
 

@@ -195,6 +195,8 @@ class ModelHooks:
         kept = hidden.detach() if fwd.capture == "detached" else hidden
         watch = WriteWatch(name, hidden) if WriteWatch.can_watch(hidden) else None
         copy = fwd.capture == "cloned" or self.overwritten is None or name in self.overwritten or watch is None
+        if self._auxiliary.moves_weights:  # a state that is a weight, or a view of one, would move with it
+            copy = copy or (hidden if hidden._base is None else hidden._base).is_leaf
         fwd.record.states.append(State(name, kept.clone() if copy else kept, tokens, watch, copy))
         return hidden
 

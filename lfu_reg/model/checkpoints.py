@@ -1,4 +1,4 @@
-"""Notices activation checkpoints, which a retained graph cannot have.
+"""Notices activation checkpoints, which a retained graph cannot have, and other uses of saved-tensor hooks.
 
 A checkpointed block runs its forward again during the backward pass. The released strategy takes its gradients while
 the pass is still set up, so the block repeats exactly what it did. A retained graph is backpropagated by the caller,
@@ -10,10 +10,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.utils.checkpoint
+from torch import Tensor
 
 REFUSED = (
     "{} does not go with a graph that is retained until the caller's backward, as checkpointed blocks would run again "
@@ -29,11 +30,13 @@ OFFLOADED = (
     "(the defaults), or switch offloading off."
 )
 
+Listener: TypeAlias = Callable[[str, Any], None]  # gets what happens, and to what
+
 # Private, and not in torch 2.6: there is no telling who saves activations.
 _innermost_hooks: Callable[[bool], Any] | None = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
 _changing = threading.Lock()
-_lists: dict[int, tuple[int, list[str]]] = {}  # threads and their lists, by the list's id
+_listeners: dict[int, tuple[int, Listener]] = {}  # with their threads
 _replaced: list[tuple[Any, str, Any]] = []  # what stands behind the watch
 
 
@@ -57,16 +60,42 @@ def repeats_stop_early() -> bool:
 def noted() -> Iterator[list[str]]:
     """What this thread does in the block: enter a "checkpoint", perhaps a "selective" one, put a "hook" on a tensor."""
     found: list[str] = []
-    with _changing:
-        if not _lists:
-            _watch()
-        _lists[id(found)] = threading.get_ident(), found
-    try:
+
+    def note(what: str, subject: Any) -> None:
+        if what != "hooks":
+            found.append(what)
+        elif type(subject).__module__ == torch.utils.checkpoint.__name__:
+            found.append("checkpoint")
+
+    with _told(note):
         yield found
+
+
+@contextmanager
+def packed_before(pack: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """What graphs of this thread save in the block goes through `pack`, before it goes through anybody's hooks."""
+
+    def compose(what: str, subject: Any) -> None:
+        if what == "hooks":
+            theirs = subject.pack_hook
+            subject.pack_hook = lambda tensor: theirs(pack(tensor))
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed), _told(compose):
+        yield
+
+
+@contextmanager
+def _told(tell: Listener) -> Iterator[None]:
+    with _changing:
+        if not _listeners:
+            _watch()
+        _listeners[id(tell)] = threading.get_ident(), tell
+    try:
+        yield
     finally:
         with _changing:
-            del _lists[id(found)]
-            if not _lists:
+            del _listeners[id(tell)]
+            if not _listeners:
                 for owner, name, own in _replaced:
                     setattr(owner, name, own)
                 _replaced.clear()
@@ -76,21 +105,20 @@ def _watch() -> None:
     """Look at every use of saved-tensor hooks, without which there is no checkpoint, and of tensor hooks."""
     checkpoints: Any = torch.utils.checkpoint
     for owner, name, what in (
-        (torch.autograd.graph.saved_tensors_hooks, "__enter__", "checkpoint"),
+        (torch.autograd.graph.saved_tensors_hooks, "__enter__", "hooks"),
         (checkpoints._CachingTorchDispatchMode, "__init__", "selective"),  # what it keeps serves one backward
         (torch.Tensor, "register_hook", "hook"),
     ):
         own = getattr(owner, name)
         _replaced.append((owner, name, own))
-        setattr(owner, name, _noting(own, what))
+        setattr(owner, name, _telling(own, what))
 
 
-def _noting(own: Any, what: str) -> Any:
+def _telling(own: Any, what: str) -> Any:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if what != "checkpoint" or type(self).__module__ == torch.utils.checkpoint.__name__:
-            for thread, found in list(_lists.values()):
-                if thread == threading.get_ident():
-                    found.append(what)
+        for thread, tell in list(_listeners.values()):
+            if thread == threading.get_ident():
+                tell(what, self)
         return own(self, *args, **kwargs)
 
     return call

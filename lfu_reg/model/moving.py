@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
+
+from lfu_reg.model.checkpoints import packed_before
 
 
 @contextmanager
@@ -22,32 +25,35 @@ def moved_in_place(
 
     With `stay_saved` graphs of the block keep the moved values, for a backward that comes after it.
     """
-    kept = [tensor.clone() for tensor in tensors]
+    moved, kept = list(tensors), [tensor.clone() for tensor in tensors]
     try:
-        for tensor, delta in zip(tensors, deltas, strict=True):
-            tensor.add_(delta)
+        if moved:
+            torch._foreach_add_(moved, list(deltas))
         changed()
         torch.clear_autocast_cache()  # which knows weights by identity
         with _copies_saved(tensors) if stay_saved else nullcontext():
             yield
     finally:
-        for tensor, before in zip(tensors, kept, strict=True):
-            tensor.copy_(before)
+        if moved:
+            torch._foreach_copy_(moved, kept)  # one call, which Ctrl-C does not cut in two
         changed()
         torch.clear_autocast_cache()
 
 
+def memory_of(tensors: Iterable[Tensor]) -> set[int]:
+    """Addresses of the memory that tensors share with their views; of DTensors that of their parts here."""
+    parts = (getattr(tensor, "_local_tensor", tensor) for tensor in tensors)
+    return {part.untyped_storage().data_ptr() if part.layout is torch.strided else id(part) for part in parts}
+
+
 def _copies_saved(tensors: Sequence[Tensor]) -> AbstractContextManager[Any]:
     """Context in which graphs save copies of what shares memory with the tensors, and of what might."""
-    memory = {tensor.untyped_storage().data_ptr() for tensor in tensors if _is_plain(tensor)}
+    memory = memory_of(tensors)
 
+    @_disable_dynamo  # compiled models would have it traced, for every kind of tensor anew
     def pack(saved: Tensor) -> Tensor:
-        stays = _is_plain(saved) and saved.untyped_storage().data_ptr() not in memory
+        plain = type(saved) is Tensor and saved.layout is torch.strided
         # `saved` is a view of a tensor of the graph, which would keep that alive.
-        return saved.data if stays else saved.clone()
+        return saved.data if plain and saved.untyped_storage().data_ptr() not in memory else saved.clone()
 
-    return torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed)
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    return type(tensor) is Tensor and tensor.layout is torch.strided
+    return packed_before(pack)

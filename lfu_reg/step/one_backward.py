@@ -53,10 +53,6 @@ class OneBackward(Retained):
         self._sft_loss, self._once = sft_loss, clean.record.goes_once
         return 1.0
 
-    def backward_explicit(self, sft_loss: Tensor, fwd: ForwardPass) -> float:
-        """Refused."""
-        raise ValueError(ONE_STEP.format(what="A loss with gradients of gradients"))
-
     def backward_perturbed(self, l_cons: Tensor, strength: StepStrength) -> None:
         """Take the gradient of l_cons with respect to the perturbed states, for the clean ones to carry."""
         h = [state for state, _ in self.states]

@@ -5,7 +5,7 @@ The second pass is in a file of its own, `second_pass.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 from weakref import ref
@@ -19,6 +19,7 @@ from lfu_reg.model import checkpoints
 from lfu_reg.model.compile import anything_is_compiled, graphs_for_two_backwards
 from lfu_reg.model.graph import graph_of, now
 from lfu_reg.model.module_state import Changes
+from lfu_reg.model.moving import memory_of
 from lfu_reg.model.patching import cached_weights_kept
 from lfu_reg.model.tables import held_by, tensors_in
 from lfu_reg.step.consistency import rounding
@@ -84,7 +85,7 @@ class Passes(SecondPass):
         refused = "Activation checkpointing" if checkpointed else None
         if any(weight.requires_grad for weight, _ in changes.weights):
             refused = "A forward that writes to trained weights"
-        elif self._auxiliary.moves_weights and any(map(_reads_weights, graph.own)):
+        elif self._auxiliary.moves_weights and _reads_weights(graph.own, self._trained):
             refused = "A function that keeps modules or weights for its backward, with moved ones,"
         elif self._auxiliary.moves_weights and clean.record.in_thread:  # hooks on what is saved are a thread's own
             refused = "A model in a thread, with moved weights,"
@@ -164,7 +165,8 @@ class Passes(SecondPass):
         return self._progress.step // self._settings.every
 
 
-def _reads_weights(function: Any) -> bool:
-    """Whether a function with a backward of its own has kept what it may call there, or weights."""
-    called = (callable(value) and not isinstance(value, ref) for value in vars(function).values())
-    return any(called) or any(tensor.requires_grad and tensor.is_leaf for tensor in tensors_in(vars(function)))
+def _reads_weights(functions: list[Any], trained: Sequence[Tensor]) -> bool:
+    """Whether functions with a backward of their own have kept what they may call there, or weights."""
+    kept = [vars(function) for function in functions]
+    called = (callable(value) and not isinstance(value, ref) for values in kept for value in values.values())
+    return any(called) or not memory_of(trained).isdisjoint(memory_of(tensors_in(kept)))

@@ -77,7 +77,7 @@ class SecondPass:
         auxiliary, hooks = self._auxiliary, self._attached.hooks
         checks.check_batch(batch)
         auxiliary.require_gradients(True)
-        with self._again(), auxiliary.moved(keeps_graph=self._strategy.keeps_graph):
+        with self._again(), auxiliary.moved(keeps_graph=False):
             fwd = ForwardPass(self._sft.tokens_of(batch), capture=None, apply=True)
             with hooks.run(fwd):
                 with hooks.recording():
@@ -188,8 +188,8 @@ class SecondPass:
                 quiet_tail=thrifty and not self._repeats_whole,
             )
             inner.enter_context(attached.hooks.run(perturbed))
-            without_graph = settings.is_one_backward or (self._tries and self.clean.record.goes_once)
-            without_graph = without_graph and (thrifty or self.engine.is_sharded)
+            wanted = settings.is_one_backward or (self._tries and self.clean.record.goes_once)
+            without_graph = wanted and (thrifty or self.engine.is_sharded)
             with attached.hooks.recording(), nothing_saved() if without_graph else nullcontext():
                 self._sft.repeat(samples, record.batch_size)
             stack.push(inner.pop_all())

@@ -148,6 +148,7 @@ def copied(value: Any, made: dict[int, Any] | None = None) -> Any:
         return type(value)(*(copied(entry, made) for entry in value)) if hasattr(value, "_fields") else value
     try:
         result = made[id(value)] = copy.copy(value)
+        made.setdefault(0, []).append(value)  # alive, or an object that a mapping makes next has its id
         if isinstance(value, Mapping) and hasattr(value, "__setitem__"):
             for key in value:
                 result[key] = copied(value[key], made)
@@ -179,9 +180,12 @@ def select_samples(value: Any, samples: Tensor, batch_size: int, name: str = "")
         return type(value)(*(select_samples(v, samples, batch_size, n) for n, v in zip(names, value, strict=True)))
     if isinstance(value, (tuple, list)):
         return type(value)(select_samples(entry, samples, batch_size, name) for entry in value)
-    if any(isinstance(entry, Tensor) for entry in getattr(value, "__dict__", {}).values()):
-        for key, entry in vars(value).items():  # of a copy
-            vars(value)[key] = select_samples(entry, samples, batch_size, key)
+    if callable(value) or isinstance(value, nn.Module) or not getattr(value, "__dict__", None):
+        return value
+    part = {key: select_samples(entry, samples, batch_size, key) for key, entry in vars(value).items()}
+    if any(part[key] is not entry for key, entry in vars(value).items()):
+        value = copy.copy(value)
+        vars(value).update(part)
     return value
 
 

@@ -84,3 +84,55 @@ def test_graphs_that_the_caller_has_made_before_go_on() -> None:
     LfURegularizer(model, "weights", alpha=0.5, lam=1.0)(model, x, lambda m, b: m(b).square().mean())
     assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
     torch.testing.assert_close(torch.autograd.grad(other, list(model.parameters())), wanted, rtol=0, atol=0)
+
+
+class Positions(nn.Module):
+    """A table of positions, whose output is a part of its weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(9, 6))
+
+    def forward(self, count: int) -> Tensor:
+        return self.table[:count]
+
+
+class WithPositions(World):
+    class net(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.positions = Positions()
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.inp(x) + self.positions(len(x))
+            for layer in self.layers:
+                h = layer(h)
+            return self.out(h)
+
+    def layers(self) -> dict[str, nn.Module]:
+        return {"positions": self.model.positions, "layers.1": self.model.layers[1]}
+
+
+@pytest.mark.parametrize("strategy", ["released", "retained"])
+def test_states_that_are_weights_stay_where_they_were(strategy: str) -> None:
+    assert_exact(WithPositions, ["weights"], steps=3, layers=["positions", "layers.1"], strategy=strategy)
+
+
+class Offloaded(World):
+    def loss(self, model: Any, batch: Any) -> Tensor:
+        with torch.autograd.graph.save_on_cpu():
+            return super().loss(model, batch)
+
+
+def test_hooks_on_what_is_saved_come_after_the_copies() -> None:
+    enter = torch.autograd.graph.saved_tensors_hooks.__enter__
+    assert_exact(Offloaded, ["weights"], strategy="retained")
+    assert torch.autograd.graph.saved_tensors_hooks.__enter__ is enter
+
+
+def test_weights_that_other_processes_see_are_refused() -> None:
+    model = Net()
+    model.out.weight.share_memory_()
+    with pytest.raises(ValueError, match=r"shared with other processes.*deepcopy"):
+        LfURegularizer(model, "weights")
+    LfURegularizer(copy.deepcopy(model), "weights")

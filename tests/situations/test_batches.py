@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lfu_reg import LfURegularizer
+from lfu_reg.step.sft_loss import copied
 from tests.support.literal import ALPHA, LAM, Block, Net, World, assert_equal, assert_exact
 
 
@@ -185,3 +186,28 @@ class ThereTwice(World):
 @pytest.mark.parametrize("world", [HoldsItself, ThereTwice])
 def test_what_a_batch_holds_twice(world: type[World]) -> None:
     assert_exact(world)
+
+
+class MadeOnAccess(UserDict):  # type: ignore[type-arg]
+    """As memory-mapped rows are."""
+
+    def __getitem__(self, key: str) -> list[Any]:
+        return [self.data[key]]
+
+
+def test_objects_that_a_mapping_makes_are_told_apart() -> None:
+    rows = MadeOnAccess()
+    rows.data = {name: torch.tensor(value) for name, value in (("y", 1.0), ("x", 2.0), ("z", 3.0))}
+    assert copied(rows).data == {name: [value] for name, value in rows.data.items()}
+
+
+@pytest.mark.parametrize("of_its_own", [True, False])
+def test_samples_of_an_object_in_an_object(of_its_own: bool) -> None:
+    ours = World()
+    batch = SimpleNamespace(inner=SimpleNamespace(**ours.batch(0)))
+    if of_its_own:
+        batch.x = batch.inner.x
+    with LfURegularizer(ours.model, "steering", batch_fraction=0.5) as reg:
+        reg(ours.model, batch, lambda m, b: ours.loss(m, vars(b.inner))).backward()
+        assert float(reg.metrics["consistency_loss"]) > 0
+    assert (len(batch.inner.x), len(batch.inner.y)) == (5, 5)
