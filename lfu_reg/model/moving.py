@@ -25,19 +25,28 @@ def moved_in_place(
 
     With `stay_saved` graphs of the block keep the moved values, for a backward that comes after it.
     """
-    moved, kept = list(tensors), [tensor.clone() for tensor in tensors]
+    kept = [tensor.clone() for tensor in tensors]
+
+    def put_back() -> None:
+        for tensor, before in zip(tensors, kept, strict=True):
+            tensor.copy_(before)
+
     try:
-        if moved:
-            torch._foreach_add_(moved, list(deltas))
+        for tensor, delta in zip(tensors, deltas, strict=True):
+            tensor.add_(delta)
         changed()
         torch.clear_autocast_cache()  # which knows weights by identity
         with _copies_saved(tensors) if stay_saved else nullcontext():
             yield
     finally:
-        if moved:
-            torch._foreach_copy_(moved, kept)  # one call, which Ctrl-C does not cut in two
-        changed()
-        torch.clear_autocast_cache()
+        try:
+            put_back()
+        except BaseException:  # Ctrl-C in the midst of it
+            put_back()
+            raise
+        finally:
+            changed()
+            torch.clear_autocast_cache()
 
 
 def memory_of(tensors: Iterable[Tensor]) -> set[int]:

@@ -1337,8 +1337,8 @@ MUTANTS = (
         22,
         "moved weights get back what they were",
         "model/moving.py",
-        "            torch._foreach_copy_(moved, kept)  #",
-        "            pass  #",
+        "            tensor.copy_(before)\n",
+        "            pass\n",
         "tests/auxiliaries/test_weights.py::test_graphs_that_the_caller_has_made_before_go_on",
     ),
     Mutant(
@@ -1353,8 +1353,8 @@ MUTANTS = (
         22,
         "and when they are back",
         "model/moving.py",
-        "        changed()\n        torch.clear_autocast_cache()\n",
-        "        changed()\n",
+        "            changed()\n            torch.clear_autocast_cache()\n",
+        "            changed()\n",
         "tests/auxiliaries/test_weights.py::test_casts_of_autocast_around_the_step_are_not_mistaken_for_moved_weights",
     ),
     Mutant(
