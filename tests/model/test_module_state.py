@@ -34,6 +34,7 @@ class Keeping(nn.Module):
         self.plain = torch.zeros(2)
         self.number, self.notes, self.table, self.seen = 0, [1], {"a": 1}, {1}
         self.ordered, self.queue, self.empty = OrderedDict(a=1), deque([1]), []
+        self.blank: dict[str, int] = {}
         self.generator = torch.Generator().manual_seed(3)
         self.change = change
 
@@ -43,7 +44,12 @@ class Keeping(nn.Module):
     def state(self) -> tuple[Any, ...]:
         buffers = [None if b is None else b.tolist() for b in (self.count, self.constant, self.later, self.plain)]
         containers = [list(self.notes), dict(self.table), set(self.seen), dict(self.ordered), list(self.queue)]
-        more = [sorted(set(vars(self)) - {"change"}), list(self.empty), self.generator.get_state().tolist()]
+        more = [
+            sorted(set(vars(self)) - {"change"}),
+            list(self.empty),
+            dict(self.blank),
+            self.generator.get_state().tolist(),
+        ]
         return *buffers, *containers, *more, self.number
 
 
@@ -68,6 +74,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "attribute deleted": lambda m: delattr(m, "number"),
     "list": lambda m: m.notes.append(2),
     "list that was empty": lambda m: m.empty.append(2),
+    "dict that was empty": lambda m: m.blank.update(a=m.blank.get("a", 0) + 1),
     "dict": lambda m: m.table.update(b=2),
     "set": lambda m: m.seen.add(2),
     "ordered dict": lambda m: m.ordered.update(b=2),
