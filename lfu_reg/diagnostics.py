@@ -196,12 +196,12 @@ class Diagnostics:
             )
 
 
-_OURS = ("lfu_reg", "torch._dynamo", "torch._compile")  # the latter keep the step out of compiled regions
+_OURS = ("lfu_reg.", "torch._dynamo.", "torch._compile.")  # the latter keep the step out of compiled regions
 
 
 def _levels_to_the_user() -> int:
     """The `stacklevel` by which a warning of our caller names the first line outside of this package."""
     frame, level = sys._getframe(2), 2
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(_OURS):
+    while frame.f_back is not None and f"{frame.f_globals.get('__name__', '')}.".startswith(_OURS):
         frame, level = frame.f_back, level + 1
     return level

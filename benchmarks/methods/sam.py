@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lfu_reg.model.patching import patched
+from lfu_reg.model.moving import moved_in_place
 from methods.base import Batch, LossFunction, Method, global_norm, trainable
 
 
@@ -23,17 +23,13 @@ class SAM(Method):
 
     def __call__(self, model: nn.Module, batch: Batch, sft_loss_fn: LossFunction) -> Tensor:
         """l_SFT(w + epsilon), whose gradient is taken with respect to w as if epsilon were constant."""
-        parameters = trainable(model)
-        gradients = torch.autograd.grad(sft_loss_fn(model, batch), list(parameters.values()), allow_unused=True)
+        parameters = list(trainable(model).values())
+        gradients = torch.autograd.grad(sft_loss_fn(model, batch), parameters, allow_unused=True)
         norm = global_norm([g for g in gradients if g is not None]).clamp_min(1e-12)
-        used = [(name, p, g) for (name, p), g in zip(parameters.items(), gradients, strict=True) if g is not None]
-        moved = [(p.detach() + self.rho * g / norm).requires_grad_() for _, p, g in used]
-        places = [
-            (model.get_submodule(name.rpartition(".")[0])._parameters, name.rpartition(".")[2]) for name, _, _ in used
-        ]
-        with patched([(*place, tensor) for place, tensor in zip(places, moved, strict=True)]):
+        used = [(p, g) for p, g in zip(parameters, gradients, strict=True) if g is not None]
+        with moved_in_place([(p.data, self.rho * g / norm) for p, g in used]):
             loss = sft_loss_fn(model, batch)
             # Taken here: with checkpointing, a later backward would run the blocks again without the moved weights.
-            gradients = torch.autograd.grad(loss, moved)
-        carried = torch.stack([(p * g).sum() for (_, p, _), g in zip(used, gradients, strict=True)]).sum()
+            gradients = torch.autograd.grad(loss, [p for p, _ in used])
+        carried = torch.stack([(p * g).sum() for (p, _), g in zip(used, gradients, strict=True)]).sum()
         return loss.detach() + (carried - carried.detach())

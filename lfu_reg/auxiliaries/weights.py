@@ -100,8 +100,7 @@ class WeightDeltas(Auxiliary):
         if self.shards is not None:
             return self.shards.moved(pairs)
         # By `.data`, which counts no version: graphs of the caller's may have saved the parameters.
-        data = [parameter.data for parameter, _ in pairs]
-        return moved_in_place(data, list(self._deltas.values()), stay_saved=keeps_graph)
+        return moved_in_place([(parameter.data, delta) for parameter, delta in pairs], stay_saved=keeps_graph)
 
     def ascend(self, alpha: float) -> Tensor:
         """Eq. 2 over all trainable parameters that got a gradient."""

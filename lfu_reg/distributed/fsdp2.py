@@ -71,7 +71,7 @@ class Shards:
     def moved(self, deltas: Sequence[tuple[Any, Any]]) -> AbstractContextManager[None]:
         """Shards moved by deltas (pairs of DTensors) for the block."""
         local = [(shard.detach().to_local(), delta.to_local()) for shard, delta in deltas]  # the same memory
-        return moved_in_place([shard for shard, _ in local], [delta for _, delta in local], self.reshard)
+        return moved_in_place(local, self.reshard)
 
     def reshard(self) -> None:
         """Free gathered copies, so that the next forward gathers anew."""

@@ -11,7 +11,6 @@ import dis
 import functools
 import sys
 from collections.abc import Callable, Iterator
-from threading import get_ident
 from types import CodeType, FrameType
 from typing import Any
 
@@ -53,7 +52,7 @@ class Exits:
         fwd = self.fwd
         if fwd is None or not fwd.leave_after or len(fwd.record.states) < fwd.leave_after or fwd.record.compiled:
             return
-        if fwd.thread != get_ident():  # a worker's thread would keep what is switched off
+        if fwd.is_elsewhere():  # that thread would keep what is switched off
             return
         is_last = type(next(reversed(module._forward_hooks.values()))) is Hook
         if fwd.leave and is_last and way_is_clear(whoever=fwd.leave is True):

@@ -117,3 +117,7 @@ class ForwardPass:
     )
     record: Record = field(default_factory=Record)
     thread: int = field(default_factory=threading.get_ident)  # that calls the loss function
+
+    def is_elsewhere(self) -> bool:
+        """Whether this is another thread: the model runs in a worker's."""
+        return threading.get_ident() != self.thread

@@ -7,7 +7,6 @@ new hooks. A pass is one object (`ForwardPass`) that is put in `ModelHooks.runni
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -189,7 +188,7 @@ class ModelHooks:
 
     def _keep(self, name: str, hidden: Tensor, tokens: Tokens, fwd: ForwardPass) -> Tensor:
         fwd.record.goes_once = fwd.record.goes_once or saves_elsewhere()
-        fwd.record.in_thread = fwd.record.in_thread or threading.get_ident() != fwd.thread
+        fwd.record.in_thread = fwd.record.in_thread or fwd.is_elsewhere()
         if self.look is not None and not fwd.apply and hidden.grad_fn is not None:
             hidden.grad_fn.register_prehook(partial(self._arrived, tokens, hidden.output_nr, fwd.gate))
         kept = hidden.detach() if fwd.capture == "detached" else hidden

@@ -212,17 +212,13 @@ class Changes:
     @contextmanager
     def _in_other_memory(self, *, start: bool) -> Iterator[None]:
         # For the same parameters, whose gradients are wanted; a graph of pass 1 may have saved them.
-        kept = [(weight, weight.data) for weight, _ in self.weights]
-        with ExitStack() as versions:
-            for weight, _ in kept:
-                versions.enter_context(_unsafe_preserve_version_counter(weight))
-            try:
-                for weight, before in self.weights:
-                    weight.data = (before if start and before is not None else weight.data).clone()
-                yield
-            finally:
-                for weight, now in kept:
-                    weight.data = now
+        with ExitStack() as afterwards:
+            for weight, before in self.weights:
+                now = weight.data
+                afterwards.enter_context(_unsafe_preserve_version_counter(weight))
+                afterwards.callback(setattr, weight, "data", now)
+                weight.data = (before if start and before is not None else now).clone()
+            yield
 
     def _standing_in(self, *, start: bool) -> AbstractContextManager[None]:
         sources = [(p, before if start and before is not None else p.table.get(p.key)) for p, before in self._buffers]

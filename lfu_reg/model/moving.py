@@ -15,28 +15,27 @@ from lfu_reg.model.checkpoints import packed_before
 
 @contextmanager
 def moved_in_place(
-    tensors: Sequence[Tensor],
-    deltas: Sequence[Tensor],
+    pairs: Sequence[tuple[Tensor, Tensor]],
     changed: Callable[[], None] = lambda: None,
     *,
     stay_saved: bool = False,
 ) -> Iterator[None]:
-    """Tensors moved by deltas for the block, and put back to the last bit whatever happens; `changed` both times.
+    """Tensors moved by the deltas beside them for the block, and put back to the last bit whatever happens.
 
-    With `stay_saved` graphs of the block keep the moved values, for a backward that comes after it.
+    `changed` is called both times. With `stay_saved` graphs of the block keep the moved values, for a later backward.
     """
-    kept = [tensor.clone() for tensor in tensors]
+    kept = [(tensor, tensor.clone()) for tensor, _ in pairs]
 
     def put_back() -> None:
-        for tensor, before in zip(tensors, kept, strict=True):
+        for tensor, before in kept:
             tensor.copy_(before)
 
     try:
-        for tensor, delta in zip(tensors, deltas, strict=True):
+        for tensor, delta in pairs:
             tensor.add_(delta)
         changed()
         torch.clear_autocast_cache()  # which knows weights by identity
-        with _copies_saved(tensors) if stay_saved else nullcontext():
+        with _copies_saved([tensor for tensor, _ in pairs]) if stay_saved else nullcontext():
             yield
     finally:
         try:

@@ -17,7 +17,7 @@ from lfu_reg.diagnostics import NO_GRADIENT, UNSCALED_FLOAT16
 from lfu_reg.hooks.forward_pass import ForwardPass, State
 from lfu_reg.model import checkpoints
 from lfu_reg.model.compile import anything_is_compiled, graphs_for_two_backwards
-from lfu_reg.model.graph import graph_of, now
+from lfu_reg.model.graph import Graph, graph_of, now
 from lfu_reg.model.module_state import Changes
 from lfu_reg.model.moving import memory_of
 from lfu_reg.model.patching import cached_weights_kept
@@ -82,23 +82,7 @@ class Passes(SecondPass):
             return self._first_of_one(loss, changes)
         graph = graph_of(loss, since)
         hooked = "hook" in noted or any(type(node).__name__ == "BackwardHookFunctionBackward" for node in graph.own)
-        refused = "Activation checkpointing" if checkpointed else None
-        if any(weight.requires_grad for weight, _ in changes.weights):
-            refused = "A forward that writes to trained weights"
-        elif self._auxiliary.moves_weights and _reads_weights(graph.own, self._trained):
-            refused = "A function that keeps modules or weights for its backward, with moved ones,"
-        elif self._auxiliary.moves_weights and clean.record.in_thread:  # hooks on what is saved are a thread's own
-            refused = "A model in a thread, with moved weights,"
-        # Hooks that change gradients need not be linear, and what they see has to be lam * l_cons with the lam found.
-        may_keep = not (refused or clean.record.goes_once or self.engine.is_sharded)
-        apart = may_keep and hooked and not self._strength.lam
-        outside = graph.reaches_outside and not clean.record.in_thread  # every thread counts its nodes
-        if (outside or apart) and not self._strategy.keeps_graph:
-            self._strategy = Retained(self._auxiliary, self._progress.scales, self._trained)
-        if self._strategy.keeps_graph and refused:
-            raise RuntimeError(checkpoints.REFUSED.format(refused))
-        if self._strategy.keeps_graph and clean.record.goes_once:
-            raise RuntimeError(checkpoints.OFFLOADED)
+        self._retain_where_due(graph, changes, hooked=hooked, checkpointed=checkpointed)
         leaves = self._share(loss, graph.leaves, changes, hooked=hooked)
         attached.check_clean(clean, leaves, sft.model, self._turn)
         self._strength.eps = rounding(clean.record.states)
@@ -108,6 +92,27 @@ class Passes(SecondPass):
         with hooks.run(clean), changes.on_copies():
             self.scale = self._strategy.backward_clean(loss, leaves, clean, self._shared)
         return loss.detach(), clean.record.states
+
+    def _retain_where_due(self, graph: Graph, changes: Changes, *, hooked: bool, checkpointed: bool) -> None:
+        """Retain the graph where nothing else is exact; refuse what a retained graph cannot have."""
+        outside = graph.reaches_outside and not self.clean.record.in_thread  # every thread counts its nodes
+        # Hooks that change gradients need not be linear, and what they see has to be lam * l_cons with the lam found.
+        apart = hooked and not self._strength.lam
+        if not (self._strategy.keeps_graph or outside or apart):
+            return
+        refused = "Activation checkpointing" if checkpointed else None
+        if any(weight.requires_grad for weight, _ in changes.weights):
+            refused = "A forward that writes to trained weights"
+        elif self._auxiliary.moves_weights and _reads_weights(graph.own, self._trained):
+            refused = "A function that keeps modules or weights for its backward, with moved ones,"
+        elif self._auxiliary.moves_weights and self.clean.record.in_thread:  # hooks on what is saved are a thread's own
+            refused = "A model in a thread, with moved weights,"
+        if not self._strategy.keeps_graph:
+            if not outside and (refused or self.clean.record.goes_once or self.engine.is_sharded):
+                return
+            self._strategy = Retained(self._auxiliary, self._progress.scales, self._trained)
+        if refused or self.clean.record.goes_once:
+            raise RuntimeError(checkpoints.REFUSED.format(refused) if refused else checkpoints.OFFLOADED)
 
     def _first_of_one(self, loss: Tensor, changes: Changes) -> tuple[Tensor, list[State]]:
         """Nothing is differentiated yet; without a new direction the step is plain SFT, and brings one."""

@@ -180,12 +180,11 @@ def select_samples(value: Any, samples: Tensor, batch_size: int, name: str = "")
         return type(value)(*(select_samples(v, samples, batch_size, n) for n, v in zip(names, value, strict=True)))
     if isinstance(value, (tuple, list)):
         return type(value)(select_samples(entry, samples, batch_size, name) for entry in value)
-    if callable(value) or isinstance(value, nn.Module) or not getattr(value, "__dict__", None):
-        return value
-    part = {key: select_samples(entry, samples, batch_size, key) for key, entry in vars(value).items()}
-    if any(part[key] is not entry for key, entry in vars(value).items()):
+    entries = {} if isinstance(value, nn.Module) or callable(value) else getattr(value, "__dict__", {})
+    if any(True for entry in entries.values() for _ in tensors_in(entry)):  # and no logger, say, which has parents
         value = copy.copy(value)
-        vars(value).update(part)
+        for key, entry in entries.items():
+            vars(value)[key] = select_samples(entry, samples, batch_size, key)
     return value
 
 

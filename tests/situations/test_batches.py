@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import UserDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -204,10 +205,12 @@ def test_objects_that_a_mapping_makes_are_told_apart() -> None:
 @pytest.mark.parametrize("of_its_own", [True, False])
 def test_samples_of_an_object_in_an_object(of_its_own: bool) -> None:
     ours = World()
-    batch = SimpleNamespace(inner=SimpleNamespace(**ours.batch(0)))
+    batch = SimpleNamespace(inner=SimpleNamespace(**ours.batch(0)), log=logging.getLogger("of.a.batch"))
+    handlers = batch.log.handlers
     if of_its_own:
         batch.x = batch.inner.x
     with LfURegularizer(ours.model, "steering", batch_fraction=0.5) as reg:
         reg(ours.model, batch, lambda m, b: ours.loss(m, vars(b.inner))).backward()
         assert float(reg.metrics["consistency_loss"]) > 0
     assert (len(batch.inner.x), len(batch.inner.y)) == (5, 5)
+    assert batch.log.handlers is handlers

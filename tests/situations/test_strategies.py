@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from functools import partial
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from lfu_reg import LfURegularizer, LfUWarning
 from tests.support import literal
-from tests.support.literal import ALPHA, LAM, Block, Net, World, assert_equal, assert_exact, literal_step
+from tests.support.literal import ALPHA, LAM, Block, Net, World, assert_equal, assert_exact, forward, literal_step
 
 KINDS = ("steering", "lora", "weights")
 
@@ -217,36 +216,23 @@ def assert_one_backward(world: type[World], kind: str) -> None:
     assert_equal("gradient of", {n: p.grad for n, p in ours.trained().items()}, both)
 
 
-def keep_output(states: list[Tensor], module: nn.Module, args: Any, output: Tensor) -> None:
-    states.append(output)
-
-
 def clean_and_perturbed(world: World, batch: Any, kind: str, moved: Any) -> tuple[list[Tensor], list[Tensor]]:
     """Outputs of the layers, with the graph and with the components in place."""
-    found: list[list[Tensor]] = [[], []]
-    for number, states in enumerate(found):
-        model = copy.deepcopy(world.model) if number else world.model
-        components = dict(moved) if number else {}
-        if kind == "weights":
-            with torch.no_grad():
-                for name, delta in components.items():
-                    model.get_parameter(name).add_(delta)
-            components = {}
-        handles = []
-        for name, component in components.items():
 
-            def edit(module: Any, args: Any, output: Tensor, component: Any = component) -> Tensor:
-                if kind == "steering":
-                    return output + (component[0] if isinstance(component, tuple) else component)
-                return output + literal.SCALE * (args[0] @ component[0].T) @ component[1].T  # type: ignore[no-any-return]
+    def edit(name: str, x: Tensor, y: Tensor) -> Tensor:
+        component = moved[name]
+        if kind == "steering":
+            return y + (component[0] if isinstance(component, tuple) else component)  # type: ignore[no-any-return]
+        return y + literal.SCALE * (x @ component[0].T) @ component[1].T  # type: ignore[no-any-return]
 
-            handles.append(model.get_submodule(name).register_forward_hook(edit))
-        keep = partial(keep_output, states)
-        handles += [layer.register_forward_hook(keep) for layer in model.layers]
-        model(batch["x"])
-        for handle in handles:
-            handle.remove()
-    return found[0], found[1]
+    other = copy.deepcopy(world)
+    for name, delta in moved.items() if kind == "weights" else ():
+        other.own()[name].data += delta
+    _, clean, handles = forward(world, batch, 0, (), None)
+    _, perturbed, others = forward(other, batch, 0, () if kind == "weights" else moved, edit)
+    for handle in handles + others:
+        handle.remove()
+    return [h for _, h in clean], [h for _, h in perturbed]
 
 
 @pytest.mark.parametrize("strategy", ["released", "retained"])

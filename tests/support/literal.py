@@ -111,7 +111,7 @@ def seed_everything(seed: int) -> None:
     np.random.seed(seed)
 
 
-def _forward(
+def forward(
     world: World, batch: Any, seed: int, sites: Iterable[str], edit: Any
 ) -> tuple[Tensor, list[tuple[str, Tensor]], list[Any]]:
     """Loss, hidden states, and the handles of hooks, which checkpoints need until the backward is done."""
@@ -156,7 +156,7 @@ def literal_step(
         part = point[name]
         return y + part if kind == "steering" else y + SCALE * (x @ a_matrices[name].T) @ part.T  # type: ignore[index]
 
-    used, _, _ = _forward(moved, copy.deepcopy(batch), seed, () if kind == "weights" else sites, edit)
+    used, _, _ = forward(moved, copy.deepcopy(batch), seed, () if kind == "weights" else sites, edit)
     leaves = {n: p for n, p in moved.own().items() if p.requires_grad} if kind == "weights" else dict(point)
     g = dict(zip(leaves, torch.autograd.grad(used, list(leaves.values()), allow_unused=True), strict=True))
     g = {n: torch.zeros_like(leaves[n]) if v is None else v.detach() for n, v in g.items()}
@@ -167,8 +167,8 @@ def literal_step(
             perturbed.own()[name].data += delta[name]
     point.clear()
     point.update(delta)
-    _, again, _ = _forward(perturbed, copy.deepcopy(batch), seed, () if kind == "weights" else sites, edit)
-    loss, clean, handles = _forward(world, copy.deepcopy(batch), seed, (), None)
+    _, again, _ = forward(perturbed, copy.deepcopy(batch), seed, () if kind == "weights" else sites, edit)
+    loss, clean, handles = forward(world, copy.deepcopy(batch), seed, (), None)
     assert [n for n, _ in clean] == [n for n, _ in again]
     consistency = sum((h.detach() - hp).square().mean() for (_, h), (_, hp) in zip(clean, again, strict=True)) / len(
         clean
